@@ -1,0 +1,386 @@
+"""Arrow files -> samples -> batches: everything between the disk and the model.
+
+    table = Captions(find_files("data/toy", ["toy"], "train"))    # memory-mapped: opening 100 GB costs nothing
+    dataset = CaptionDataset(table, tok, image_size=64, max_tokens=50, train=True)
+    sampler = GlobalBatches(table.lengths, global_batch=64, seed=0)
+    batch = pad_batch([dataset[0, i] for i in sampler.batch(step=0)], tok.pad_id)    # dict of tensors: image, ids, …
+
+Letters: B batch, L text length (tokens), S image side (pixels).
+"""
+
+import fnmatch
+import io
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files: ViLT's schemas, so that files made for ViLT, METER or FLM open as they are. One row per image.
+
+CAPTIONS = pa.schema([("image", pa.binary()), ("caption", pa.list_(pa.string())),
+                      ("image_id", pa.string()), ("split", pa.string())])
+VQA = pa.schema([("image", pa.binary()), ("questions", pa.list_(pa.string())),
+                 ("answers", pa.list_(pa.list_(pa.string()))), ("answer_labels", pa.list_(pa.list_(pa.int64()))),
+                 ("answer_scores", pa.list_(pa.list_(pa.float64()))), ("image_id", pa.int64()),
+                 ("question_id", pa.list_(pa.int64())), ("split", pa.string())])
+NLVR2 = pa.schema([("image_0", pa.binary()), ("image_1", pa.binary()), ("questions", pa.list_(pa.string())),
+                   ("answers", pa.list_(pa.string())), ("identifier", pa.string())])
+
+
+class Writer:
+    """Streams rows into an Arrow IPC file that appears under its name only when it is complete.
+
+        with Writer("toy_caption_train.arrow", CAPTIONS) as out:
+            out.write({"image": jpeg, "caption": ["a red circle"], "image_id": "0", "split": "train"})
+
+    Rows leave memory in record batches of at most `batch_rows` rows or `batch_bytes` bytes of images, so a file of any
+    length is written in flat memory. Until the block ends without an error the bytes stand in `NAME.partial`; after an
+    error that file is removed and nothing else has changed.
+    """
+
+    def __init__(self, path, schema, batch_rows=1000, batch_bytes=32 << 20):
+        self.path, self.schema = Path(path), schema
+        self.batch_rows, self.batch_bytes = batch_rows, batch_bytes
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.images = [field.name for field in schema if field.type == pa.binary()]
+        self.rows, self.bytes, self.written = [], 0, 0
+
+    def __enter__(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = pa.OSFile(str(self.partial), "wb")
+        self.stream = pa.ipc.new_file(self.file, self.schema)
+        return self
+
+    def write(self, row):
+        """Appends one row, a dict with exactly the schema's columns."""
+        if set(row) != set(self.schema.names):
+            raise ValueError(f"{self.path}: a row has the columns {sorted(row)}, the schema wants {self.schema.names}")
+        self.rows.append(row)
+        self.written += 1
+        self.bytes += sum(len(row[name]) for name in self.images)
+        if len(self.rows) >= self.batch_rows or self.bytes >= self.batch_bytes:
+            self.flush()
+
+    def flush(self):
+        if self.rows:
+            self.stream.write_batch(pa.RecordBatch.from_pylist(self.rows, schema=self.schema))
+        self.rows, self.bytes = [], 0
+
+    def __exit__(self, error, *_):
+        if error is None:
+            self.flush()
+        self.stream.close()
+        self.file.close()
+        if error is None:
+            os.replace(self.partial, self.path)   # atomic: a reader sees the whole file or none
+        else:
+            self.partial.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which files belong to which dataset. The names are ViLT's; any other NAME reads what `prepare.py --name NAME` writes.
+
+FILES = {
+    "coco": {"train": ["coco_caption_karpathy_train.arrow", "coco_caption_karpathy_restval.arrow"],
+             "val": ["coco_caption_karpathy_val.arrow"], "test": ["coco_caption_karpathy_test.arrow"]},
+    "f30k": {split: [f"f30k_caption_karpathy_{split}.arrow"] for split in ("train", "val", "test")},
+    "vg": {"train": ["vg.arrow"]},
+    "sbu": {"train": ["sbu_*.arrow"]},
+    "gcc": {"train": ["conceptual_caption_train_*.arrow"], "val": ["conceptual_caption_val_*.arrow"]},
+    "cc12m": {"train": ["conceptual_caption12m_*.arrow"]},
+}
+
+
+def find_files(directory, datasets, split):
+    """The Arrow files of some datasets' split, in a fixed order. A dataset may lack a split other than train.
+
+    Without `datasets`, all that are found in the directory. FileNotFoundError names the directory and the dataset.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: there is no such directory of Arrow files")
+    names = sorted(path.name for path in directory.glob("*.arrow"))
+    found = []
+    for dataset in datasets or known_datasets(directory):
+        patterns = FILES.get(dataset) or {
+            s: [f"{dataset}_caption_{s}.arrow"] + ([f"{dataset}_[0-9]*.arrow"] if s == "train" else [])
+            for s in ("train", "val", "test", "holdout")}
+        files = [name for pattern in patterns.get(split, []) for name in names if fnmatch.fnmatch(name, pattern)]
+        if not files and split == "train":
+            raise FileNotFoundError(f"{directory}: no caption files of dataset {dataset!r}; "
+                                    f"{' or '.join(patterns[split])} expected")
+        found += [directory / name for name in files]
+    return found
+
+
+def known_datasets(directory):
+    """The names of the caption datasets whose training files stand in a directory.
+
+    FileNotFoundError if there is none.
+    """
+    names = [path.name for path in Path(directory).glob("*.arrow")]
+    known = [name for name, splits in FILES.items()
+             if any(fnmatch.filter(names, pattern) for pattern in splits["train"])]
+    known += sorted(name.removesuffix("_caption_train.arrow") for name in names if name.endswith("_caption_train.arrow"))
+    if not known:
+        raise FileNotFoundError(f"{directory}: no caption files here (such as NAME_caption_train.arrow); "
+                                f"prepare.py and toy.py write them")
+    return known
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading.
+
+class Table:
+    """Rows of any number of Arrow files as one sequence, memory-mapped, opened lazily and anew in every process.
+
+    `columns` must exist in each file. Only row counts are kept in memory; no picture is touched before it is asked for.
+    """
+
+    def __init__(self, paths, columns):
+        self.paths = [str(path) for path in paths]
+        self.files = {}                                     # path -> open reader, of this process
+        batch_rows = []
+        self.batches = []                                   # (path, number of the record batch in it)
+        for path in self.paths:
+            reader = self._open(path)
+            missing = [name for name in columns if name not in reader.schema.names]
+            if missing:
+                raise ValueError(f"{path}: has no column {', '.join(missing)}; its columns are {reader.schema.names}")
+            for i in range(reader.num_record_batches):
+                self.batches.append((path, i))
+                batch_rows.append(reader.get_batch(i).num_rows)
+        self.starts = np.concatenate([[0], np.cumsum(batch_rows, dtype=np.int64)])      # first row of each batch
+
+    def _open(self, path):
+        if path not in self.files:
+            if not os.path.isfile(path):
+                raise FileNotFoundError(f"{path}: there is no such file")
+            try:
+                self.files[path] = pa.ipc.open_file(pa.memory_map(path))
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ValueError(f"{path}: not a complete Arrow IPC file ({str(error).splitlines()[0]})") from None
+        return self.files[path]
+
+    def __getstate__(self):                                 # a worker maps the files itself
+        return self.__dict__ | {"files": {}}
+
+    def batch(self, number):
+        path, i = self.batches[number]
+        return self._open(path).get_batch(i)
+
+    def cell(self, column, row):
+        """One value, as an Arrow scalar; nothing else of the row is read."""
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.batch(number).column(column)[int(row - self.starts[number])]
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def place(self, row):
+        """Where a row stands, for messages: 'coco_caption_karpathy_train.arrow row 17'."""
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        path = self.batches[number][0]
+        first = next(i for i, (p, _) in enumerate(self.batches) if p == path)
+        return f"{path} row {int(row - self.starts[first])}"
+
+
+class Captions(Table):
+    """Image-caption pairs: `len(table.row_of)` captions of `len(table)` images.
+
+    row_of (captions,): the row of each caption's image. lengths (captions,): bytes of each caption, the sorting key of
+    the sampler. Both come from Arrow's offset buffers, so no caption becomes a Python string before it is used.
+    """
+
+    def __init__(self, paths):
+        super().__init__(paths, ["image", "caption"])
+        rows, lengths, first = [np.empty(0, np.int64)], [np.empty(0, np.int32)], []
+        for number in range(len(self.batches)):
+            column = self.batch(number).column("caption")
+            if not (pa.types.is_list(column.type) and pa.types.is_string(column.type.value_type)):
+                raise ValueError(f"{self.batches[number][0]}: column caption is {column.type}, list<string> expected")
+            offsets = column.offsets.to_numpy()                                         # (rows + 1,)
+            values = column.values
+            text = np.frombuffer(values.buffers()[1] or b"", np.int32)[values.offset:]  # byte offsets of the captions
+            first.append(int(offsets[0]))
+            rows.append(np.repeat(np.arange(len(column)) + self.starts[number], np.diff(offsets)))
+            lengths.append(np.diff(text[offsets[0]:offsets[-1] + 1]))
+        self.row_of, self.lengths = np.concatenate(rows), np.concatenate(lengths)
+        self.first_value = np.array(first)                                              # of each batch, in its values
+        self.caption_starts = np.concatenate([[0], np.cumsum([len(r) for r in rows[1:]], dtype=np.int64)])
+        if not len(self.row_of):
+            raise ValueError(f"{', '.join(self.paths) or 'no file'}: no captions in it")
+
+    def text(self, i):
+        """Caption i of all, str."""
+        number = int(np.searchsorted(self.caption_starts, i, side="right")) - 1
+        values = self.batch(number).column("caption").values
+        return values[int(i - self.caption_starts[number] + self.first_value[number])].as_py()
+
+    def image(self, row):
+        """The encoded picture of a row, bytes without a copy."""
+        return self.cell("image", row).as_buffer()
+
+    def texts(self):
+        """All captions, one after the other."""
+        return (self.text(i) for i in range(len(self.row_of)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures: CLIP's transform. Tensors stay uint8 until they are on the device, where a byte a pixel has arrived.
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def decode(encoded, size, draft=False, augment=None):
+    """Encoded bytes -> uint8 tensor (3, S, S): shorter side to `size` (bicubic), centre crop.
+
+    draft: let libjpeg decode at 1/2, 1/4 or 1/8 where that still has the pixels; several times faster, slightly softer,
+    so for training only. augment: a PIL -> PIL function, applied before the resize as CLIP's fine-tuning does.
+    OSError, SyntaxError or ValueError for what is no picture.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(encoded))
+        if draft and image.format == "JPEG":
+            scale = size / min(image.size)
+            image.draft("RGB", (int(np.ceil(image.width * scale)), int(np.ceil(image.height * scale))))
+        image = image.convert("RGB")
+    if augment is not None:
+        image = augment(image)
+    short, long = min(image.size), max(image.size)
+    longer = int(size * long / short)
+    image = image.resize((size, longer) if image.width <= image.height else (longer, size), Image.Resampling.BICUBIC)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    image = image.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)                  # (3, S, S)
+
+
+def normalize(images, mean=CLIP_MEAN, std=CLIP_STD):
+    """uint8 (B, 3, H, W) -> float32, on whatever device it is: (x / 255 - mean) / std."""
+    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (mean, std))
+    return (images.float() / 255 - mean) / std
+
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+class CaptionDataset(torch.utils.data.Dataset):
+    """Samples of a Captions table. `dataset[epoch, i]` is caption i with its image, drawn for that epoch.
+
+    A sample is a pure function of (seed, epoch, i): the number of workers or processes and a resume change nothing.
+    An image that cannot be decoded is replaced by the next row's that can, together with that row's caption, and named
+    in the sample's "unreadable"; the training loop counts and stops when they are many.
+    """
+
+    def __init__(self, table, tok, image_size, max_tokens, train, seed=0, augment=False):
+        self.table, self.tok, self.image_size, self.max_tokens = table, tok, image_size, max_tokens
+        self.train, self.seed = train, seed
+        self.augment = None
+        if augment:
+            from torchvision.transforms import RandAugment      # slow to import, and only fine-tuning wants it
+            self.augment = RandAugment(2, 9)
+
+    def __len__(self):
+        return len(self.table.row_of)
+
+    def __getitem__(self, key):
+        epoch, i = key
+        rng = np.random.default_rng([self.seed, epoch, i])
+        unreadable = []
+        for attempt in range(100):
+            row = int(self.table.row_of[i])
+            try:
+                if self.augment is None:
+                    image = decode(self.table.image(row), self.image_size, draft=self.train)
+                else:
+                    with torch.random.fork_rng(devices=[]):     # RandAugment draws from torch's global state
+                        torch.manual_seed(int(rng.integers(2 ** 62)))
+                        image = decode(self.table.image(row), self.image_size, draft=self.train, augment=self.augment)
+                break
+            except UNREADABLE as error:
+                unreadable.append(f"{self.table.place(row)}: {error or type(error).__name__}")
+                i = int(np.searchsorted(self.table.row_of, row, side="right")) % len(self)      # the next row's first
+        else:
+            raise RuntimeError(f"100 images in a row cannot be decoded, the last one {unreadable[-1]}")
+        ids = self.tok.encode(self.table.text(i))
+        kept = ids[:self.max_tokens - 2]
+        return {"image": image, "ids": [self.tok.cls_id, *kept, self.tok.sep_id], "row": row, "index": i, "rng": rng,
+                "cut": len(kept) < len(ids), "unreadable": unreadable}
+
+
+def pad_batch(samples, pad_id, multiple=8):
+    """Samples -> {image (B, 3, S, S) uint8, ids (B, L) int64}, L the longest caption rounded up to a multiple."""
+    longest = max(len(sample["ids"]) for sample in samples)
+    ids = torch.full((len(samples), -(-longest // multiple) * multiple), pad_id)
+    for row, sample in zip(ids, samples):
+        row[:len(sample["ids"])] = torch.tensor(sample["ids"])
+    return {"image": torch.stack([sample["image"] for sample in samples]), "ids": ids}
+
+
+def mask_words(ids, word_starts, rate, mask_id, replacements, rng):
+    """BERT's masking of whole words: picks words, replaces 80 % of their tokens by `<mask>`, 10 % by a random one.
+
+    ids: one caption's token ids, `<s>` and `</s>` at its ends; word_starts: for the ids in between, whether a word starts
+    there; replacements: the ids that a random token is drawn from. Of W words, rate · W are picked, rounded up or down at
+    random so that the mean is `rate`, but at least one.
+    Returns (masked ids, positions that were picked), both int64 arrays.   (BERT, section 3.1; RoBERTa's tables.)
+    """
+    ids = np.array(ids)
+    word = np.cumsum(word_starts)                                   # 1, 1, 2, 3, …: the word of each inner token
+    words = int(word[-1]) if len(word) else 0
+    if words == 0:
+        return ids, np.empty(0, np.int64)
+    count = min(words, max(1, int(rate * words + rng.random())))
+    picked = 1 + np.flatnonzero(np.isin(word, 1 + rng.choice(words, count, replace=False)))
+    fate = rng.random(len(picked))
+    ids[picked[fate < 0.8]] = mask_id
+    swapped = picked[(fate >= 0.8) & (fate < 0.9)]
+    ids[swapped] = rng.choice(replacements, len(swapped))
+    return ids, picked
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order. What is seen at a step is a pure function of (seed, epoch, step): resuming is arithmetic.
+
+class GlobalBatches:
+    """Shuffles, cuts into global batches, sorts each by caption length, deals micro-batches to the processes.
+
+    Sorting leaves next to no padding; dealing neighbours at the same time gives the processes equal work; and the same
+    global batch is trained on whatever their number. The captions that do not fill the last batch of an epoch sit out;
+    every epoch shuffles anew.
+    """
+
+    def __init__(self, lengths, global_batch, seed):
+        if global_batch > len(lengths):
+            raise ValueError(f"global batch {global_batch}: there are only {len(lengths)} captions to train on")
+        self.lengths, self.size, self.seed = lengths, global_batch, seed
+        self.steps_per_epoch = len(lengths) // global_batch
+        self.epoch, self.order = None, None
+
+    def batch(self, step):
+        """The global batch of a step: caption numbers (size,), shortest first."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+        numbers = self.order[k * self.size:(k + 1) * self.size]
+        return numbers[np.argsort(self.lengths[numbers], kind="stable")]
+
+    def micro_batches(self, start, stop, micro_batch, rank=0, world=1):
+        """This process's micro-batches of the steps start..stop-1, lists of (epoch, caption number) for a DataLoader."""
+        for step in range(start, stop):
+            numbers, epoch = self.batch(step), step // self.steps_per_epoch
+            for first in range(rank * micro_batch, self.size, world * micro_batch):
+                yield [(epoch, int(i)) for i in numbers[first:first + micro_batch]]
+
+
+def evaluation_batches(lengths, numbers, size):
+    """Batches of captions of similar length, each of `numbers` exactly once: lists of (epoch 0, caption number)."""
+    numbers = np.asarray(numbers)
+    numbers = numbers[np.argsort(lengths[numbers], kind="stable")]
+    return [[(0, int(i)) for i in numbers[first:first + size]] for first in range(0, len(numbers), size)]

@@ -1,0 +1,524 @@
+"""ONE training loop: pretraining and every fine-tuning task.
+
+    python train.py --task pretrain --recipe toy --data data/toy --out runs/toy
+    torchrun --nproc_per_node 8 train.py --task pretrain --recipe flm-b32 --data DIR --tokenizer DIR --out runs/flm
+    python train.py --task pretrain --recipe toy --data data/toy --out runs/toy --resume      # goes on where it stopped
+
+The global batch is the only knob: it is split into micro-batches, accumulated and dealt to the processes, and the gradient
+is that of the mean over the global batch however it was split. A step is an optimizer step, everywhere.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.utils.data import DataLoader
+
+import flm
+import tokenizer
+import weights
+from data import GlobalBatches, evaluation_batches, normalize
+from tasks import RECIPES, TASKS
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config: the settings below and the fields of flm.Config, each a flag. A flag beats the recipe, the recipe the default.
+
+@dataclass(frozen=True)
+class Settings:
+    task: str = "pretrain"
+    recipe: str = ""                # a row of tasks.RECIPES; its values stand where no flag is given
+    model: str = "base-b32"         # a row of flm.PRESETS; every field of flm.Config is a flag too
+    data: str = ""                  # directory of Arrow files
+    datasets: tuple = ()            # names of datasets in it (coco vg sbu gcc …); none: all that are found
+    tokenizer: str = ""             # directory of vocab.json + merges.txt (or vocab.txt); none: train one on the captions
+    out: str = ""                   # directory of the run: config.json, metrics.jsonl, last.pt
+    resume: bool = False            # go on from OUT/last.pt, if it is there
+    # optimization
+    steps: int = 10_000
+    global_batch: int = 256         # pairs per optimizer step, over all processes
+    micro_batch: int = 0            # pairs per forward pass of one process; 0: as many as its share of the global batch
+    lr: float = 1e-4                # peak rate of the group "base"
+    head_lr: float = 5.0            # multiples of lr: vocabulary and task heads …
+    fusion_lr: float = 5.0          # … fusion layers, reconstructor, and what leads to them
+    warmup: float = 0.05            # share of the steps with a linearly rising rate; then it falls linearly to 0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip: float = 0.0               # largest norm of the gradient; 0: not clipped
+    max_skipped: int = 10           # non-finite gradients in a row before the run stops
+    # data
+    max_tokens: int = 50            # longer captions are cut, and counted
+    pad_to: int = 8                 # captions are padded to a multiple of this
+    augment: bool = False           # RandAugment(2, 9)
+    max_unreadable: float = 0.01    # share of undecodable images at which the run stops
+    workers: int = -1               # loader processes; -1: one, or on a GPU up to eight
+    # machine
+    device: str = ""                # cpu, cuda, …; default: cuda where there is one
+    precision: str = ""             # fp32, bf16, fp16; default: bf16, fp16 on GPUs without it, fp32 on CPUs without it
+    compile: bool = False
+    shard: bool = False             # fully sharded parameters (FSDP2) instead of DDP
+    seed: int = 0
+    # reporting
+    log_every: int = 50
+    eval_every: int = 1000          # 0: never
+    eval_samples: int = 5000        # captions of the validation split that are looked at, evenly spread; 0: all
+    save_every: int = 1000
+    keep: int = 0                   # every so many steps, keep a checkpoint under its own name; 0: only last.pt
+
+
+# What may differ between a run and its resumption without changing what is learned.
+FREE_TO_CHANGE = {"resume", "out", "data", "micro_batch", "workers", "device", "compile", "shard", "log_every", "eval_every",
+                  "eval_samples", "save_every", "keep", "max_unreadable", "max_skipped", "tokenizer"}
+
+
+def parse(argv):
+    """Command line -> (Settings, Config fields that were asked for by the recipe or a flag)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    settings_fields = {f.name: f for f in fields(Settings)}
+    config_fields = {f.name: f for f in fields(flm.Config)}
+    for group, some in (("settings", settings_fields), ("model sizes and losses (flm.Config)", config_fields)):
+        group = parser.add_argument_group(group)
+        for name, field in some.items():
+            kind = type(field.default)
+            how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="+")}.get(kind, dict(type=kind))
+            group.add_argument("--" + name.replace("_", "-"), default=None, help=f"default {field.default!r}", **how)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    recipe = given.get("recipe", "")
+    if recipe and recipe not in RECIPES:
+        parser.error(f"--recipe {recipe}: one of {', '.join(RECIPES)} is expected")
+    merged = RECIPES.get(recipe, {}) | given
+    merged["datasets"] = tuple(merged.get("datasets", ()))
+    for flag, table in (("task", TASKS), ("model", flm.PRESETS)):
+        if merged.get(flag, getattr(Settings, flag)) not in table:
+            parser.error(f"--{flag} {merged[flag]}: one of {', '.join(table)} is expected")
+    for flag in ("data", "out"):
+        if not merged.get(flag):
+            parser.error(f"--{flag} is needed: the directory of {'Arrow files' if flag == 'data' else 'the run'}")
+    return (Settings(**{k: v for k, v in merged.items() if k in settings_fields}),
+            {k: v for k, v in merged.items() if k in config_fields})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and devices.
+
+def find_ranks(env):
+    """(rank, world size, local rank) from what torchrun, OpenMPI's mpirun or SLURM's srun set; alone: (0, 1, 0)."""
+    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+                  ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+                  ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
+        if all(name in env for name in names):
+            return tuple(int(env[name]) for name in names)
+    return 0, 1, 0
+
+
+def set_up(settings):
+    """Joins the process group, if there are several processes -> (rank, world size, device)."""
+    rank, world, local_rank = find_ranks(os.environ)
+    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1 and not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")       # several nodes: the launcher or the user sets both
+        os.environ.setdefault("MASTER_PORT", "29500")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
+    return rank, world, device
+
+
+def choose_precision(settings, device):
+    """fp32, bf16 or fp16: what was asked for, else the fastest that the device does well."""
+    if settings.precision not in ("", "fp32", "bf16", "fp16"):
+        raise ValueError(f"precision {settings.precision!r}: one of fp32, bf16, fp16 is expected")
+    if settings.precision == "fp16" and device.type != "cuda":
+        raise ValueError("precision fp16 needs a GPU; bf16 and fp32 run everywhere")
+    if settings.precision:
+        return settings.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def split_batch(settings, world):
+    """The global batch -> (micro-batch, micro-batches that one process accumulates per step)."""
+    share, rest = divmod(settings.global_batch, world)
+    micro = settings.micro_batch or share
+    if rest or micro < 1 or share % micro:
+        raise ValueError(f"global batch {settings.global_batch} does not divide into {world} processes x micro-batches of "
+                         f"{micro or settings.micro_batch}")
+    return micro, share // micro
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer and schedule.
+
+def parameter_groups(model, task, settings):
+    """AdamW's groups: {base, head, fusion} x {decayed, not}; every parameter in exactly one.
+
+    Decayed are matrices (weights of linear layers, convolutions, embeddings); biases, LayerNorms, the class token and the
+    ViT's position grid are not.
+    """
+    scales = {"base": 1.0, "head": settings.head_lr, "fusion": settings.fusion_lr}
+    groups = {(group, decayed): [] for group in scales for decayed in (True, False)}
+    for name, parameter in model.named_parameters():
+        group = next((g for g, prefixes in task.GROUPS.items() if name.startswith(prefixes)), "base")
+        groups[group, parameter.ndim >= 2 and name != "vit.position"].append(parameter)
+    assert sum(map(len, groups.values())) == len(list(model.parameters()))
+    return [{"params": parameters, "scale": scales[group], "weight_decay": settings.weight_decay if decayed else 0.0}
+            for (group, decayed), parameters in groups.items() if parameters]
+
+
+def rate_at(step, settings):
+    """The share of the peak rate at a step, counted from 0: linear from 0 over the warm-up, then linear to 0."""
+    warmup = round(settings.warmup * settings.steps)
+    if step < warmup:
+        return step / warmup
+    return max(0.0, (settings.steps - step) / max(1, settings.steps - warmup))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small tools of the loop.
+
+class Sums:
+    """Losses, hits and counts, summed on the device without waiting for it; read and reset when something is printed."""
+
+    def __init__(self, names, device):
+        self.names, self.values = list(names), torch.zeros(3, len(names), dtype=torch.float64, device=device)
+
+    def add(self, results, counts):
+        self.values += torch.stack([torch.stack([results[name][0].detach() for name in self.names]),
+                                    torch.stack([results[name][1] for name in self.names]),
+                                    counts]).to(self.values)
+
+    def read(self, loss_weights, prefix=""):
+        """-> {loss, <output>_loss, <output>_accuracy}: means over all processes' targets; the sums start anew."""
+        if dist.is_initialized():
+            dist.all_reduce(self.values)
+        losses, hits, counts = self.values.tolist()
+        self.values.zero_()
+        means = {name: (loss / count, hit / count) if count else (0.0, 0.0)
+                 for name, loss, hit, count in zip(self.names, losses, hits, counts)}
+        out = {prefix + "loss": sum(loss_weights[name] * means[name][0] for name in self.names)}
+        for name, (loss, accuracy) in means.items():
+            out |= {f"{prefix}{name}_loss": loss, f"{prefix}{name}_accuracy": accuracy}
+        return out
+
+
+def to_device(batch, device):
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return batch | {"image": normalize(batch["image"])}
+
+
+def memory_gb(device):
+    """Peak memory of the device, or of this process where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def clock(seconds):
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
+
+@torch.no_grad()
+def evaluate(model, task, table, settings, device, autocast, rank, world):
+    """Losses and accuracies on a table's captions, each counted once whatever the number of processes."""
+    lengths = table.lengths
+    chosen = range(len(lengths))
+    if 0 < settings.eval_samples < len(lengths):
+        chosen = [i * len(lengths) // settings.eval_samples for i in range(settings.eval_samples)]
+    size = settings.micro_batch or max(1, settings.global_batch // world)
+    batches = evaluation_batches(lengths, chosen, size)
+    rounds = -(-len(batches) // world)
+    # A process that has nothing left repeats the first batch, uncounted: sharded models must run in step.
+    mine = [batches[k] if k < len(batches) else batches[0] for k in range(rank, rounds * world, world)]
+    counted = [k < len(batches) for k in range(rank, rounds * world, world)]
+    loader = DataLoader(task.dataset(table, train=False), batch_sampler=mine, collate_fn=task.collate,
+                        num_workers=loader_workers(settings, device), pin_memory=device.type == "cuda")
+    weights_of = task.config.loss_weights
+    sums = Sums(weights_of, device)
+    model.eval()
+    for (batch, notes), counts in zip(loader, counted):
+        with autocast:
+            results = model(to_device(batch, device))
+        if counts:
+            sums.add(results, torch.tensor([notes["counts"][name] for name in weights_of], device=device))
+    model.train()
+    return sums.read(weights_of, "val_")
+
+
+def loader_workers(settings, device):
+    if settings.workers >= 0:
+        return settings.workers
+    return min(8, max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count()))) if device.type == "cuda" else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run.
+
+def main(argv=None):
+    settings, config_flags = parse(argv)
+    try:
+        train(settings, config_flags)
+    except (FileNotFoundError, ValueError, RuntimeError) as error:
+        if os.environ.get("DEBUG"):
+            raise
+        sys.exit(f"train.py: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(settings, config_flags):
+    rank, world, device = set_up(settings)
+    say = print if rank == 0 else lambda *a, **k: None
+    out = Path(settings.out)
+    checkpoint = out / "last.pt"
+    if checkpoint.exists() and not settings.resume:
+        raise ValueError(f"{checkpoint} exists: --resume goes on from it; for a new run choose another --out")
+    saved = weights.read(checkpoint) if settings.resume and checkpoint.exists() else None
+    micro_batch, accumulation = split_batch(settings, world)
+    precision = choose_precision(settings, device)
+
+    # data
+    task_class = TASKS[settings.task]
+    tables = {split: task_class.table(settings, split) for split in ("train", "val")}
+    tok = open_tokenizer(settings, config_flags, saved, tables["train"], rank, say)
+    config = replace(flm.PRESETS[settings.model], **config_flags)
+    config = task_class.adapt(replace(config, vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id,
+                                      sep_id=tok.sep_id, mask_id=tok.mask_id))
+    max_tokens = min(settings.max_tokens, config.max_positions - 2)
+    task = task_class(replace(settings, max_tokens=max_tokens), config, tok)
+    sampler = GlobalBatches(tables["train"].lengths, settings.global_batch, settings.seed)
+
+    # model; everybody draws the same weights
+    torch.manual_seed(settings.seed)
+    model = bare_model = flm.FLM(config).to(device)
+    if settings.shard:
+        from torch.distributed.fsdp import fully_shard
+        if world == 1:
+            raise ValueError("--shard needs several processes: start with torchrun")
+        for layers in (m for m in model.children() if isinstance(m, torch.nn.ModuleList)):
+            for layer in layers:
+                fully_shard(layer)
+        fully_shard(model)
+    if settings.compile:
+        model.compile()
+    groups = parameter_groups(bare_model, task, settings)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    step = 0
+    if saved:
+        check_same_run(checkpoint, saved, settings, config)
+        set_state_dict(bare_model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
+                       options=StateDictOptions(full_state_dict=True))
+        scaler.load_state_dict(saved["scaler"])
+        step = saved["step"]
+        del saved
+    if world > 1 and not settings.shard:
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None)
+    autocast = torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision),
+                              enabled=precision != "fp32")
+    loader = DataLoader(task.dataset(tables["train"], train=True),
+                        batch_sampler=sampler.micro_batches(step, settings.steps, micro_batch, rank, world),
+                        collate_fn=task.collate, num_workers=loader_workers(settings, device),
+                        pin_memory=device.type == "cuda")
+
+    if rank == 0:
+        describe_run(out, settings, config, precision, world, micro_batch, accumulation, tables, bare_model, step)
+    log = Log(out / "metrics.jsonl", step, rank)
+    loss_weights = config.loss_weights
+    sums = Sums(loss_weights, device)
+    skipped_in_a_row = skipped = torch.zeros((), device=device)
+    seen = unreadable = cut = tokens = padded = 0
+    started = window = time.perf_counter()
+    waited, window_samples, first_step = 0.0, 0, step
+    batches = iter(loader)
+    model.train()
+
+    while True:
+        last = step == settings.steps
+        if settings.eval_every and tables["val"] and (step % settings.eval_every == 0 or last):
+            began = time.perf_counter()
+            metrics = evaluate(model if settings.shard else bare_model, task, tables["val"], task.settings, device,
+                               autocast, rank, world)
+            log.write({"step": step, **metrics})
+            say(f"step {step:>6} | validation " + report(metrics, loss_weights, "val_"))
+            window += time.perf_counter() - began
+        if step != first_step and (step % settings.save_every == 0 or last or (settings.keep and step % settings.keep == 0)):
+            model_state, optimizer_state = get_state_dict(
+                bare_model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            if rank == 0:
+                contents = dict(backbone="flm", model=model_state, config=config, task=settings.task,
+                                tokenizer_files=weights.pack_tokenizer(tok), optimizer=optimizer_state,
+                                scaler=scaler.state_dict(), step=step, settings=asdict(settings))
+                weights.save(checkpoint, **contents)
+                if settings.keep and step % settings.keep == 0:
+                    weights.save(out / f"step_{step}.pt", **contents)
+        if last:
+            break
+
+        # Dropout's random numbers are a function of the step, as the data is: nothing to save, nothing to restore.
+        torch.manual_seed(hash((settings.seed, step, rank)) % 2 ** 63)
+        rate = rate_at(step, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * group["scale"] * rate
+
+        # The mean of each loss is over the targets of the global batch, so they are counted before the first backward.
+        began = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(accumulation)]
+        waited += time.perf_counter() - began
+        counts = torch.tensor([[notes["counts"][name] for name in loss_weights] for _, notes in micro_batches],
+                              dtype=torch.float32).to(device, non_blocking=True)                # (accumulation, losses)
+        totals = counts.sum(0)
+        if world > 1:
+            dist.all_reduce(totals)
+        factors = world / totals.clamp(min=1)                   # DDP and FSDP average over the processes
+        for i, (batch, notes) in enumerate(micro_batches):
+            sync = i == accumulation - 1
+            if settings.shard:
+                bare_model.set_requires_gradient_sync(sync)
+            with model.no_sync() if world > 1 and not settings.shard and not sync else contextlib.nullcontext():
+                with autocast:
+                    results = model(to_device(batch, device))
+                loss = sum(loss_weights[name] * results[name][0] * factor for name, factor in zip(loss_weights, factors))
+                scaler.scale(loss).backward()
+            sums.add(results, counts[i])
+            seen, unreadable, cut = seen + notes["samples"], unreadable + len(notes["unreadable"]), cut + notes["cut"]
+            tokens, padded = tokens + notes["tokens"], padded + notes["padded_tokens"]
+            log.unreadable(notes["unreadable"])
+        if unreadable > max(10, settings.max_unreadable * seen):
+            raise RuntimeError(f"{unreadable} of {seen} images cannot be decoded (named in {log.unreadable_path}), more than "
+                               f"--max-unreadable {settings.max_unreadable}")
+
+        # A gradient that is not finite is skipped and counted, on the device: the loop never waits to find out.
+        scaler.unscale_(optimizer)
+        gradients = [p.grad for p in bare_model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        bad = (~torch.isfinite(norm)).float()
+        skipped, skipped_in_a_row = skipped + bad, (skipped_in_a_row + bad) * bad
+        if settings.clip:
+            torch.nn.utils.clip_grads_with_norm_(bare_model.parameters(), settings.clip, norm)
+        if not scaler.is_enabled():
+            optimizer.found_inf = bad                           # the fused AdamW does nothing where this is 1
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        window_samples += settings.global_batch
+
+        if step % settings.log_every == 0 or step == settings.steps:
+            metrics = sums.read(loss_weights)                   # waits for the device: the clock below is honest
+            if skipped_in_a_row >= settings.max_skipped:
+                raise RuntimeError(f"step {step}: {int(skipped_in_a_row)} gradients in a row were not finite; a lower --lr, "
+                                   f"--clip or --precision bf16 may help")
+            now = time.perf_counter()
+            speed = window_samples / (now - window)
+            metrics = {"step": step, **metrics, "lr": settings.lr * rate, "gradient_norm": float(norm),
+                       "samples_per_second": speed, "data_wait": waited / (now - window), "memory_gb": memory_gb(device),
+                       "padding": 1 - tokens / padded, "skipped": int(skipped), "unreadable": unreadable, "cut": cut,
+                       "seconds": now - started}
+            log.write(metrics)
+            eta = (settings.steps - step) * settings.global_batch / speed
+            say(f"step {step:>6}/{settings.steps} | {report(metrics, loss_weights)} | lr {metrics['lr']:.1e} | "
+                f"{speed:.0f} samples/s | data wait {100 * metrics['data_wait']:.0f} % | {metrics['memory_gb']:.1f} GB | "
+                f"ETA {clock(eta)}" + "".join(f" | {n} {what}" for n, what in (
+                    (int(skipped), "steps skipped"), (unreadable, "images unreadable"), (cut, "captions cut")) if n),
+                flush=True)
+            window, waited, window_samples = now, 0.0, 0
+    say(f"done in {clock(time.perf_counter() - started)}: {checkpoint}")
+
+
+def report(metrics, names, prefix=""):
+    """loss 2.345 | reconstructed 2.1 (45 %) forward 2.5 (40 %) …"""
+    parts = (f"{name} {metrics[f'{prefix}{name}_loss']:.3f} ({100 * metrics[f'{prefix}{name}_accuracy']:.0f} %)"
+             for name in names)
+    return f"loss {metrics[prefix + 'loss']:.4f} | " + " ".join(parts)
+
+
+def open_tokenizer(settings, config_flags, saved, table, rank, say):
+    """The checkpoint's tokenizer, else that of --tokenizer, else one trained on the captions (kept in OUT/tokenizer)."""
+    if saved:
+        return weights.unpack_tokenizer(saved["tokenizer"])
+    if settings.tokenizer:
+        return tokenizer.load(settings.tokenizer)
+    size = config_flags.get("vocab_size", flm.PRESETS[settings.model].vocab_size)
+    if size > 10_000:
+        raise ValueError(f"--model {settings.model} has RoBERTa's vocabulary of {size}: --tokenizer DIR must name the "
+                         f"directory of its vocab.json and merges.txt (or choose a --vocab-size to train one)")
+    directory = Path(settings.out) / "tokenizer"
+    if rank == 0:
+        say(f"training a tokenizer of {size} tokens on {len(table.row_of):,} captions")
+        tokenizer.BPE.train(table.texts(), size).save(directory)
+    if dist.is_initialized():
+        dist.barrier()
+    return tokenizer.load(directory)
+
+
+def check_same_run(path, saved, settings, config):
+    """A run resumes under the settings it was started with; ValueError names those that differ."""
+    ours = {k: v for k, v in (asdict(settings) | asdict(config)).items() if k not in FREE_TO_CHANGE}
+    theirs = saved["settings"] | saved["config"]
+    differ = [f"{k} {theirs.get(k)!r} -> {v!r}" for k, v in ours.items()
+              if theirs.get(k) != v and not (k == "datasets" and list(theirs.get(k, ())) == list(v))]
+    if differ:
+        raise ValueError(f"{path}: --resume with other settings than the run's: {', '.join(differ)}")
+
+
+def describe_run(out, settings, config, precision, world, micro_batch, accumulation, tables, model, step):
+    """Prints what is about to run and writes it to OUT/config.json: a run directory explains itself."""
+    out.mkdir(parents=True, exist_ok=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    described = {"command": " ".join(sys.argv), "settings": asdict(settings), "config": asdict(config),
+                 "precision": precision, "processes": world, "micro_batch": micro_batch, "accumulation": accumulation,
+                 "parameters": parameters, "files": {k: t.paths for k, t in tables.items() if t},
+                 "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {torch.get_num_threads()}"}
+    (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    train_table = tables["train"]
+    print(f"{config.objective} pretraining" if settings.task == "pretrain" else settings.task,
+          f"| recipe {settings.recipe or 'none'} | model {settings.model}, {parameters / 1e6:.1f} M parameters | {precision}"
+          f" on {described['device']}")
+    print(f"{len(train_table.row_of):,} captions of {len(train_table):,} images | global batch {settings.global_batch} = "
+          f"{world} processes x {accumulation} x {micro_batch} | {settings.steps} steps from step {step} = "
+          f"{settings.steps * settings.global_batch / len(train_table.row_of):.1f} epochs")
+
+
+class Log:
+    """metrics.jsonl, a line per report, and unreadable.txt; only the first process writes the former.
+
+    A resumed run first drops the lines that the interrupted one wrote after its last checkpoint.
+    """
+
+    def __init__(self, path, step, rank):
+        self.path = path if rank == 0 else None
+        self.unreadable_path = path.with_name(f"unreadable_{rank}.txt")
+        if self.path and path.exists():
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if step else []
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, metrics):
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(metrics) + "\n")
+
+    def unreadable(self, lines):
+        if lines:
+            with open(self.unreadable_path, "a") as file:
+                file.writelines(line + "\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
