@@ -156,13 +156,18 @@ def from_released_flm(state):
             ignored.append(key)
         else:
             found[name] = tensor
+    return merge_projections(found), ignored
+
+
+def merge_projections(found):
+    """Query, key and value tensors as others store them -> our `q` and `kv` ([key; value]), weights and biases."""
     ours = {}
     for name, tensor in found.items():
-        if ".key." in name:         # our kv is [key; value]
+        if ".key." in name:
             ours[name.replace(".key.", ".kv.")] = torch.cat([tensor, found[name.replace(".key.", ".value.")]])
         elif ".qkv." in name:       # CLIP's in_proj is [query; key; value]
             q, kv = tensor.split([len(tensor) // 3, len(tensor) * 2 // 3])
             ours[name.replace(".qkv.", ".q.")], ours[name.replace(".qkv.", ".kv.")] = q, kv
         elif ".value." not in name:
             ours[name] = tensor
-    return ours, ignored
+    return ours

@@ -1,0 +1,133 @@
+"""Scores of a trained model.
+
+    python eval.py words runs/toy/last.pt --data data/toy      # does it read the picture? -> table, words.json
+
+`words` asks a language model for every word of a group (colours, shapes, relations, as a JSON file lists them) in captions
+it has never seen, three times: with the right image, with another caption's image, and with a blank one. Only what the
+first column has beyond the other two was read from the picture.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import weights
+from data import CaptionDataset, Captions, evaluation_batches, find_files, normalize, pad_batch
+
+IMAGES = ("right image", "another image", "no image")
+
+
+@torch.no_grad()
+def reconstruct(model, visual, ids):
+    """The model's guess for every token of every caption, each from all the context its objective allows.
+
+    flm: row i of the reconstructor, all words at once. mlm: position i masked, one pass per position. ar, prefix: the
+    forward stream's next word, so the first word has no guess (it gets `<pad>`).
+    visual (B, P, D), ids (B, L) -> (B, L) int64
+    """
+    c = model.config
+    guess = torch.full_like(ids, c.pad_id)
+    if c.objective == "flm":
+        guess = model.vocab_logits(model.fuse(visual, model.encode_text(ids)).reconstructed).argmax(-1)
+    elif c.objective == "mlm":
+        for i in range(1, ids.shape[1]):
+            masked = ids.clone()
+            masked[:, i] = torch.where(ids[:, i] == c.pad_id, c.pad_id, c.mask_id)
+            fused = model.fuse(visual, model.encode_text(masked))
+            guess[:, i] = model.vocab_logits(fused.reconstructed[:, i]).argmax(-1)
+    else:
+        fused = model.fuse(visual, model.encode_text(ids))
+        guess[:, 2:] = model.vocab_logits(fused.forward[:, 1:-1]).argmax(-1)
+    return guess
+
+
+def word_table(model, table, groups, device, captions=2000, batch=100, examples=12):
+    """Accuracy of the words of each group with each of IMAGES, over at most so many captions, evenly spread.
+
+    groups: {name: [words]}. Returns {"accuracy": {group: {image: share}}, "words": {group: count}, "examples": […]}.
+    """
+    tok = model.tokenizer
+    group_of = {word: name for name, words in groups.items() for word in words}
+    token_group = [group_of.get(tok.decode([i]).strip().lower()) for i in range(len(tok))]
+    dataset = CaptionDataset(table, tok, model.config.image_size, model.config.max_positions - 2, train=False)
+    count = min(captions, len(dataset))
+    numbers = [k * len(dataset) // count for k in range(count)]
+    hits = {name: dict.fromkeys(IMAGES, 0) for name in groups}
+    asked, shown = dict.fromkeys(groups, 0), []
+    for keys in tqdm(evaluation_batches(table.lengths, numbers, batch), desc="words", unit="batch", leave=False):
+        samples = [dataset[key] for key in keys]
+        # another picture: of a row half the table away, so never this caption's own
+        others = [dataset[0, int(table.row_of.searchsorted((s["row"] + max(1, len(table) // 2)) % len(table)))]
+                  for s in samples]
+        inputs = pad_batch(samples, tok.pad_id)
+        ids = inputs["ids"].to(device)
+        right = normalize(inputs["image"].to(device))
+        other = normalize(torch.stack([s["image"] for s in others]).to(device))
+        visual = {"right image": right, "another image": other, "no image": torch.zeros_like(right)}
+        guesses = {name: reconstruct(model, model.encode_image(image), ids).tolist() for name, image in visual.items()}
+        for b, sample in enumerate(samples):
+            for i, token in enumerate(sample["ids"]):
+                group = token_group[token]
+                if group is not None and 0 < i < len(sample["ids"]) - 1:
+                    asked[group] += 1
+                    for name in IMAGES:
+                        hits[group][name] += guesses[name][b][i] == token
+        if len(shown) < examples:
+            sample = samples[0]
+            shown.append({"file": table.paths[0], "row": sample["row"], "other_row": others[0]["row"],
+                          "tokens": [tok.decode([t]) for t in sample["ids"][1:-1]],
+                          "guesses": {name: [tok.decode([t]) for t in guesses[name][0][1:len(sample["ids"]) - 1]]
+                                      for name in IMAGES}})
+    return {"accuracy": {g: {n: hits[g][n] / max(1, asked[g]) for n in IMAGES} for g in groups}, "words": asked,
+            "examples": shown}
+
+
+def words(args):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = weights.load(args.checkpoint).to(device)
+    groups_path = Path(args.groups or Path(args.data) / "toy_words.json")
+    if not groups_path.is_file():
+        raise FileNotFoundError(f"{groups_path}: a JSON file {{group: [words]}} is expected here (--groups names another)")
+    groups = json.loads(groups_path.read_text())
+    results = {}
+    for split in args.splits:
+        files = find_files(args.data, args.datasets, split)
+        if files:
+            results[split] = word_table(model, Captions(files), groups, device, args.captions)
+            print_table(split, results[split])
+    out = Path(args.out or Path(args.checkpoint).with_name("words.json"))
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"wrote {out}")
+
+
+def print_table(split, result):
+    print(f"\n{split:<12}" + "".join(f"{name:>15}" for name in IMAGES) + f"{'words':>9}")
+    for group, row in result["accuracy"].items():
+        print(f"{group:<12}" + "".join(f"{100 * row[name]:>13.1f} %" for name in IMAGES) + f"{result['words'][group]:>9}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    p = commands.add_parser("words", help="accuracy of groups of words with the right, another and no image")
+    p.add_argument("checkpoint")
+    p.add_argument("--data", required=True, help="directory of Arrow files")
+    p.add_argument("--datasets", nargs="*", default=(), help="names of datasets in it; default: all that are found")
+    p.add_argument("--splits", nargs="+", default=["test", "holdout"])
+    p.add_argument("--groups", help="JSON file {group: [words]}; default DATA/toy_words.json")
+    p.add_argument("--captions", type=int, default=2000, help="at most so many captions of each split")
+    p.add_argument("--out", help="default: words.json beside the checkpoint")
+    p.set_defaults(run=words)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"eval.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
