@@ -2,7 +2,7 @@
 
     table = Captions(find_files("data/toy", ["toy"], "train"))    # memory-mapped: opening 100 GB costs nothing
     dataset = CaptionDataset(table, tok, image_size=64, max_tokens=50, train=True)
-    sampler = GlobalBatches(table.lengths, global_batch=64, seed=0)
+    sampler = GlobalBatches(token_lengths(table, tok), global_batch=64, seed=0)
     batch = pad_batch([dataset[0, i] for i in sampler.batch(step=0)], tok.pad_id)    # dict of tensors: image, ids, …
 
 Letters: B batch, L text length (tokens), S image side (pixels).
@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The files: ViLT's schemas, so that files made for ViLT, METER or FLM open as they are. One row per image.
@@ -72,14 +73,18 @@ class Writer:
         self.rows, self.bytes = [], 0
 
     def __exit__(self, error, *_):
-        if error is None:
-            self.flush()
-        self.stream.close()
-        self.file.close()
-        if error is None:
-            os.replace(self.partial, self.path)   # atomic: a reader sees the whole file or none
-        else:
-            self.partial.unlink()
+        complete = False
+        try:
+            if error is None:
+                self.flush()
+            self.stream.close()
+            self.file.close()
+            complete = error is None
+        finally:                                    # a full disk ends here too
+            if complete:
+                os.replace(self.partial, self.path)     # atomic: a reader sees the whole file or none
+            else:
+                self.partial.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +97,7 @@ FILES = {
     "vg": {"train": ["vg.arrow"]},
     "sbu": {"train": ["sbu_*.arrow"]},
     "gcc": {"train": ["conceptual_caption_train_*.arrow"], "val": ["conceptual_caption_val_*.arrow"]},
-    "cc12m": {"train": ["conceptual_caption12m_*.arrow"]},
+    "cc12m": {"train": ["conceptual_caption12M_train_*.arrow"], "val": ["conceptual_caption12M_val_*.arrow"]},
 }
 
 
@@ -183,34 +188,31 @@ class Table:
         return int(self.starts[-1])
 
     def place(self, row):
-        """Where a row stands, for messages: 'coco_caption_karpathy_train.arrow row 17'."""
+        """Where a row stands: (path, row in that file)."""
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         path = self.batches[number][0]
         first = next(i for i, (p, _) in enumerate(self.batches) if p == path)
-        return f"{path} row {int(row - self.starts[first])}"
+        return path, int(row - self.starts[first])
 
 
 class Captions(Table):
     """Image-caption pairs: `len(table.row_of)` captions of `len(table)` images.
 
-    row_of (captions,): the row of each caption's image. lengths (captions,): bytes of each caption, the sorting key of
-    the sampler. Both come from Arrow's offset buffers, so no caption becomes a Python string before it is used.
+    row_of (captions,): the row of each caption's image, from Arrow's offset buffers: no caption becomes a Python string
+    before it is used.
     """
 
     def __init__(self, paths):
         super().__init__(paths, ["image", "caption"])
-        rows, lengths, first = [np.empty(0, np.int64)], [np.empty(0, np.int32)], []
+        rows, first = [np.empty(0, np.int64)], []
         for number in range(len(self.batches)):
             column = self.batch(number).column("caption")
             if not (pa.types.is_list(column.type) and pa.types.is_string(column.type.value_type)):
                 raise ValueError(f"{self.batches[number][0]}: column caption is {column.type}, list<string> expected")
             offsets = column.offsets.to_numpy()                                         # (rows + 1,)
-            values = column.values
-            text = np.frombuffer(values.buffers()[1] or b"", np.int32)[values.offset:]  # byte offsets of the captions
             first.append(int(offsets[0]))
             rows.append(np.repeat(np.arange(len(column)) + self.starts[number], np.diff(offsets)))
-            lengths.append(np.diff(text[offsets[0]:offsets[-1] + 1]))
-        self.row_of, self.lengths = np.concatenate(rows), np.concatenate(lengths)
+        self.row_of = np.concatenate(rows)
         self.first_value = np.array(first)                                              # of each batch, in its values
         self.caption_starts = np.concatenate([[0], np.cumsum([len(r) for r in rows[1:]], dtype=np.int64)])
         if not len(self.row_of):
@@ -227,8 +229,21 @@ class Captions(Table):
         return self.cell("image", row).as_buffer()
 
     def texts(self):
-        """All captions, one after the other."""
-        return (self.text(i) for i in range(len(self.row_of)))
+        """All captions, one after the other; a record batch of them is in memory at a time."""
+        for number in range(len(self.batches)):
+            values = self.batch(number).column("caption").values
+            yield from values[self.first_value[number]:][:int(np.diff(self.caption_starts)[number])].to_pylist()
+
+
+def token_lengths(table, tok, numbers=None):
+    """Tokens of each caption (or of those numbered), `<s>` and `</s>` included, int32: the sampler's sorting key.
+
+    Some 100,000 captions a second. Their length in bytes would be free, but is a poor guess of it: sorted by bytes,
+    batches of 64 real captions out of 4,096 are 22 % padding; sorted by tokens 3 % (docs/LOG.md).
+    """
+    texts, count = (table.texts(), len(table.row_of)) if numbers is None else (map(table.text, numbers), len(numbers))
+    texts = tqdm(texts, "counting tokens", count, unit=" captions", delay=5, mininterval=1)
+    return np.fromiter((len(tok.encode(text)) + 2 for text in texts), np.int32, count)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,20 +252,31 @@ class Captions(Table):
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
+# What is opened at all. Pillow knows more, but some of its readers start other programs (EPS).
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
+
+
+def to_rgb(image):
+    """Any mode to RGB. Sixteen bits are scaled to eight; Pillow alone would clip them, to white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def decode(encoded, size, draft=False, augment=None):
     """Encoded bytes -> uint8 tensor (3, S, S): shorter side to `size` (bicubic), centre crop.
 
     draft: let libjpeg decode at 1/2, 1/4 or 1/8 where that still has the pixels; several times faster, slightly softer,
     so for training only. augment: a PIL -> PIL function, applied before the resize as CLIP's fine-tuning does.
-    OSError, SyntaxError or ValueError for what is no picture.
+    For what is no picture, whatever Pillow's readers raise.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(encoded))
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
         if draft and image.format == "JPEG":
             scale = size / min(image.size)
             image.draft("RGB", (int(np.ceil(image.width * scale)), int(np.ceil(image.height * scale))))
-        image = image.convert("RGB")
+        image = to_rgb(image)
     if augment is not None:
         image = augment(image)
     short, long = min(image.size), max(image.size)
@@ -265,9 +291,6 @@ def normalize(images, mean=CLIP_MEAN, std=CLIP_STD):
     """uint8 (B, 3, H, W) -> float32, on whatever device it is: (x / 255 - mean) / std."""
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (mean, std))
     return (images.float() / 255 - mean) / std
-
-
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 class CaptionDataset(torch.utils.data.Dataset):
@@ -303,8 +326,9 @@ class CaptionDataset(torch.utils.data.Dataset):
                         torch.manual_seed(int(rng.integers(2 ** 62)))
                         image = decode(self.table.image(row), self.image_size, draft=self.train, augment=self.augment)
                 break
-            except UNREADABLE as error:
-                unreadable.append(f"{self.table.place(row)}: {error or type(error).__name__}")
+            except Exception as error:              # Pillow's readers raise what the broken bytes lead to, not only OSError
+                path, place = self.table.place(row)
+                unreadable.append(f"{path} row {place}: {error or type(error).__name__}")
                 i = int(np.searchsorted(self.table.row_of, row, side="right")) % len(self)      # the next row's first
         else:
             raise RuntimeError(f"100 images in a row cannot be decoded, the last one {unreadable[-1]}")
@@ -314,10 +338,14 @@ class CaptionDataset(torch.utils.data.Dataset):
                 "cut": len(kept) < len(ids), "unreadable": unreadable}
 
 
-def pad_batch(samples, pad_id, multiple=8):
-    """Samples -> {image (B, 3, S, S) uint8, ids (B, L) int64}, L the longest caption rounded up to a multiple."""
+def pad_batch(samples, pad_id, multiple=8, limit=None):
+    """Samples -> {image (B, 3, S, S) uint8, ids (B, L) int64}.
+
+    L is the longest caption, rounded up to a multiple, but not past `limit`, the longest that the model takes.
+    """
     longest = max(len(sample["ids"]) for sample in samples)
-    ids = torch.full((len(samples), -(-longest // multiple) * multiple), pad_id)
+    length = max(longest, min(-(-longest // multiple) * multiple, limit or 10 ** 9))
+    ids = torch.full((len(samples), length), pad_id)
     for row, sample in zip(ids, samples):
         row[:len(sample["ids"])] = torch.tensor(sample["ids"])
     return {"image": torch.stack([sample["image"] for sample in samples]), "ids": ids}
@@ -380,7 +408,9 @@ class GlobalBatches:
 
 
 def evaluation_batches(lengths, numbers, size):
-    """Batches of captions of similar length, each of `numbers` exactly once: lists of (epoch 0, caption number)."""
-    numbers = np.asarray(numbers)
-    numbers = numbers[np.argsort(lengths[numbers], kind="stable")]
+    """Batches of captions of similar length, each of `numbers` exactly once: lists of (epoch 0, caption number).
+
+    lengths: the sorting key of each of `numbers`, in their order.
+    """
+    numbers = np.asarray(numbers)[np.argsort(lengths, kind="stable")]
     return [[(0, int(i)) for i in numbers[first:first + size]] for first in range(0, len(numbers), size)]

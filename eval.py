@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import weights
-from data import CaptionDataset, Captions, evaluation_batches, find_files, normalize, pad_batch
+from data import CaptionDataset, Captions, evaluation_batches, find_files, normalize, pad_batch, token_lengths
 
 IMAGES = ("right image", "another image", "no image")
 
@@ -45,43 +45,52 @@ def reconstruct(model, visual, ids):
     return guess
 
 
+def words_of(sample, tok):
+    """A sample's words with their places: [(word, [token positions])]; `<s>` and `</s>` are none."""
+    inner = sample["ids"][1:-1]
+    starts = [i for i, start in enumerate(tok.word_starts(inner)) if start] + [len(inner)]
+    return [(tok.decode(inner[a:b]).strip().lower(), list(range(a + 1, b + 1))) for a, b in zip(starts, starts[1:])]
+
+
 def word_table(model, table, groups, device, captions=2000, batch=100, examples=12):
     """Accuracy of the words of each group with each of IMAGES, over at most so many captions, evenly spread.
 
-    groups: {name: [words]}. Returns {"accuracy": {group: {image: share}}, "words": {group: count}, "examples": […]}.
+    groups: {name: [words]}; a word of several tokens is right if all of them are. Returns
+    {"accuracy": {group: {image: share}}, "words": {group: count}, "examples": […]}.
     """
-    tok = model.tokenizer
+    tok, c = model.tokenizer, model.config
     group_of = {word: name for name, words in groups.items() for word in words}
-    token_group = [group_of.get(tok.decode([i]).strip().lower()) for i in range(len(tok))]
-    dataset = CaptionDataset(table, tok, model.config.image_size, model.config.max_positions - 2, train=False)
+    dataset = CaptionDataset(table, tok, c.image_size, c.max_positions - 2, train=False)
     count = min(captions, len(dataset))
     numbers = [k * len(dataset) // count for k in range(count)]
+    shown_numbers = {numbers[k * count // examples] for k in range(min(examples, count))}
     hits = {name: dict.fromkeys(IMAGES, 0) for name in groups}
     asked, shown = dict.fromkeys(groups, 0), []
-    for keys in tqdm(evaluation_batches(table.lengths, numbers, batch), desc="words", unit="batch", leave=False):
+    for keys in tqdm(evaluation_batches(token_lengths(table, tok, numbers), numbers, batch), desc="words", unit="batch",
+                     leave=False):
         samples = [dataset[key] for key in keys]
-        # another picture: of a row half the table away, so never this caption's own
-        others = [dataset[0, int(table.row_of.searchsorted((s["row"] + max(1, len(table) // 2)) % len(table)))]
-                  for s in samples]
-        inputs = pad_batch(samples, tok.pad_id)
+        # another picture: of a row half the table away, so not this caption's own
+        others = [dataset[0, int(table.row_of.searchsorted((s["row"] + len(table) // 2) % len(table)))] for s in samples]
+        inputs = pad_batch(samples, tok.pad_id, multiple=1)
         ids = inputs["ids"].to(device)
         right = normalize(inputs["image"].to(device))
         other = normalize(torch.stack([s["image"] for s in others]).to(device))
         visual = {"right image": right, "another image": other, "no image": torch.zeros_like(right)}
         guesses = {name: reconstruct(model, model.encode_image(image), ids).tolist() for name, image in visual.items()}
         for b, sample in enumerate(samples):
-            for i, token in enumerate(sample["ids"]):
-                group = token_group[token]
-                if group is not None and 0 < i < len(sample["ids"]) - 1:
-                    asked[group] += 1
-                    for name in IMAGES:
-                        hits[group][name] += guesses[name][b][i] == token
-        if len(shown) < examples:
-            sample = samples[0]
-            shown.append({"file": table.paths[0], "row": sample["row"], "other_row": others[0]["row"],
-                          "tokens": [tok.decode([t]) for t in sample["ids"][1:-1]],
-                          "guesses": {name: [tok.decode([t]) for t in guesses[name][0][1:len(sample["ids"]) - 1]]
-                                      for name in IMAGES}})
+            for word, places in words_of(sample, tok):
+                group = group_of.get(word)
+                if group is None or c.objective in ("ar", "prefix") and places[0] == 1:
+                    continue                                # (the first word has no guess from the left)
+                asked[group] += 1
+                for name in IMAGES:
+                    hits[group][name] += all(guesses[name][b][i] == sample["ids"][i] for i in places)
+            if sample["index"] in shown_numbers:
+                (path, row), (other_path, other_row) = table.place(sample["row"]), table.place(others[b]["row"])
+                shown.append({"file": path, "row": row, "other_file": other_path, "other_row": other_row,
+                              "tokens": [tok.decode([t]) for t in sample["ids"][1:-1]],
+                              "guesses": {name: [tok.decode([t]) for t in guesses[name][b][1:len(sample["ids"]) - 1]]
+                                          for name in IMAGES}})
     return {"accuracy": {g: {n: hits[g][n] / max(1, asked[g]) for n in IMAGES} for g in groups}, "words": asked,
             "examples": shown}
 

@@ -61,7 +61,7 @@ class Pretrain:
         rows predict. So the loop knows the number of targets without asking the device.
         """
         c, tok = self.config, self.tok
-        batch = pad_batch(samples, c.pad_id, self.settings.pad_to)
+        batch = pad_batch(samples, c.pad_id, self.settings.pad_to, c.max_positions - 2)
         B, L = batch["ids"].shape
         rows = {name: [] for name in c.loss_weights if name != "itm"}
         prefixes, spans, masked = [], [], batch["ids"].clone()

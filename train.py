@@ -18,6 +18,7 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader
 import flm
 import tokenizer
 import weights
-from data import GlobalBatches, evaluation_batches, normalize
+from data import GlobalBatches, evaluation_batches, normalize, token_lengths
 from tasks import RECIPES, TASKS
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,7 +58,7 @@ class Settings:
     max_skipped: int = 10           # non-finite gradients in a row before the run stops
     # data
     max_tokens: int = 50            # longer captions are cut, and counted
-    pad_to: int = 8                 # captions are padded to a multiple of this
+    pad_to: int = 0                 # captions are padded to a multiple of this; 0: 8 on a GPU, whose kernels want it, else 1
     augment: bool = False           # RandAugment(2, 9)
     max_unreadable: float = 0.01    # share of undecodable images at which the run stops
     workers: int = -1               # loader processes; -1: one, or on a GPU up to eight
@@ -76,8 +77,8 @@ class Settings:
 
 
 # What may differ between a run and its resumption without changing what is learned.
-FREE_TO_CHANGE = {"resume", "out", "data", "micro_batch", "workers", "device", "compile", "shard", "log_every", "eval_every",
-                  "eval_samples", "save_every", "keep", "max_unreadable", "max_skipped", "tokenizer"}
+FREE_TO_CHANGE = {"resume", "out", "data", "micro_batch", "workers", "device", "compile", "shard", "log_every",
+                  "eval_every", "eval_samples", "pad_to", "save_every", "keep", "max_unreadable", "max_skipped", "tokenizer"}
 
 
 def parse(argv):
@@ -233,12 +234,11 @@ def clock(seconds):
 @torch.no_grad()
 def evaluate(model, task, table, settings, device, autocast, rank, world):
     """Losses and accuracies on a table's captions, each counted once whatever the number of processes."""
-    lengths = table.lengths
-    chosen = range(len(lengths))
-    if 0 < settings.eval_samples < len(lengths):
-        chosen = [i * len(lengths) // settings.eval_samples for i in range(settings.eval_samples)]
+    count = len(table.row_of)
+    some = min(settings.eval_samples or count, count)
+    chosen = [i * count // some for i in range(some)]
     size = settings.micro_batch or max(1, settings.global_batch // world)
-    batches = evaluation_batches(lengths, chosen, size)
+    batches = evaluation_batches(token_lengths(table, task.tok, chosen), chosen, size)
     rounds = -(-len(batches) // world)
     # A process that has nothing left repeats the first batch, uncounted: sharded models must run in step.
     mine = [batches[k] if k < len(batches) else batches[0] for k in range(rank, rounds * world, world)]
@@ -298,8 +298,10 @@ def train(settings, config_flags):
     config = task_class.adapt(replace(config, vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id,
                                       sep_id=tok.sep_id, mask_id=tok.mask_id))
     max_tokens = min(settings.max_tokens, config.max_positions - 2)
-    task = task_class(replace(settings, max_tokens=max_tokens), config, tok)
-    sampler = GlobalBatches(tables["train"].lengths, settings.global_batch, settings.seed)
+    pad_to = settings.pad_to or (8 if device.type == "cuda" else 1)
+    task = task_class(replace(settings, max_tokens=max_tokens, pad_to=pad_to), config, tok)
+    lengths = training_lengths(tables["train"], tok, out, rank).clip(max=max_tokens)
+    sampler = GlobalBatches(lengths, settings.global_batch, settings.seed)
 
     # model; everybody draws the same weights
     torch.manual_seed(settings.seed)
@@ -317,14 +319,13 @@ def train(settings, config_flags):
     groups = parameter_groups(bare_model, task, settings)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    step = 0
+    step, counters = 0, None
     if saved:
         check_same_run(checkpoint, saved, settings, config)
         set_state_dict(bare_model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
                        options=StateDictOptions(full_state_dict=True))
         scaler.load_state_dict(saved["scaler"])
-        step = saved["step"]
-        del saved
+        step, counters = saved["step"], saved["counters"]
     if world > 1 and not settings.shard:
         model = torch.nn.parallel.DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None)
@@ -340,16 +341,17 @@ def train(settings, config_flags):
     log = Log(out / "metrics.jsonl", step, rank)
     loss_weights = config.loss_weights
     sums = Sums(loss_weights, device)
-    skipped_in_a_row = skipped = torch.zeros((), device=device)
-    seen = unreadable = cut = tokens = padded = 0
-    started = window = time.perf_counter()
-    waited, window_samples, first_step = 0.0, 0, step
+    seen = counters or dict(samples=0, unreadable=0, cut=0, tokens=0, padded_tokens=0, skipped=0, seconds=0.0)
+    skipped = torch.tensor(float(seen["skipped"]), device=device)
+    skipped_in_a_row = torch.zeros((), device=device)
+    window, window_samples, waited = time.perf_counter(), 0, 0.0        # what is measured since the last report
+    first_step = step
     batches = iter(loader)
     model.train()
 
     while True:
         last = step == settings.steps
-        if settings.eval_every and tables["val"] and (step % settings.eval_every == 0 or last):
+        if settings.eval_every and tables["val"] and (step % settings.eval_every == 0 or last) and not (saved and step == first_step):
             began = time.perf_counter()
             metrics = evaluate(model if settings.shard else bare_model, task, tables["val"], task.settings, device,
                                autocast, rank, world)
@@ -362,7 +364,8 @@ def train(settings, config_flags):
             if rank == 0:
                 contents = dict(backbone="flm", model=model_state, config=config, task=settings.task,
                                 tokenizer_files=weights.pack_tokenizer(tok), optimizer=optimizer_state,
-                                scaler=scaler.state_dict(), step=step, settings=asdict(settings))
+                                scaler=scaler.state_dict(), step=step, settings=asdict(settings),
+                                counters=seen | dict(skipped=int(skipped)))
                 weights.save(checkpoint, **contents)
                 if settings.keep and step % settings.keep == 0:
                     weights.save(out / f"step_{step}.pt", **contents)
@@ -395,12 +398,13 @@ def train(settings, config_flags):
                 loss = sum(loss_weights[name] * results[name][0] * factor for name, factor in zip(loss_weights, factors))
                 scaler.scale(loss).backward()
             sums.add(results, counts[i])
-            seen, unreadable, cut = seen + notes["samples"], unreadable + len(notes["unreadable"]), cut + notes["cut"]
-            tokens, padded = tokens + notes["tokens"], padded + notes["padded_tokens"]
+            for name in ("samples", "tokens", "padded_tokens", "cut"):
+                seen[name] += notes[name]
+            seen["unreadable"] += len(notes["unreadable"])
             log.unreadable(notes["unreadable"])
-        if unreadable > max(10, settings.max_unreadable * seen):
-            raise RuntimeError(f"{unreadable} of {seen} images cannot be decoded (named in {log.unreadable_path}), more than "
-                               f"--max-unreadable {settings.max_unreadable}")
+        if seen["unreadable"] > max(10, settings.max_unreadable * seen["samples"]):
+            raise RuntimeError(f"{seen['unreadable']} of {seen['samples']} images cannot be decoded (named in "
+                               f"{log.unreadable_path}), more than --max-unreadable {settings.max_unreadable}")
 
         # A gradient that is not finite is skipped and counted, on the device: the loop never waits to find out.
         scaler.unscale_(optimizer)
@@ -426,19 +430,19 @@ def train(settings, config_flags):
                                    f"--clip or --precision bf16 may help")
             now = time.perf_counter()
             speed = window_samples / (now - window)
+            seen["seconds"] += now - window                     # of training alone, whatever is evaluated in between
             metrics = {"step": step, **metrics, "lr": settings.lr * rate, "gradient_norm": float(norm),
                        "samples_per_second": speed, "data_wait": waited / (now - window), "memory_gb": memory_gb(device),
-                       "padding": 1 - tokens / padded, "skipped": int(skipped), "unreadable": unreadable, "cut": cut,
-                       "seconds": now - started}
+                       "padding": 1 - seen["tokens"] / seen["padded_tokens"], "skipped": int(skipped),
+                       "unreadable": seen["unreadable"], "cut": seen["cut"], "seconds": seen["seconds"]}
             log.write(metrics)
             eta = (settings.steps - step) * settings.global_batch / speed
+            trouble = ((int(skipped), "steps skipped"), (seen["unreadable"], "images unreadable"), (seen["cut"], "captions cut"))
             say(f"step {step:>6}/{settings.steps} | {report(metrics, loss_weights)} | lr {metrics['lr']:.1e} | "
                 f"{speed:.0f} samples/s | data wait {100 * metrics['data_wait']:.0f} % | {metrics['memory_gb']:.1f} GB | "
-                f"ETA {clock(eta)}" + "".join(f" | {n} {what}" for n, what in (
-                    (int(skipped), "steps skipped"), (unreadable, "images unreadable"), (cut, "captions cut")) if n),
-                flush=True)
+                f"ETA {clock(eta)}" + "".join(f" | {count} {what}" for count, what in trouble if count), flush=True)
             window, waited, window_samples = now, 0.0, 0
-    say(f"done in {clock(time.perf_counter() - started)}: {checkpoint}")
+    say(f"done after {clock(seen['seconds'])} of training: {checkpoint}")
 
 
 def report(metrics, names, prefix=""):
@@ -465,6 +469,17 @@ def open_tokenizer(settings, config_flags, saved, table, rank, say):
     if dist.is_initialized():
         dist.barrier()
     return tokenizer.load(directory)
+
+
+def training_lengths(table, tok, out, rank):
+    """token_lengths of the training captions, counted once by the first process and kept in OUT/token_lengths.npy."""
+    path = out / "token_lengths.npy"
+    if rank == 0 and not (path.exists() and len(np.load(path, mmap_mode="r")) == len(table.row_of)):
+        out.mkdir(parents=True, exist_ok=True)
+        np.save(path, token_lengths(table, tok))
+    if dist.is_initialized():
+        dist.barrier()
+    return np.load(path)
 
 
 def check_same_run(path, saved, settings, config):
@@ -499,15 +514,24 @@ def describe_run(out, settings, config, precision, world, micro_batch, accumulat
 class Log:
     """metrics.jsonl, a line per report, and unreadable.txt; only the first process writes the former.
 
-    A resumed run first drops the lines that the interrupted one wrote after its last checkpoint.
+    A resumed run first drops the lines that the interrupted one wrote after its last checkpoint, a torn one included.
     """
 
     def __init__(self, path, step, rank):
         self.path = path if rank == 0 else None
         self.unreadable_path = path.with_name(f"unreadable_{rank}.txt")
         if self.path and path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if step else []
-            path.write_text("".join(line + "\n" for line in kept))
+            kept = [line for line in path.read_text().splitlines() if self.step_of(line) <= step] if step else []
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            os.replace(partial, path)
+
+    @staticmethod
+    def step_of(line):
+        try:
+            return json.loads(line)["step"]
+        except ValueError:
+            return math.inf             # the process was killed while it wrote this line
 
     def write(self, metrics):
         if self.path:

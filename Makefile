@@ -1,0 +1,54 @@
+# The commands of the README. Every target sets up what it needs in .venv; `make help` lists them.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+DATA   ?= data/toy
+RUN    ?= runs/toy
+STEPS  ?=
+FLAGS  ?=
+
+.DEFAULT_GOAL := all
+.PHONY: all help test quick pictures masks bench clean
+
+all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (about ten minutes)
+	@echo "pictures: docs/masks.png, $(RUN)/curves.png, $(RUN)/words.png"
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
+
+# The marker is written last: an interrupted installation is done again.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+$(DATA)/toy_words.json: | $(VENV)/.installed
+	$(PY) toy.py --out $(DATA)
+
+$(RUN)/last.pt: $(DATA)/toy_words.json
+	$(PY) train.py --task pretrain --recipe toy --data $(DATA) --out $(RUN) --resume $(if $(STEPS),--steps $(STEPS)) $(FLAGS)
+
+$(RUN)/words.json: $(RUN)/last.pt
+	$(PY) eval.py words $(RUN)/last.pt --data $(DATA)
+
+pictures: $(RUN)/words.json masks  ## the masks, and the loss curves and word table of RUN
+	$(PY) plot.py curves $(RUN) --out $(RUN)/curves.png
+	$(PY) plot.py words $(RUN)/words.json --out $(RUN)/words.png
+
+masks: | $(VENV)/.installed  ## the picture of the objectives' masks alone
+	$(PY) plot.py masks --out docs/masks.png
+
+test: $(VENV)/.installed  ## set up, run all the tests
+	$(PY) -m pytest
+
+quick: $(VENV)/.installed  ## the part of the tests that takes under a minute
+	$(PY) -m pytest -m "not slow"
+
+bench: $(VENV)/.installed  ## how fast each part is, side by side
+	$(PY) bench.py step
+	$(PY) bench.py parts
+	$(PY) bench.py loader
+
+clean:  ## remove the toy world and its run
+	rm -rf $(DATA) $(RUN)

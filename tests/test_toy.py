@@ -1,0 +1,372 @@
+"""The toy world: its sentences are true, its words alone tell nothing, its files are what data.py reads.
+
+Truth is recomputed here from the shapes, without the grammar of toy.py.
+"""
+
+import collections
+import doctest
+import io
+import itertools
+import json
+import math
+import random
+import re
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+import toy
+from data import CAPTIONS, NLVR2, VQA
+from toy import COLOURS, HELD_OUT, KINDS, NUMBERS, PLURAL, RELATIONS, SIZES, Scene, Shape, is_true
+
+SINGULAR = {PLURAL[kind]: kind for kind in PLURAL}
+GROUPS = (list(COLOURS), list(KINDS), list(SIZES), ["left", "right"], ["above", "below"], list(NUMBERS[2:6]))
+
+
+@pytest.fixture(scope="module")
+def world():
+    """2,000 scenes with their captions and questions."""
+    found = []
+    for i in range(2000):
+        rng = random.Random(i)
+        scene = toy.sample_scene(rng)
+        found.append((scene, toy.captions(scene, rng), toy.questions(scene, rng)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """2,000 rows of NLVR2 with their scenes, the pictures left out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "draw", lambda *_: None)
+        patch.setattr(toy, "encode", lambda _: b"")
+        return [toy._pair(0, 64, "train", i) for i in range(2000)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("toy")
+    toy.make(out, images=120, eval_images=40, workers=2)
+    return out
+
+
+def table(path):
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+# ---- scenes and pictures
+
+def test_the_examples_in_the_docstrings_hold():
+    assert doctest.testmod(toy).failed == 0
+
+
+def test_shapes_neither_touch_nor_leave_the_picture_and_colours_never_repeat(world):
+    for scene, _, _ in world:
+        assert len({s.colour for s in scene.shapes}) == len(scene.shapes) <= 5
+        for s in scene.shapes:
+            assert SIZES[s.size] <= min(s.x, s.y) and max(s.x, s.y) <= 64 - SIZES[s.size]
+        for a, b in itertools.combinations(scene.shapes, 2):
+            assert math.hypot(a.x - b.x, a.y - b.y) > SIZES[a.size] + SIZES[b.size]
+    assert .15 < np.mean([len({s.kind for s in scene.shapes}) < len(scene.shapes) for scene, _, _ in world]) < .28
+
+
+def test_held_out_pairs_are_spread_and_only_the_holdout_has_them(world):
+    assert len(HELD_OUT) == len({c for c, _ in HELD_OUT}) == len({k for _, k in HELD_OUT}) == 6
+    assert not any(set(scene.pairs) & HELD_OUT for scene, _, _ in world)
+    for i in range(300):
+        assert set(toy.sample_scene(random.Random(i), held_out=True).pairs) & HELD_OUT
+
+
+def test_words_of_training_never_name_a_held_out_pair(world, pairs):
+    names = re.compile("|".join(f"{colour} {kind}" for colour, kind in HELD_OUT))
+    texts = [text for _, captions, asked in world for text in captions + [question for question, _ in asked]]
+    assert not [text for text in texts + [row["questions"][0] for row, _ in pairs] if names.search(text)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shape_is_drawn_where_it_stands_in_its_colour(kind):
+    table = np.array(list(COLOURS.values()))
+    for number, colour in enumerate(COLOURS):
+        scene = Scene((Shape(kind, colour, "big", 20, 30),))
+        pixels = np.asarray(Image.open(io.BytesIO(toy.encode(toy.draw(scene, 64, random.Random(0)))))).astype(int)
+        drawn = np.abs(pixels - pixels[60, 60]).sum(2) > 120   # far from the ground's colour
+        ys, xs = np.nonzero(drawn)
+        assert len(xs) > 60 and abs(xs.mean() + .5 - 20) < 1 and abs(ys.mean() + .5 - 30) < 1
+        assert xs.min() >= 7 and xs.max() <= 33 and ys.min() >= 17 and ys.max() <= 43
+        nearest = np.abs(pixels[drawn][:, None] - table).sum(2).argmin(1)
+        assert np.mean(nearest == number) > .6, colour   # the rest is the edge
+
+
+# ---- captions
+
+def test_every_caption_is_true_of_its_scene(world):
+    assert [(text, scene) for scene, captions, _ in world for text in captions if not is_true(text, scene)] == []
+
+
+def test_every_caption_is_read_as_it_was_meant_by_another_reader(world):
+    """Plain "colour kind" phrases are in the picture; counts of all shapes are right."""
+    phrase = rf"(?:(small|big) )?({'|'.join(COLOURS)}) ({'|'.join(KINDS)})\b"
+    for scene, captions, _ in world:
+        for text in captions:
+            for size, colour, kind in re.findall(phrase, text):
+                assert any((s.colour, s.kind) == (colour, kind) and size in ("", s.size) for s in scene.shapes), text
+            for number in re.findall(r"(\w+) shapes", text):
+                assert NUMBERS.index(number) == len(scene.shapes), text
+
+
+def test_another_word_in_its_place_is_nearly_always_false(world):
+    """So a hidden attribute word is told by the picture: every other word of its group is wrong."""
+    wrong = collections.defaultdict(list)
+    for scene, captions, _ in world[:400]:
+        for text, group in itertools.product(captions, GROUPS):
+            for found in re.finditer(rf"\b({'|'.join(group)})\b", text):
+                others = [text[:found.start()] + word + text[found.end():] for word in group if word != found[0]]
+                wrong[group[0]].append(not any(is_true(other, scene) for other in others))
+    assert len(wrong) == 6 and all(np.mean(values) > .9 for values in wrong.values()), \
+        {name: np.mean(values) for name, values in wrong.items()}
+
+
+def test_captions_of_another_scene_are_mostly_false(world):
+    others = world[1:] + world[:1]
+    truths = [is_true(text, other) for (_, captions, _), (other, _, _) in zip(world, others) for text in captions]
+    assert None not in truths and np.mean(truths) < .08
+
+
+def test_captions_vary_in_length_and_detail(world):
+    texts = [text for _, captions, _ in world for text in captions]
+    words = [text.split() for text in texts]
+    assert 9.5 < np.mean([len(w) for w in words]) < 12.5 and max(map(len, words)) <= 32
+    assert min(map(len, words)) <= 3 and len(set(texts)) > .8 * len(texts)
+    assert all(len(set(captions)) == 5 for _, captions, _ in world)
+    assert .35 < np.mean([bool(set(w) & set(RELATIONS)) for w in words]) < .5
+    has = [(set(re.findall(r"\w+", text)) & set(COLOURS), set(re.findall(r"\w+", text)) & {*KINDS, *SINGULAR})
+           for text in texts]
+    assert np.mean([bool(colour and kind) for colour, kind in has]) > .93
+
+
+def test_words_of_a_group_are_equally_frequent(world):
+    counts = collections.Counter(re.findall(r"\w+", " ".join(text for _, captions, _ in world for text in captions)))
+    for group in (COLOURS, KINDS, ("above", "below"), ("left", "right")):
+        share = np.array([counts[word] for word in group]) / sum(counts[word] for word in group)
+        assert np.abs(share * len(group) - 1).max() < .2, dict(zip(group, share))
+
+
+# star (big, red) over ring (small, blue), cross (small, green) to the right of the star, second ring bottom right
+SCENE = Scene((Shape("star", "red", "big", 15, 15), Shape("ring", "blue", "small", 15, 50),
+               Shape("cross", "green", "small", 50, 15), Shape("ring", "pink", "big", 50, 48)))
+
+
+@pytest.mark.parametrize("text, truth", [
+    ("a red star", True), ("A small red star.", False), ("the ring", False), ("two rings and a cross", True),
+    ("a ring and a ring", True), ("a star and a star", False), ("one star, two rings, one cross", True),
+    ("four shapes: a star, two rings and a cross", True), ("rings", True), ("stars", False), ("three shapes", False),
+    ("the star is to the left of the cross", True), ("the star is right of the cross", False),
+    ("a star above a ring and left of the green cross", True), ("above the blue ring there is a big star", True),
+    ("the star is left of the ring", False), ("the star is left of the pink ring", False),   # diagonal: not clear
+    ("a star in the top left corner, and a pink ring on the right side", True), ("the cross is in the middle", False),
+    ("the star is big and red", True), ("the star is small and red", False),
+    ("the sky is blue", None), ("two ring", None), ("a rings", None), ("", None), ("above the ring", None),
+    ("a red", None), ("a star is", None), ("and", None),
+])
+def test_is_true_reads(text, truth):
+    assert is_true(text, SCENE) is truth
+
+
+# ---- questions
+
+def named(text, scene):
+    """The shapes that "the small red star", "circles" or "shape" may be, by a reader of single words."""
+    words = [SINGULAR.get(word, word) for word in text.split()]
+    return [s for s in scene.shapes if all(word in ("the", "a", "shape", s.kind, s.colour, s.size) for word in words)]
+
+
+def beside(a, word, b):
+    x, y = a.x - b.x, a.y - b.y
+    ahead, aside = {"left": (-x, y), "right": (x, y), "above": (-y, x), "below": (y, x)}[word]
+    return ahead >= 12 and ahead >= 1.5 * abs(aside)
+
+
+WHERE = r"(?:(?:to|on) the )?(left|right|above|below)(?: of)? (the .*)"
+
+
+def answer(question, scene):
+    """The answer worked out anew; fails where the question has none or more than one."""
+    text = question.removesuffix("?")
+    if found := re.fullmatch(rf"what (is|colour is the shape) {WHERE}", text):
+        (target,) = named(found[3], scene)
+        (shape,) = [s for s in scene.shapes if beside(s, found[2], target)]
+        return shape.kind if found[1] == "is" else shape.colour
+    if found := re.fullmatch(rf"is (the .*?) {WHERE}", text):
+        (a,), (b,) = named(found[1], scene), named(found[3], scene)
+        return "yes" if beside(a, found[2], b) else "no"
+    if found := re.fullmatch(r"is (the .*) (small|big)", text):
+        (shape,) = named(found[1], scene)
+        return "yes" if shape.size == found[2] else "no"
+    if found := re.fullmatch(r"(?:is there|do you see) (a .*)", text):
+        return "yes" if named(found[1], scene) else "no"
+    if found := re.fullmatch(r"how many (.*) (?:are there|do you see)", text):
+        return str(len(named(found[1], scene)))
+    if found := re.fullmatch(r"(?:what colour is|which colour does) (the .*?)(?: have)?", text):
+        (shape,) = named(found[1], scene)
+        return shape.colour
+    found = re.fullmatch(r"what is (the .*)|which shape is (.*)", text)
+    (shape,) = named(found[1] or found[2], scene)
+    return shape.kind
+
+
+def test_every_answer_is_right(world):
+    assert [(question, given, scene) for scene, _, asked in world for question, given in asked
+            if answer(question, scene) != given] == []
+
+
+def test_answers_are_balanced_and_in_the_list(world):
+    counts = collections.Counter(given for _, _, asked in world for _, given in asked)
+    assert set(counts) <= set(toy.ANSWERS) and len(set(toy.ANSWERS)) == len(toy.ANSWERS)
+    assert abs(counts["yes"] / (counts["yes"] + counts["no"]) - .5) < .02
+    for group in (COLOURS, KINDS):
+        share = np.array([counts[word] for word in group]) / sum(counts[word] for word in group)
+        assert np.abs(share * len(group) - 1).max() < .25, dict(zip(group, share))
+    assert max(counts[digit] for digit in "012345") < .4 * sum(counts[digit] for digit in "012345")
+
+
+def naive_bayes(rows):
+    """Accuracy of a reader of the words alone, on the second half after counting words and word pairs in the first."""
+    def features(text):
+        words = text.split()
+        return {*words, *zip(words, words[1:])}
+    half = len(rows) // 2
+    seen = {True: collections.Counter(), False: collections.Counter()}
+    for text, label in rows[:half]:
+        seen[label].update(features(text))
+    total = {label: sum(label == other for _, other in rows[:half]) for label in seen}
+
+    def score(text, label):
+        return sum(math.log((seen[label][f] + 1) / (total[label] + 2)) for f in features(text)) + math.log(total[label])
+    return np.mean([(score(text, True) > score(text, False)) == label for text, label in rows[half:]])
+
+
+def test_the_words_of_a_question_alone_do_not_tell_yes_from_no(world):
+    rows = [(question, given == "yes") for _, _, asked in world for question, given in asked if given in ("yes", "no")]
+    assert len(rows) > 4000 and naive_bayes(rows) < .55
+
+
+# ---- statements
+
+def statement_truth(text, left, right):
+    """The truth worked out anew by a reader of patterns."""
+    scenes = {"left": left, "right": right}
+
+    def count(what, side):
+        return len(named(what, scenes[side]))
+    if found := re.fullmatch(r"the (\w+) image contains twice as many (.*) as the (\w+) image", text):
+        return count(found[2], found[1]) == 2 * count(found[2], found[3])
+    if found := re.fullmatch(r"the (\w+) image contains more (.*) than the (\w+) image", text):
+        return count(found[2], found[1]) > count(found[2], found[3])
+    if found := re.fullmatch(r"there are more (.*) in the (\w+) image than in the (\w+) image", text):
+        return count(found[1], found[2]) > count(found[1], found[3])
+    if found := re.fullmatch(r"both images contain the same number of (.*)|"
+                             r"there are as many (.*) in the left image as in the right image", text):
+        what = found[1] or found[2]
+        return count(what, "left") == count(what, "right")
+    if found := re.fullmatch(r"(?:there are|the two images contain) (\w+) (.*) (?:in total|together)", text):
+        return sum(count(found[2], side) for side in scenes) == NUMBERS.index(found[1])
+    if found := re.fullmatch(r"exactly one image contains two (.*)", text):
+        return sum(count(found[1], side) == 2 for side in scenes) == 1
+    (what,) = re.findall(r"\ba (\w+ \w+)", text)
+    present = sum(count(what, side) > 0 for side in scenes)
+    patterns = {r"both images contain _|there is _ in each of the two images": present == 2,
+                r"exactly one image contains _|_ is in only one of the two images": present == 1,
+                r"at least one image contains _|there is _ in the left or in the right image": present > 0,
+                r"neither image contains _|_ is in none of the two images": present == 0}
+    (truth,) = [value for pattern, value in patterns.items() if re.fullmatch(pattern, text.replace(f"a {what}", "_"))]
+    return truth
+
+
+def test_every_statement_is_what_it_says_it_is(pairs):
+    for row, scenes in pairs:
+        assert str(statement_truth(row["questions"][0], *scenes)) == row["answers"][0], (row, scenes)
+
+
+def test_no_statement_is_truer_than_another(pairs):
+    rows = [(row["questions"][0], row["answers"][0] == "True") for row, _ in pairs]
+    assert abs(np.mean([truth for _, truth in rows]) - .5) < .03
+    by_template = collections.defaultdict(list)
+    slots = rf"\b({'|'.join([*COLOURS, *KINDS, *SINGULAR, *SIZES, *NUMBERS])})\b"
+    for text, truth in rows:
+        by_template[re.sub(r"left|right", "side", re.sub(rf"(?:{slots} ?)+", "_ ", text))].append(truth)
+    for template, truths in by_template.items():
+        assert abs(np.mean(truths) - .5) < 2.2 / math.sqrt(len(truths)), template   # 4.4 standard deviations
+    assert len(by_template) > 10 and naive_bayes(rows) < .54
+
+
+def test_neither_picture_alone_decides_most_statements(pairs):
+    """With the other picture replaced by that of another pair, the truth often changes."""
+    changed = []
+    for (row, (left, _)), (_, (_, other)) in zip(pairs[:1000], pairs[1:1001]):
+        changed.append(str(statement_truth(row["questions"][0], left, other)) != row["answers"][0])
+    assert np.mean(changed) > .25
+
+
+# ---- files
+
+def test_the_files_have_the_schemas_and_rows_that_data_reads(folder):
+    for split, n in dict(train=120, val=40, test=40, holdout=40).items():
+        captions, vqa = (table(folder / f"toy_{name}_{split}.arrow") for name in ("caption", "vqa"))
+        nlvr2 = table(folder / f"toy_nlvr2_{'dev' if split == 'val' else split}.arrow")
+        assert (captions.schema, vqa.schema, nlvr2.schema) == (CAPTIONS, VQA, NLVR2)
+        assert (len(captions), len(vqa), len(nlvr2)) == (n, n, n // 2)
+        assert captions["image"] == vqa["image"] and set(captions["split"].to_pylist()) == {split}
+        assert captions["image_id"].to_pylist() == [str(i) for i in vqa["image_id"].to_pylist()]
+        assert Image.open(io.BytesIO(nlvr2["image_1"][0].as_py())).size == (64, 64)
+    assert not list(folder.glob("*.partial"))
+
+
+def test_numbers_of_pictures_questions_and_pairs_are_unique_over_all_splits(folder):
+    vqa = [row for path in folder.glob("toy_vqa_*.arrow") for row in table(path).to_pylist()]
+    images, questions = [row["image_id"] for row in vqa], [i for row in vqa for i in row["question_id"]]
+    stated = [i for path in folder.glob("toy_nlvr2_*.arrow") for i in table(path)["identifier"].to_pylist()]
+    assert all(len(ids) == len(set(ids)) > 100 for ids in (questions, images, stated))
+    assert "toy-train-17-0-1" in stated and "toy-dev-0-0-1" in stated
+
+
+def test_scenes_on_disk_are_those_of_the_captions(folder):
+    scenes = toy.load_scenes(folder / "toy_scenes.jsonl")
+    for split in toy.SPLITS:
+        rows = table(folder / f"toy_caption_{split}.arrow").to_pylist()
+        assert all(is_true(text, scenes[row["image_id"]]) for row in rows for text in row["caption"])
+        assert all(bool(set(scenes[row["image_id"]].pairs) & HELD_OUT) == (split == "holdout") for row in rows)
+
+
+def test_labels_are_places_in_the_answer_list_and_words_are_listed(folder):
+    answers = json.loads((folder / "toy_vqa_answers.json").read_text())
+    for row in table(folder / "toy_vqa_train.arrow").to_pylist():
+        assert [[answers[i] for i in labels] for labels in row["answer_labels"]] == row["answers"]
+        assert row["answer_scores"] == [[1.0]] * len(row["questions"])
+    words = json.loads((folder / "toy_words.json").read_text())
+    assert set(words) == {"colours", "shapes", "relations"} and "crosses" in words["shapes"]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_a_smaller_world_is_a_prefix(folder, tmp_path):
+    toy.make(tmp_path / "again", images=120, eval_images=40, workers=1)
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    toy.make(tmp_path / "small", images=10, eval_images=1, workers=1)
+    toy.make(tmp_path / "other", images=10, eval_images=1, workers=1, seed=1)
+    name = "toy_caption_train.arrow"
+    assert table(tmp_path / "small" / name).to_pylist() == table(folder / name).slice(0, 10).to_pylist()
+    assert table(tmp_path / "small" / name).to_pylist() != table(tmp_path / "other" / name).to_pylist()
+
+
+def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    for bad, says in ((dict(out=tmp_path / "file"), "is a file"), (dict(out=tmp_path, size=31), "--size 31"),
+                      (dict(out=tmp_path, images=0), "--images 0")):
+        with pytest.raises(ValueError, match=says):
+            toy.make(**bad)
+    monkeypatch.setattr("sys.argv", ["toy.py", "--out", str(tmp_path / "file" / "below")])
+    with pytest.raises(SystemExit, match="2"):
+        toy.main()
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and str(tmp_path / "file" / "below") in message

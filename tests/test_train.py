@@ -1,0 +1,279 @@
+"""The loop: equal however it is split, resumed exactly, refusing what makes no sense."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WORDS, write_captions
+
+import flm
+import tasks
+import train
+import weights
+from tokenizer import BPE
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = ("--image-size 16 --patch-size 8 --vit-width 16 --vit-layers 1 --vit-heads 2 --text-width 16 --text-layers 1 "
+         "--text-heads 2 --width 16 --heads 2 --fusion-layers 2 --reconstructor-text-layers 1 --max-positions 66 "
+         "--reconstructor-fusion-layers 2 --model toy --precision fp32 --device cpu --workers 0").split()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder of caption files and a tokenizer."""
+    root = tmp_path_factory.mktemp("world")
+    write_captions(root / "mine_caption_train.arrow", 60)
+    write_captions(root / "mine_caption_val.arrow", 13, seed=1)
+    BPE.train([" ".join(WORDS)] * 3, 330).save(root / "tok")
+    return root
+
+
+def command(world, out, *more):
+    return [*SIZES, "--data", str(world), "--tokenizer", str(world / "tok"), "--out", str(out), *map(str, more)]
+
+
+RUN = "--global-batch 16 --steps 6 --lr 1e-2 --warmup 0.2 --log-every 1 --eval-every 3 --save-every 2 --clip 1.0".split()
+
+
+def outcome(out):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    losses = [{k: v for k, v in line.items() if k.endswith(("loss", "accuracy", "step", "norm", "lr"))} for line in lines]
+    return losses, weights.read(Path(out) / "last.pt")["model"]
+
+
+def assert_same(a, b, tolerance):
+    (losses_a, model_a), (losses_b, model_b) = a, b
+    assert len(losses_a) == len(losses_b) and model_a.keys() == model_b.keys()
+    for x, y in zip(losses_a, losses_b):
+        assert x == pytest.approx(y, abs=tolerance)
+    for name in model_a:
+        torch.testing.assert_close(model_a[name], model_b[name], atol=tolerance, rtol=0, msg=name)
+
+
+def torchrun(processes, arguments, port):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+                             "--master_port", str(port), str(ROOT / "train.py"), *arguments],
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--shard",), ("--objective", "mlm", "--itm")])
+def test_any_split_of_the_global_batch_gives_the_same_losses_and_weights(world, tmp_path, more):
+    port = 29600 + os.getpid() % 300
+    two = torchrun(2, command(world, tmp_path / "2x2", *RUN, *more, "--micro-batch", 4), port)
+    common = [m for m in more if m != "--shard"]
+    train.main(command(world, tmp_path / "1x4", *RUN, *common, "--micro-batch", 4))
+    output, _ = two.communicate(timeout=240)
+    assert two.returncode == 0, output
+    assert_same(outcome(tmp_path / "1x4"), outcome(tmp_path / "2x2"), 2e-5)
+    if "--itm" not in more:             # its negatives come from the micro-batch
+        train.main(command(world, tmp_path / "1x1", *RUN, *common))
+        assert_same(outcome(tmp_path / "1x4"), outcome(tmp_path / "1x1"), 2e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_and_resumed_run_equals_one_that_never_stopped(world, tmp_path):
+    long = [*RUN, "--steps", 30, "--dropout", 0.1, "--corruption-rate", 0.3, "--save-every", 3]
+    train.main(command(world, tmp_path / "whole", *long))
+    arguments = command(world, tmp_path / "killed", *long)
+    run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=subprocess.PIPE, text=True,
+                           env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    for line in run.stdout:
+        if line.startswith(f"step {11:>6}/"):           # between two checkpoints
+            run.send_signal(signal.SIGKILL)
+            break
+    run.wait()
+    with open(tmp_path / "killed/metrics.jsonl", "a") as file:
+        file.write('{"step": 12, "lo')                  # torn by the kill
+    step = weights.read(tmp_path / "killed/last.pt")["step"]
+    assert 0 < step < 30
+    train.main([*arguments, "--resume"])
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"), 0)
+    lines = [json.loads(line) for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "lr" in line]
+    assert steps == list(range(1, 31))
+
+
+@pytest.mark.parametrize("objective", flm.OBJECTIVES)
+@pytest.mark.parametrize("itm", [False, True])
+def test_every_objective_trains_every_parameter_it_has(world, tmp_path, objective, itm):
+    settings, flags = train.parse(command(world, tmp_path, "--objective", objective, *(["--itm"] if itm else [])))
+    tok = BPE.load(world / "tok/vocab.json", world / "tok/merges.txt")
+    config = tasks.Pretrain.adapt(replace(flm.PRESETS["toy"], **flags, vocab_size=len(tok), mask_id=tok.mask_id))
+    task = tasks.Pretrain(replace(settings, pad_to=8), config, tok)
+    dataset = task.dataset(task.table(settings, "train"), train=True)
+    batch, notes = task.collate([dataset[0, i] for i in range(6)])
+    model = flm.FLM(config)
+    results = model(train.to_device(batch, torch.device("cpu")))
+    assert set(results) == set(config.loss_weights) == set(notes["counts"])
+    sum(loss for loss, _ in results.values()).backward()
+    untrained = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert untrained == []
+
+
+def test_loss_falls_and_every_reported_number_is_there(world, tmp_path, capsys):
+    train.main(command(world, tmp_path / "run", *RUN, "--steps", 40, "--log-every", 5, "--eval-every", 20))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    training, validation = [x for x in lines if "lr" in x], [x for x in lines if "val_loss" in x]
+    assert training[-1]["loss"] < 0.8 * training[0]["loss"] and validation[-1]["val_loss"] < 0.8 * validation[0]["val_loss"]
+    assert [x["step"] for x in validation] == [0, 20, 40]
+    assert {"loss", "reconstructed_loss", "reconstructed_accuracy", "samples_per_second", "data_wait", "memory_gb", "padding",
+            "skipped", "unreadable", "cut", "seconds", "gradient_norm"} <= training[-1].keys()
+    described = json.loads((tmp_path / "run/config.json").read_text())
+    assert described["settings"]["global_batch"] == 16 and described["config"]["width"] == 16
+    printed = capsys.readouterr().out
+    assert "ETA" in printed and "samples/s" in printed and "data wait" in printed
+    model = weights.load(tmp_path / "run/last.pt")
+    assert model.task == "pretrain" and model.step == 40 and not model.training
+    assert model.tokenizer.encode("a red cat") == BPE.load(world / "tok/vocab.json", world / "tok/merges.txt").encode("a red cat")
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(world, tmp_path, monkeypatch):
+    calls, forward = [], flm.FLM.forward
+
+    def poisoned(self, batch):
+        results = forward(self, batch)
+        if self.training:
+            calls.append({n: p.detach().clone() for n, p in self.named_parameters()})
+            if len(calls) == 3:
+                results = {k: (loss * float("nan"), hits) for k, (loss, hits) in results.items()}
+        return results
+
+    monkeypatch.setattr(flm.FLM, "forward", poisoned)
+    train.main(command(world, tmp_path / "run", *RUN))
+    assert all(torch.equal(calls[2][n], calls[3][n]) for n in calls[2])             # step 3 was skipped …
+    assert any(not torch.equal(calls[3][n], calls[4][n]) for n in calls[3])         # … and step 4 was not
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [x["skipped"] for x in lines if "lr" in x] == [0, 0, 1, 1, 1, 1]
+    assert all(torch.isfinite(v).all() for v in weights.read(tmp_path / "run/last.pt")["model"].values())
+
+
+def test_the_run_stops_when_gradients_stay_not_finite(world, tmp_path, monkeypatch):
+    forward = flm.FLM.forward
+    monkeypatch.setattr(flm.FLM, "forward", lambda self, batch: {k: (loss * float("inf"), hits) for k, (loss, hits)
+                                                                 in forward(self, batch).items()})
+    with pytest.raises(SystemExit, match="4 gradients in a row were not finite"):
+        train.main(command(world, tmp_path / "run", *RUN, "--max-skipped", 4))
+
+
+def test_undecodable_images_are_logged_and_stop_the_run_when_many(tmp_path, world):
+    write_captions(tmp_path / "few_caption_train.arrow", 60, broken={5})
+    write_captions(tmp_path / "many_caption_train.arrow", 60, broken=set(range(0, 60, 2)))
+    common = ["--data", tmp_path, "--steps", 12, "--eval-every", 0]
+    train.main(command(world, tmp_path / "few", *RUN, *common, "--datasets", "few"))
+    named = (tmp_path / "few/unreadable_0.txt").read_text().splitlines()
+    last = json.loads((tmp_path / "few/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["unreadable"] == len(named) > 0 and all("few_caption_train.arrow row 5: " in line for line in named)
+    with pytest.raises(SystemExit, match="images cannot be decoded"):
+        train.main(command(world, tmp_path / "many", *RUN, *common, "--datasets", "many"))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--global-batch", 15, "--micro-batch", 4], "global batch 15 does not divide"),
+    (["--global-batch", 500], "global batch 500: there are only 120 captions"),
+    (["--precision", "fp8"], "precision 'fp8'"), (["--precision", "fp16"], "fp16 needs a GPU"),
+    (["--data", "/nowhere"], "/nowhere: there is no such directory"), (["--datasets", "coco"], "no caption files of dataset 'coco'"),
+    (["--shard"], "--shard needs several processes"), (["--width", 31], "width 31 does not divide by heads"),
+    (["--image-size", 20], "image_size 20"), (["--tokenizer", "/nowhere"], "/nowhere"),
+    (["--tokenizer", "", "--vocab-size", 50265], "--tokenizer DIR must name")])
+def test_impossible_settings_are_refused_in_one_sentence(world, tmp_path, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        train.main(command(world, tmp_path / "run", *RUN, *arguments))
+    assert message in str(error.value) and "\n" not in str(error.value).strip()
+    assert not (tmp_path / "run/last.pt").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--recipe", "flm-b31"], ["--no-such-flag", "1"], ["--model", "huge"], ["--task", "vqa3"]])
+def test_unknown_names_are_refused(world, tmp_path, arguments):
+    with pytest.raises(SystemExit) as error:
+        train.main(command(world, tmp_path, *arguments))
+    assert error.value.code == 2
+
+
+def test_a_finished_run_is_neither_overwritten_nor_resumed_under_other_settings(world, tmp_path, capsys):
+    train.main(command(world, tmp_path / "run", *RUN))
+    with pytest.raises(SystemExit, match="last.pt exists: --resume goes on"):
+        train.main(command(world, tmp_path / "run", *RUN))
+    with pytest.raises(SystemExit, match="other settings than the run's: lr 0.01 -> 0.5"):
+        train.main(command(world, tmp_path / "run", *RUN, "--resume", "--lr", 0.5))
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    train.main(command(world, tmp_path / "run", *RUN, "--resume"))          # nothing is left to do
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_a_crash_while_saving_leaves_the_old_checkpoint(world, tmp_path, monkeypatch):
+    train.main(command(world, tmp_path / "run", *RUN))
+    path = tmp_path / "run/last.pt"
+    before = path.read_bytes()
+    monkeypatch.setattr(torch, "save", lambda contents, file: (file.write(b"half"), (_ for _ in ()).throw(OSError("disk full"))))
+    with pytest.raises(OSError):
+        weights.save(path, "flm", {}, flm.PRESETS["toy"], "pretrain", {}, step=7)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: p.write_bytes(b"hello"), "not a checkpoint that opens safely"),
+    (lambda p: p.write_bytes(b""), "not a checkpoint that opens safely"),
+    (lambda p: torch.save({"a": 1}, p), "not a checkpoint of this project"), (lambda p: None, "no such checkpoint")])
+def test_files_that_are_no_checkpoint_are_refused_in_a_sentence(tmp_path, make, message):
+    make(tmp_path / "x.pt")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        weights.load(tmp_path / "x.pt")
+
+
+def test_parameter_groups_follow_the_rule():
+    model = flm.FLM(replace(flm.PRESETS["toy"], itm=True))
+    settings = train.Settings(head_lr=7.0, fusion_lr=5.0, weight_decay=0.1)
+    group_of = {id(p): g for g in train.parameter_groups(model, tasks.Pretrain, settings) for p in g["params"]}
+    rule = {"vit.patch.weight": (1, 0.1), "vit.position": (1, 0), "vit.cls": (1, 0), "vit.norm_pre.weight": (1, 0),
+            "embed.word.weight": (1, 0.1), "embed.norm.bias": (1, 0), "text_layers.0.mlp.0.bias": (1, 0), "token_type": (1, 0.1),
+            "fusion_layers.1.cross_attention.kv.weight": (5, 0.1), "fusion_layers.1.cross_norm.weight": (5, 0),
+            "text_to_fusion.weight": (5, 0.1), "text_reconstructor.0.mlp.2.weight": (5, 0.1), "pooler.weight": (5, 0.1),
+            "vocab_head.decoder.weight": (7, 0.1), "vocab_head.decoder.bias": (7, 0), "itm_head.weight": (7, 0.1)}
+    parameters = dict(model.named_parameters())
+    for name, (scale, decay) in rule.items():
+        group = group_of[id(parameters[name])]
+        assert (group["scale"], group["weight_decay"]) == (scale, decay), name
+
+
+def test_the_rate_rises_linearly_and_falls_to_zero():
+    settings = train.Settings(steps=20, warmup=0.1)
+    assert [train.rate_at(s, settings) for s in (0, 1, 2, 11, 20)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert train.rate_at(0, replace(settings, warmup=0.0)) == 1
+
+
+def test_launchers_of_all_kinds_are_understood():
+    assert train.find_ranks({}) == (0, 1, 0)
+    assert train.find_ranks({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == (3, 8, 1)
+    assert train.find_ranks({f"OMPI_COMM_WORLD_{k}": v for k, v in (("RANK", "5"), ("SIZE", "6"), ("LOCAL_RANK", "2"))}) == (5, 6, 2)
+    assert train.find_ranks({"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}) == (9, 16, 1)
+
+
+def test_published_recipes_parse_and_resolve():
+    for name in tasks.RECIPES:
+        settings, flags = train.parse(["--recipe", name, "--data", "d", "--out", "o"])
+        flm.Config(**flags) if not flags else replace(flm.PRESETS[settings.model], **flags)
+    settings, flags = train.parse(["--recipe", "flm-b32", "--data", "d", "--out", "o", "--steps", "5"])
+    assert (settings.steps, settings.global_batch, settings.lr, settings.warmup) == (5, 4096, 8e-5, 0.05)
+    assert flags == {"image_size": 288}
+
+
+@pytest.mark.slow
+def test_real_photographs_and_captions_train(shared, tmp_path):
+    """The whole path on real input: prepare.py, the RoBERTa tables, train.py, weights.load."""
+    import prepare
+    prepare.main(["karpathy", str(shared / "data/coco_small"), "--out", str(tmp_path)])
+    train.main([*SIZES, "--data", str(tmp_path), "--tokenizer", str(shared / "tokenizers/roberta-base"), "--out",
+                str(tmp_path / "run"), "--steps", "12", "--global-batch", "64", "--micro-batch", "32", "--lr", "1e-2",
+                "--log-every", "4", "--eval-every", "12", "--image-size", "32"])
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    training = [x for x in lines if "lr" in x]
+    assert training[-1]["loss"] < training[0]["loss"] - 1 and training[-1]["unreadable"] == 0
+    assert weights.load(tmp_path / "run/last.pt").config.vocab_size == 50265
