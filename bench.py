@@ -1,0 +1,564 @@
+"""How fast each part is, side by side.
+
+    python bench.py step --preset base-b32 --precision fp32 bf16      # a training step, beside the original's way of doing it
+    python bench.py parts --preset base-b32                           # where our step spends its time
+    python bench.py loader                                            # pictures/s of one core, on pictures drawn here …
+    python bench.py loader data/coco --tokenizer DIR                  # … or on the Arrow files of a directory
+    python bench.py padding data/coco/*.arrow --tokenizer DIR         # the padding in real captions' batches
+    python bench.py gpu --preset base-b32 --batch 64 128 256 512      # pairs/s, memory and utilisation of a GPU
+
+What is compared is measured in one process in turns (A B A B …), so that noise hits all alike, and of each the shortest
+time counts. So ratios hold on a busy machine too; read absolute times beside the load average. `--json FILE` keeps the numbers.
+
+Letters: B batch, L text length (padded), n real tokens of a caption, P image tokens, V vocabulary.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import flm
+import tokenizer
+import train
+from tasks import Pretrain
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring and reporting.
+
+def now(device):
+    """Seconds, once the device has done all that it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def in_turns(functions, rounds, warmup=1):
+    """{name: function} -> {name: what its calls returned}: A B A B …, the first `warmup` rounds not counted."""
+    results = {name: [] for name in functions}
+    turns = [(k, name) for k in range(-warmup, rounds) for name in functions]
+    for k, name in tqdm(turns, "measuring", leave=False, disable=None):      # a bar on terminals only
+        result = functions[name]()
+        if k >= 0:
+            results[name].append(result)
+    return results
+
+
+def print_table(rows):
+    """A list of dicts with equal keys, as aligned columns: numbers to the right, words to the left."""
+    def show(value):
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 4}f}"
+
+    cells = [list(rows[0])] + [[show(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    words = [isinstance(value, str) for value in rows[0].values()]
+    for line in cells:
+        print("  ".join(f"{c:<{w}}" if left else f"{c:>{w}}" for c, w, left in zip(line, widths, words)).rstrip())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A training step, ours and as the original takes it.
+
+def make_batch(config, B, n, L, seed=0):
+    """A batch as tasks.Pretrain.collate makes it: B captions of n real tokens, padded to L, every word predicted."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.full((B, L), config.pad_id)
+    ids[:, :n] = torch.randint(5, config.vocab_size - 1, (B, n), generator=generator)       # past the special tokens
+    ids[:, 0], ids[:, n - 1] = config.cls_id, config.sep_id
+    image = torch.randint(0, 256, (B, 3, config.image_size, config.image_size), dtype=torch.uint8, generator=generator)
+    rows = {f"{name}_rows": (torch.arange(B)[:, None] * L + torch.tensor(positions)).flatten()
+            for name, positions in flm.predicting_rows("flm", n).items()}
+    return {"image": image, "ids": ids} | rows
+
+
+def ours(model, batch):
+    return model.forward(batch)
+
+
+def everywhere(model, batch):
+    """The losses of FLM.forward in the original's way: the head on all L positions of all three outputs.
+
+    Positions that predict nothing are scored too and then ignored, with no weight in the loss.
+    """
+    ids, results = batch["ids"], {}
+    fused = model.fuse(model.encode_image(batch["image"]), model.encode_text(ids))
+    for name, shift in flm.SHIFT.items():
+        rows = batch[f"{name}_rows"]
+        targets = torch.full_like(ids, -100).flatten()                                      # (B L)
+        targets[rows] = ids.flatten()[rows + shift]
+        logits = model.vocab_logits(getattr(fused, name)).flatten(0, 1)                     # (B L, V)
+        loss = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
+        results[name] = loss, (logits.argmax(-1) == targets).sum()
+    return results
+
+
+class Rig:
+    """A model, its optimizer, and batches for both ways to take a step."""
+
+    def __init__(self, args, B):
+        self.device = train.set_up(train.Settings(device=args.device))[2]
+        self.config = Pretrain.adapt(flm.PRESETS[args.preset])
+        torch.manual_seed(0)
+        self.model = flm.FLM(self.config).to(self.device)
+        groups = train.parameter_groups(self.model, Pretrain, train.Settings())
+        # A rate of 0 costs the same arithmetic, and all that is compared is measured on the same weights.
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+        self.pad_to = 8 if self.device.type == "cuda" else 1                                # as train.py
+        self.lengths = {"ours": -(-args.tokens // self.pad_to) * self.pad_to, "original": max(args.pad, args.tokens)}
+        self.forwards = {"ours": ours, "original": everywhere}
+        self.tokens = args.tokens
+        self.set_batch(B)
+
+    def set_batch(self, B):
+        self.B, self.batches = B, {}
+        for name, L in self.lengths.items():
+            batch = make_batch(self.config, B, self.tokens, L)
+            self.batches[name] = {k: v.pin_memory() for k, v in batch.items()} if self.device.type == "cuda" else batch
+
+    def describe(self):
+        c = self.config
+        parameters = sum(p.numel() for p in self.model.parameters())
+        cost = {"ours": flops(c, self.tokens), "original": flops(c, self.lengths["original"], 3 * self.lengths["original"])}
+        print(f"{parameters / 1e6:.1f} M parameters | batches of {self.B} | captions of {self.tokens} tokens, ours padded to "
+              f"{self.lengths['ours']}, the original's to {self.lengths['original']} with its head everywhere")
+        print(f"forward FLOPs of a pair: {cost['ours'] / 1e9:.4g} G on real tokens, {cost['original'] / 1e9:.4g} G as the "
+              f"original, a ratio of {cost['original'] / cost['ours']:.2f}\n")
+
+    def step(self, name, precision, forward=None, mark=lambda part, direction: None, now=now):
+        """One optimizer step as in train.py's loop -> seconds (of forward and backward, of the whole step)."""
+        model, weights, batch, device = self.model, self.config.loss_weights, self.batches[name], self.device
+        began = now(device)
+        mark(REST, "forward")
+        batch = train.to_device(batch, device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            results = (forward or self.forwards[name])(model, batch)
+        loss = sum(weights[output] * results[output][0] / len(batch[f"{output}_rows"]) for output in weights)
+        mark(HEAD, "backward")
+        loss.backward()
+        middle = now(device)
+        mark(OPTIMIZER, "forward")
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        mark(REST, "forward")
+        return middle - began, now(device) - began
+
+
+def step(args):
+    """A training step of ours beside the original's, per precision -> rows of the table."""
+    rig = Rig(args, args.batch)
+    rig.describe()
+    functions = {}
+    for precision in args.precision:
+        for name in rig.forwards:
+            functions[precision, name] = lambda n=name, p=precision: rig.step(n, p)
+        if args.compile:
+            compiled = torch.compile(ours)
+            functions[precision, "ours, compiled"] = lambda p=precision, f=compiled: rig.step("ours", p, f)
+    seconds = in_turns(functions, args.rounds)
+    best = {key: np.min(times, axis=0) for key, times in seconds.items()}                   # (forward + backward, step)
+    rows = []
+    for (precision, name), (both, whole) in best.items():
+        reference = best[precision, "original"]
+        rows.append({"precision": precision, "variant": name, "fwd+bwd s": float(both), "step s": float(whole),
+                     "pairs/s fwd+bwd": float(rig.B / both), "pairs/s step": float(rig.B / whole),
+                     "speed-up fwd+bwd": float(reference[0] / both), "speed-up step": float(reference[1] / whole)})
+    print_table(rows)
+    print(f"\nthe shortest of {args.rounds} rounds; all rounds' speed-ups of a step: " + ", ".join(
+        f"{p} " + " ".join(f"{o[1] / w[1]:.2f}" for w, o in zip(seconds[p, "ours"], seconds[p, "original"]))
+        for p in args.precision))
+    return rows
+
+
+def flops(config, n, targets=None):
+    """FLOPs of the forward pass of one pair with a caption of n tokens: 2 per multiply-add of every matrix product.
+
+    targets: rows that the vocabulary head scores; None: one per predicted token, 3n - 5. Attention counts its whole
+    square, whatever the mask; elementwise work and norms, a few percent of the time, count nothing.
+
+    >>> f"{flops(flm.PRESETS['base-b32'], 13) / 1e9:.1f} G"
+    '26.6 G'
+    """
+    c, P = config, 1 + (config.image_size // config.patch_size) ** 2
+    targets = sum(map(len, flm.predicting_rows("flm", n).values())) if targets is None else targets
+
+    def attention(q, k, width):                 # q, out: 2 q w²; k and v: 2 k w²; scores and their mixture: 2 q k w
+        return 2 * (2 * q * width ** 2 + 2 * k * width ** 2 + 2 * q * k * width)
+
+    def mlp(rows, width):
+        return 2 * rows * 8 * width ** 2
+
+    vit = 2 * (P - 1) * 3 * c.patch_size ** 2 * c.vit_width \
+        + c.vit_layers * (attention(P, P, c.vit_width) + mlp(P, c.vit_width))
+    text = c.text_layers * 2 * (attention(n, n, c.text_width) + mlp(n, c.text_width))
+    text += c.reconstructor_text_layers * (attention(n, 2 * n, c.text_width) + mlp(n, c.text_width))
+    bridges = 2 * c.width * (P * c.vit_width + 3 * n * c.text_width)
+    fusion = c.fusion_layers * (2 * attention(n, n, c.width) + attention(2 * n, P, c.width) + mlp(2 * n, c.width))
+    fusion += c.reconstructor_fusion_layers * (attention(n, 2 * n, c.width) + mlp(n, c.width))
+    head = 2 * targets * c.width * (c.width + c.vocab_size)
+    return vit + text + bridges + fusion + head
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts of a step, clocked while a real step runs.
+
+HEAD, OPTIMIZER, REST = "vocabulary head + loss", "optimizer", "masks and the rest"
+PARTS = {"ViT": ["vit", "image_to_fusion"], "embeddings": ["embed"], "text layers": ["text_layers"],
+         "reconstructor, text side": ["text_reconstructor"], "fusion layers": ["text_to_fusion", "fusion_layers"],
+         "reconstructor, fusion side": ["fusion_reconstructor"], HEAD: ["vocab_head"]}
+
+
+class Stopwatch:
+    """Says which part is running, forwards and backwards, and adds up its seconds.
+
+    Forwards a part begins where its module is called. Backwards it begins where the gradient reaches the module's
+    output, a place marked by a node in the graph; autograd works through nodes in the reverse order of their making, so
+    a part runs to its end before the one that was called before it. So every moment belongs to exactly one part.
+    """
+
+    def __init__(self, model, device):
+        self.device, self.seconds, self.current = device, defaultdict(float), None
+        self.hooks = []
+        for part, names in PARTS.items():
+            for module in (getattr(model, name) for name in names):
+                for m in module if isinstance(module, torch.nn.ModuleList) else [module]:
+                    self.hooks.append(m.register_forward_pre_hook(lambda *_, p=part: self.mark(p, "forward")))
+                    self.hooks.append(m.register_forward_hook(lambda *a, p=part: self.leave(p, a[-1])))
+
+    def mark(self, part, direction):
+        time = now(self.device)
+        if self.current:
+            self.seconds[self.current] += time - self.since
+        self.current, self.since = (part, direction), time
+
+    def leave(self, part, output):
+        if part != HEAD:                            # the loss that follows the head belongs to it
+            self.mark(REST, "forward")
+        return Mark.apply(output, self, part)
+
+    def remove(self):
+        for hook in self.hooks:
+            hook.remove()
+
+
+class Mark(torch.autograd.Function):
+    """The identity; tells a stopwatch that the gradient has come to this place."""
+
+    @staticmethod
+    def forward(ctx, x, stopwatch, part):
+        ctx.stopwatch, ctx.part = stopwatch, part
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.stopwatch.mark(ctx.part, "backward")
+        return gradient, None, None
+
+
+def parts(args):
+    """The share of each part of a step -> rows of the tables."""
+    rig = Rig(args, args.batch)
+    rig.describe()
+
+    def clocked(name, precision):
+        watch = Stopwatch(rig.model, rig.device)
+        rig.step(name, precision, mark=watch.mark)
+        watch.remove()
+        return dict(watch.seconds)
+
+    functions = {}
+    for key in ((name, precision) for precision in args.precision for name in args.variant):
+        functions[*key, "clocked"] = lambda k=key: clocked(*k)
+        functions[*key, "whole"] = lambda k=key: rig.step(*k)[1]
+    measured = in_turns(functions, args.rounds)
+    tables = []
+    for precision in args.precision:
+        for name in args.variant:
+            runs, whole = measured[name, precision, "clocked"], min(measured[name, precision, "whole"])
+            best = min(runs, key=lambda seconds: sum(seconds.values()))     # the parts of one and the same step
+            total = sum(best.values())
+            rows = []
+            for part in [*PARTS, OPTIMIZER, REST]:
+                forward, backward = best.get((part, "forward"), 0.0), best.get((part, "backward"), 0.0)
+                rows.append({"part": part, "forward s": forward, "backward s": backward, "both s": forward + backward,
+                             "share %": 100 * (forward + backward) / total})
+            print(f"{name}, {precision}")
+            print_table(rows)
+            print(f"the parts add up to {total:.4g} s; the same step without the stopwatch: {whole:.4g} s\n")
+            tables.append({"variant": name, "precision": precision, "sum s": total, "whole s": whole, "rows": rows})
+    return tables
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loader.
+
+WORDS = ("a the man woman dog cat child street table kitchen train bus red white small large standing sitting riding "
+         "holding on in near with of two people while walking down next to").split()
+
+
+def make_photos(path, count, size=(640, 480)):
+    """Draws `count` pictures of smooth noise, as JPEGs that cost about what a photograph costs, with 5 captions each."""
+    with data.Writer(path, data.CAPTIONS) as out:
+        for i in range(count):
+            rng = np.random.default_rng(i)
+            picture = np.zeros((size[1], size[0], 3))
+            for side, weight in ((4, 0.6), (16, 0.25), (64, 0.1), (size[0], 0.05)):
+                noise = Image.fromarray(rng.integers(0, 256, (side * size[1] // size[0], side, 3), dtype=np.uint8))
+                picture += weight * np.asarray(noise.resize(size, Image.Resampling.BICUBIC))
+            encoded = io.BytesIO()
+            Image.fromarray(picture.astype(np.uint8)).save(encoded, "JPEG", quality=90)
+            captions = [" ".join(rng.choice(WORDS, rng.integers(8, 13))) for _ in range(5)]
+            out.write({"image": encoded.getvalue(), "caption": captions, "image_id": str(i), "split": "train"})
+
+
+def loader(args):
+    """Pictures/s of one core: decoding in three ways, the whole loader; captions/s of the tokenizer -> rows."""
+    from torchvision import transforms as T
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.files:
+            files = [f for path in args.files for f in (data.find_files(path, (), "train") if path.is_dir() else [path])]
+        else:
+            files = [Path(scratch) / "drawn.arrow"]
+            make_photos(files[0], args.photos)
+        return measure_loader(args, data.Captions(files), T)
+
+
+def measure_loader(args, table, T):
+    tok = tokenizer.load(args.tokenizer) if args.tokenizer else tokenizer.BPE.train(table.texts(), 400)
+    photos = [table.image(row).to_pybytes() for row in range(min(len(table), args.photos))]
+    print(f"{len(photos)} pictures of {sum(map(len, photos)) / len(photos) / 1000:.0f} kB to {args.size} pixels | one core\n")
+    originals = T.Compose([T.Resize(args.size, T.InterpolationMode.BICUBIC), T.CenterCrop(args.size), T.ToTensor(),
+                           T.Normalize(data.CLIP_MEAN, data.CLIP_STD)])
+    settings = train.Settings(max_tokens=50, pad_to=1)
+    task = Pretrain(settings, flm.replace(flm.PRESETS["base-b32"], image_size=args.size, pooler=False), tok)
+    dataset = task.dataset(table, train=True)
+    first = np.unique(table.row_of, return_index=True)[1][:len(photos)]                     # a caption of each picture
+    keys = [(epoch, int(i)) for epoch in range(args.passes) for i in first]
+    batches = [keys[i:i + args.batch] for i in range(0, len(keys), args.batch)]
+
+    def each(function):
+        def run():
+            began = time.perf_counter()
+            for photo in photos:
+                function(photo)
+            return len(photos) / (time.perf_counter() - began)
+        return run
+
+    def whole(workers):
+        """Pictures/s of the DataLoader; a worker's start is not counted: the clock starts with its first batch."""
+        batch_loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=task.collate,
+                                                   num_workers=workers)
+        began, count = time.perf_counter(), 0
+        for i, (batch, _) in enumerate(batch_loader):
+            if i == 0 and workers:
+                began = time.perf_counter()
+            else:
+                count += len(batch["ids"])
+        return count / (time.perf_counter() - began)
+
+    def encode(fresh):
+        texts = list(table.texts())
+        words = tokenizer.load(args.tokenizer) if fresh and args.tokenizer else tok
+        began = time.perf_counter()
+        for text in texts:
+            words.encode(text)
+        return len(texts) / (time.perf_counter() - began)
+
+    functions = {
+        "Pillow, full resolution, to float (the originals)":
+            each(lambda photo: originals(Image.open(io.BytesIO(photo)).convert("RGB"))),
+        "data.decode, exact": each(lambda photo: data.decode(photo, args.size)),
+        "data.decode, draft": each(lambda photo: data.decode(photo, args.size, draft=True)),
+        "whole loader, in the process": lambda: whole(0)}
+    if len(batches) > 1:
+        functions["whole loader, one worker"] = lambda: whole(1)
+    functions |= {"tokenizer, just opened": lambda: encode(True), "tokenizer, warm": lambda: encode(False)}
+    best = {name: max(rates) for name, rates in in_turns(functions, args.rounds).items()}
+    plain = best["Pillow, full resolution, to float (the originals)"]
+    rows = [{"what": name, "per second": rate, "of": "captions" if "tokenizer" in name else "pictures",
+             "against the originals": "" if "tokenizer" in name else f"{rate / plain:.2f}x"} for name, rate in best.items()]
+    shares = {name: rate / best["data.decode, draft"] for name, rate in best.items() if name.startswith("whole")}
+    print_table(rows)
+    print("\nshare of a core's time that is spent in decode: " + ", ".join(f"{n} {100 * s:.0f} %" for n, s in shares.items()))
+    return {"rows": rows, "decoding shares": shares}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Padding.
+
+def padding(args):
+    """The share of pads among the tokens of the micro-batches of real captions -> rows of the table."""
+    tok, table = tokenizer.load(args.tokenizer), data.Captions(args.files)
+    lengths = data.token_lengths(table, tok).clip(max=args.max_tokens)
+    print(f"{len(lengths):,} captions of {lengths.mean():.2f} tokens on average (at most {lengths.max()}), micro-batches of "
+          f"{args.micro_batch}; padding in % of the tokens that are computed")
+    rng = np.random.default_rng(0)
+    # A large batch of a small file would repeat the file: captions are drawn from it, as from a larger one like it.
+    drawn = rng.choice(lengths, args.batches * max(args.global_batch))
+    rows = []
+    for size in args.global_batch:
+        sampler = data.GlobalBatches(drawn, size, seed=0)
+        for order in ("sorted", "as drawn"):
+            longest, real = [], 0
+            for k in range(sampler.steps_per_epoch):
+                numbers = sampler.batch(k) if order == "sorted" else rng.permutation(sampler.batch(k))
+                real += drawn[numbers].sum()
+                longest += [(len(some), drawn[some].max()) for some in np.split(numbers, range(args.micro_batch, size,
+                                                                                               args.micro_batch))]
+            count, longest = np.array(longest).T
+            row = {"global batch": size, "order": order}
+            for multiple in args.pad_to:
+                row[f"to {multiple}"] = f"{100 * (1 - real / (count * (-(-longest // multiple) * multiple)).sum()):.1f}"
+            rows.append(row | {f"all to {args.max_tokens}": f"{100 * (1 - real / (count.sum() * args.max_tokens)):.1f}"})
+    print_table(rows)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A GPU.
+
+def matmul_peak(device, size, rounds=5, repeats=10):
+    """FLOP/s of a large square bfloat16 matrix product, the best of some rounds: what this device gives at most."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(rounds + 1):
+        began = now(device)
+        for _ in range(repeats):
+            a @ b
+        best = min(best, (now(device) - began) / repeats)
+    return 2 * size ** 3 / best
+
+
+def gpu(args):
+    """Pairs/s, memory and utilisation of a training step in bfloat16 per batch size, as it is and compiled -> rows."""
+    args.device = args.device or "cuda"
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        print("bench.py gpu: there is no CUDA device here, so there is nothing to measure; `bench.py step` runs on the CPU")
+        return None
+    rig = Rig(args, args.batch[0])
+    device, cuda = rig.device, rig.device.type == "cuda"
+    rig.describe()
+    peak = matmul_peak(device, args.matmul)
+    name = torch.cuda.get_device_name(device) if cuda else "cpu"
+    print(f"{name}: a bf16 matrix product of {args.matmul} runs at {peak / 1e12:.4g} TFLOP/s\n")
+    cost = 3 * flops(rig.config, args.tokens)           # forward and backward; pads count as waste, not as work
+    variants = {"ours": None, "original": None} | ({"ours, compiled": torch.compile(ours)} if args.compile else {})
+
+    def run(name, steps):
+        """Seconds a step. The clock stands outside: as in train.py, nothing waits for the device in between."""
+        began = now(device)
+        for _ in range(steps):
+            rig.step(name.split(",")[0], "bf16", variants[name], now=lambda _: time.perf_counter())
+        return (now(device) - began) / steps
+
+    rows = []
+    for B in args.batch:
+        rig.set_batch(B)
+        memory = {}
+        for name in variants:
+            try:
+                run(name, 2)                            # compiles, fills the allocator
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats(device)
+                run(name, 1)
+                memory[name] = train.memory_gb(device)
+            except torch.OutOfMemoryError:
+                rig.optimizer.zero_grad(set_to_none=True)
+            if cuda:
+                torch.cuda.empty_cache()
+        seconds = in_turns({name: lambda n=name: run(n, args.steps) for name in memory}, args.rounds)
+        best = {name: min(times) for name, times in seconds.items()}
+        for name in variants:
+            fits = name in best
+            rows.append({"variant": name, "batch": B, "pairs/s": B / best[name] if fits else "out of memory",
+                         "ms a step": 1000 * best[name] if fits else "", "peak GB": memory[name] if fits else "",
+                         "MFU %": 100 * cost * B / best[name] / peak if fits else "",
+                         "speed-up": best["original"] / best[name] if fits and "original" in best else ""})
+    print_table(rows)
+    return {"device": name, "matmul FLOP/s": peak, "rows": rows}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def parse(argv):
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(function, model=False, rounds=3):
+        p = commands.add_parser(function.__name__, help=function.__doc__.split(" -> ")[0], description=function.__doc__)
+        p.set_defaults(function=function)
+        p.add_argument("--json", type=Path, metavar="FILE", help="keep the numbers in this file")
+        p.add_argument("--rounds", type=int, default=rounds, help="how often each thing is measured (default %(default)s)")
+        if model:
+            p.add_argument("--preset", choices=flm.PRESETS, default="base-b32", help="default %(default)s")
+            p.add_argument("--tokens", type=int, default=13, help="real tokens of a caption (default %(default)s, COCO's mean)")
+            p.add_argument("--pad", type=int, default=50, help="length that the original pads to (default %(default)s)")
+            p.add_argument("--device", default="", help="cpu or cuda; default: cuda where there is one")
+        return p
+
+    p = command(step, model=True)
+    p.add_argument("--batch", type=int, default=4)
+    p.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
+    p.add_argument("--compile", action="store_true", help="measure our step under torch.compile too")
+    p = command(parts, model=True)
+    p.add_argument("--batch", type=int, default=4)
+    p.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
+    p.add_argument("--variant", nargs="+", choices=["ours", "original"], default=["ours"])
+    p = command(loader)
+    p.add_argument("files", nargs="*", type=Path, help="Arrow files or directories of them; none: pictures drawn here")
+    p.add_argument("--photos", type=int, default=128, help="how many pictures (default %(default)s)")
+    p.add_argument("--size", type=int, default=288, help="pixels of the shorter side (default %(default)s)")
+    p.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: one trained on the captions")
+    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--passes", type=int, default=2, help="passes of the whole loader over the pictures in a round")
+    p = command(padding)
+    p.add_argument("files", nargs="+", type=Path, help="Arrow files of captions")
+    p.add_argument("--tokenizer", type=Path, metavar="DIR", required=True)
+    p.add_argument("--global-batch", nargs="+", type=int, default=[4096, 1024, 256, 64], metavar="N")
+    p.add_argument("--micro-batch", type=int, default=64)
+    p.add_argument("--pad-to", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N")
+    p.add_argument("--max-tokens", type=int, default=50)
+    p.add_argument("--batches", type=int, default=16, help="global batches of the largest size (default %(default)s)")
+    p = command(gpu, model=True)
+    p.add_argument("--batch", nargs="+", type=int, default=[64, 128, 256, 512])
+    p.add_argument("--steps", type=int, default=10, help="steps between two looks at the clock (default %(default)s)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--matmul", type=int, default=8192, help="side of the matrices of the peak (default %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    load = lambda: f"{os.getloadavg()[0]:.2f}"
+    before = load()
+    print(f"torch {torch.__version__} | {torch.get_num_threads()} threads on {os.cpu_count()} cores | load average {before}")
+    try:
+        results = args.function(args)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"bench.py: {error}")
+    print(f"load average at the end {load()}")
+    if args.json:
+        args.json.write_text(json.dumps({"command": sys.argv if argv is None else argv, "torch": torch.__version__,
+                                         "threads": torch.get_num_threads(), "load average": [before, load()],
+                                         "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
