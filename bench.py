@@ -192,7 +192,7 @@ def flops(config, n, targets=None):
     square, whatever the mask; elementwise work and norms, a few percent of the time, count nothing.
 
     >>> f"{flops(flm.PRESETS['base-b32'], 13) / 1e9:.1f} G"
-    '26.6 G'
+    '24.8 G'
     """
     c, P = config, 1 + (config.image_size // config.patch_size) ** 2
     targets = sum(map(len, flm.predicting_rows("flm", n).values())) if targets is None else targets
@@ -317,7 +317,7 @@ def make_photos(path, count, size=(640, 480)):
         for i in range(count):
             rng = np.random.default_rng(i)
             picture = np.zeros((size[1], size[0], 3))
-            for side, weight in ((4, 0.6), (16, 0.25), (64, 0.1), (size[0], 0.05)):
+            for side, weight in ((4, 0.55), (16, 0.2), (64, 0.1), (size[0], 0.15)):
                 noise = Image.fromarray(rng.integers(0, 256, (side * size[1] // size[0], side, 3), dtype=np.uint8))
                 picture += weight * np.asarray(noise.resize(size, Image.Resampling.BICUBIC))
             encoded = io.BytesIO()
@@ -328,19 +328,20 @@ def make_photos(path, count, size=(640, 480)):
 
 def loader(args):
     """Pictures/s of one core: decoding in three ways, the whole loader; captions/s of the tokenizer -> rows."""
-    from torchvision import transforms as T
-    torch.set_num_threads(1)
+    from torchvision import transforms as T         # slow to import, and only this wants it
     with tempfile.TemporaryDirectory() as scratch:
-        if args.files:
-            files = [f for path in args.files for f in (data.find_files(path, (), "train") if path.is_dir() else [path])]
-        else:
+        files = [f for path in args.files for f in (data.find_files(path, (), "train") if path.is_dir() else [path])]
+        if not files:
             files = [Path(scratch) / "drawn.arrow"]
             make_photos(files[0], args.photos)
-        return measure_loader(args, data.Captions(files), T)
+        table, directory = data.Captions(files), args.tokenizer or Path(scratch) / "tokenizer"
+        if not args.tokenizer:
+            tokenizer.BPE.train(table.texts(), 400).save(directory)
+        return measure_loader(args, table, directory, T)
 
 
-def measure_loader(args, table, T):
-    tok = tokenizer.load(args.tokenizer) if args.tokenizer else tokenizer.BPE.train(table.texts(), 400)
+def measure_loader(args, table, directory, T):
+    tok = tokenizer.load(directory)
     photos = [table.image(row).to_pybytes() for row in range(min(len(table), args.photos))]
     print(f"{len(photos)} pictures of {sum(map(len, photos)) / len(photos) / 1000:.0f} kB to {args.size} pixels | one core\n")
     originals = T.Compose([T.Resize(args.size, T.InterpolationMode.BICUBIC), T.CenterCrop(args.size), T.ToTensor(),
@@ -373,8 +374,7 @@ def measure_loader(args, table, T):
         return count / (time.perf_counter() - began)
 
     def encode(fresh):
-        texts = list(table.texts())
-        words = tokenizer.load(args.tokenizer) if fresh and args.tokenizer else tok
+        texts, words = list(table.texts()), tokenizer.load(directory) if fresh else tok
         began = time.perf_counter()
         for text in texts:
             words.encode(text)
@@ -507,6 +507,7 @@ def parse(argv):
         p.add_argument("--json", type=Path, metavar="FILE", help="keep the numbers in this file")
         p.add_argument("--rounds", type=int, default=rounds, help="how often each thing is measured (default %(default)s)")
         if model:
+            p.add_argument("--threads", type=int, help="of the CPU; 1 is the steadiest where other programs run")
             p.add_argument("--preset", choices=flm.PRESETS, default="base-b32", help="default %(default)s")
             p.add_argument("--tokens", type=int, default=13, help="real tokens of a caption (default %(default)s, COCO's mean)")
             p.add_argument("--pad", type=int, default=50, help="length that the original pads to (default %(default)s)")
@@ -548,15 +549,20 @@ def main(argv=None):
     args = parse(argv)
     load = lambda: f"{os.getloadavg()[0]:.2f}"
     before = load()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if args.function is loader else getattr(args, "threads", None) or threads)
     print(f"torch {torch.__version__} | {torch.get_num_threads()} threads on {os.cpu_count()} cores | load average {before}")
     try:
         results = args.function(args)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"bench.py: {error}")
+    finally:
+        used = torch.get_num_threads()
+        torch.set_num_threads(threads)
     print(f"load average at the end {load()}")
     if args.json:
         args.json.write_text(json.dumps({"command": sys.argv if argv is None else argv, "torch": torch.__version__,
-                                         "threads": torch.get_num_threads(), "load average": [before, load()],
+                                         "threads": used, "load average": [before, load()],
                                          "results": results}, indent=2) + "\n")
 
 

@@ -35,7 +35,10 @@ from data import CAPTIONS, NLVR2, VQA, Writer
 COLOURS = {"red": (215, 25, 30), "green": (20, 140, 45), "blue": (30, 70, 215), "yellow": (245, 215, 20),
            "purple": (120, 35, 155), "pink": (255, 130, 195), "cyan": (30, 195, 220), "black": (25, 25, 25)}
 KINDS = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 6, "big": 11}                       # radius
+SIZES = {"small": 4.5, "big": 7.2}                     # radius
+# Shapes stand loosely on a grid of 4 x 4. A ViT whose patches are its cells meets each shape nearly whole, and minutes of
+# training are then enough; with shapes anywhere the same minutes taught colours, but few kinds (docs/LOG.md).
+CELL, LOOSE = 16, 2
 RELATIONS = ("left", "right", "above", "below")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 PLURAL = {"shape": "shapes", "cross": "crosses", **{kind: kind + "s" for kind in KINDS if kind != "cross"}}
@@ -88,8 +91,9 @@ def sample_scene(rng, held_out=False, include=()):
         for (colour, kind), size in zip(pairs, sorted(rng.choices(tuple(SIZES), k=n))):
             r = SIZES[size]
             for _ in range(10):
-                x, y = r + 2 + (60 - 2 * r) * rng.random(), r + 2 + (60 - 2 * r) * rng.random()
-                if all(math.hypot(x - s.x, y - s.y) > r + SIZES[s.size] + 2 for s in shapes):
+                x, y = (CELL * (rng.randrange(4) + 0.5) + rng.uniform(-LOOSE, LOOSE) for _ in "xy")
+                x, y = (min(max(v, r + 0.5), 63.5 - r) for v in (x, y))
+                if all(math.hypot(x - s.x, y - s.y) > r + SIZES[s.size] + 0.5 for s in shapes):
                     shapes.append(Shape(kind, colour, size, round(x, 1), round(y, 1)))
                     break
             else:

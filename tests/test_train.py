@@ -53,8 +53,11 @@ def assert_same(a, b, tolerance):
     assert len(losses_a) == len(losses_b) and model_a.keys() == model_b.keys()
     for x, y in zip(losses_a, losses_b):
         assert x == pytest.approx(y, abs=tolerance)
-    for name in model_a:
-        torch.testing.assert_close(model_a[name], model_b[name], atol=tolerance, rtol=0, msg=name)
+    for name, ours in model_a.items():
+        theirs = model_b[name]
+        if name.endswith("kv.bias") and tolerance:      # a softmax ignores the keys' bias: its gradient is pure rounding
+            ours, theirs = ours.chunk(2)[1], theirs.chunk(2)[1]
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0, msg=name)
 
 
 def torchrun(processes, arguments, port):
@@ -84,7 +87,7 @@ def test_a_killed_and_resumed_run_equals_one_that_never_stopped(world, tmp_path)
     train.main(command(world, tmp_path / "whole", *long))
     arguments = command(world, tmp_path / "killed", *long)
     run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=subprocess.PIPE, text=True,
-                           env=os.environ | {"PYTHONUNBUFFERED": "1"})
+                           env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"})
     for line in run.stdout:
         if line.startswith(f"step {11:>6}/"):           # between two checkpoints
             run.send_signal(signal.SIGKILL)
