@@ -1,6 +1,6 @@
 """How fast each part is, side by side.
 
-    python bench.py step --preset base-b32 --precision fp32 bf16      # a training step, beside the original's way of doing it
+    python bench.py step --preset base-b32 --precision fp32 bf16      # a step, beside the original's way
     python bench.py parts --preset base-b32                           # where our step spends its time
     python bench.py loader                                            # pictures/s of one core, on pictures drawn here …
     python bench.py loader data/coco --tokenizer DIR                  # … or on the Arrow files of a directory
@@ -8,7 +8,8 @@
     python bench.py gpu --preset base-b32 --batch 64 128 256 512      # pairs/s, memory and utilisation of a GPU
 
 What is compared is measured in one process in turns (A B A B …), so that noise hits all alike, and of each the shortest
-time counts. So ratios hold on a busy machine too; read absolute times beside the load average. `--json FILE` keeps the numbers.
+time counts. Ratios hold on a busy machine too (there with `--threads 1`: two threads that share cores with other programs
+wait for each other); read absolute times beside the load average. `--json FILE` keeps the numbers.
 
 Letters: B batch, L text length (padded), n real tokens of a caption, P image tokens, V vocabulary.
 """
@@ -133,8 +134,8 @@ class Rig:
         c = self.config
         parameters = sum(p.numel() for p in self.model.parameters())
         cost = {"ours": flops(c, self.tokens), "original": flops(c, self.lengths["original"], 3 * self.lengths["original"])}
-        print(f"{parameters / 1e6:.1f} M parameters | batches of {self.B} | captions of {self.tokens} tokens, ours padded to "
-              f"{self.lengths['ours']}, the original's to {self.lengths['original']} with its head everywhere")
+        print(f"{parameters / 1e6:.1f} M parameters | batches of {self.B} | captions of {self.tokens} tokens, ours "
+              f"padded to {self.lengths['ours']}, the original's to {self.lengths['original']} with its head everywhere")
         print(f"forward FLOPs of a pair: {cost['ours'] / 1e9:.4g} G on real tokens, {cost['original'] / 1e9:.4g} G as the "
               f"original, a ratio of {cost['original'] / cost['ours']:.2f}\n")
 
@@ -343,7 +344,8 @@ def loader(args):
 def measure_loader(args, table, directory, T):
     tok = tokenizer.load(directory)
     photos = [table.image(row).to_pybytes() for row in range(min(len(table), args.photos))]
-    print(f"{len(photos)} pictures of {sum(map(len, photos)) / len(photos) / 1000:.0f} kB to {args.size} pixels | one core\n")
+    print(f"{len(photos)} pictures of {sum(map(len, photos)) / len(photos) / 1000:.0f} kB to {args.size} pixels | "
+          f"one core\n")
     originals = T.Compose([T.Resize(args.size, T.InterpolationMode.BICUBIC), T.CenterCrop(args.size), T.ToTensor(),
                            T.Normalize(data.CLIP_MEAN, data.CLIP_STD)])
     settings = train.Settings(max_tokens=50, pad_to=1)
@@ -384,7 +386,7 @@ def measure_loader(args, table, directory, T):
         "Pillow, full resolution, to float (the originals)":
             each(lambda photo: originals(Image.open(io.BytesIO(photo)).convert("RGB"))),
         "data.decode, exact": each(lambda photo: data.decode(photo, args.size)),
-        "data.decode, draft": each(lambda photo: data.decode(photo, args.size, draft=True)),
+        "data.decode, fast": each(lambda photo: data.decode(photo, args.size, fast=True)),
         "whole loader, in the process": lambda: whole(0)}
     if len(batches) > 1:
         functions["whole loader, one worker"] = lambda: whole(1)
@@ -393,9 +395,10 @@ def measure_loader(args, table, directory, T):
     plain = best["Pillow, full resolution, to float (the originals)"]
     rows = [{"what": name, "per second": rate, "of": "captions" if "tokenizer" in name else "pictures",
              "against the originals": "" if "tokenizer" in name else f"{rate / plain:.2f}x"} for name, rate in best.items()]
-    shares = {name: rate / best["data.decode, draft"] for name, rate in best.items() if name.startswith("whole")}
+    shares = {name: rate / best["data.decode, fast"] for name, rate in best.items() if name.startswith("whole")}
     print_table(rows)
-    print("\nshare of a core's time that is spent in decode: " + ", ".join(f"{n} {100 * s:.0f} %" for n, s in shares.items()))
+    print("\nshare of a core's time that is spent in decode: " +
+          ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items()))
     return {"rows": rows, "decoding shares": shares}
 
 
@@ -509,7 +512,7 @@ def parse(argv):
         if model:
             p.add_argument("--threads", type=int, help="of the CPU; 1 is the steadiest where other programs run")
             p.add_argument("--preset", choices=flm.PRESETS, default="base-b32", help="default %(default)s")
-            p.add_argument("--tokens", type=int, default=13, help="real tokens of a caption (default %(default)s, COCO's mean)")
+            p.add_argument("--tokens", type=int, default=13, help="real tokens of a caption (default 13, COCO's mean)")
             p.add_argument("--pad", type=int, default=50, help="length that the original pads to (default %(default)s)")
             p.add_argument("--device", default="", help="cpu or cuda; default: cuda where there is one")
         return p

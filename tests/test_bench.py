@@ -101,7 +101,7 @@ def test_loader_measures_pictures_drawn_here_and_given_files(tmp_path, captions,
     for arguments in (small, [captions[0], "--tokenizer", captions[1], *small], [captions[0].parent, *small]):
         results = run(["loader", *arguments], tmp_path)
         assert all(row["per second"] > 0 for row in results["rows"]) and len(results["rows"]) == 7
-    assert "data.decode, draft" in capsys.readouterr().out
+    assert "data.decode, fast" in capsys.readouterr().out
 
 
 def test_padding_is_the_share_of_pads(tmp_path, captions, capsys):
