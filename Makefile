@@ -4,13 +4,13 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 DATA   ?= data/toy
 RUN    ?= runs/toy
-STEPS  ?=
 FLAGS  ?=
+# more flags for train.py, for example: make RUN=runs/long FLAGS='--steps 7200'
 
 .DEFAULT_GOAL := all
 .PHONY: all help test quick pictures masks bench clean
 
-all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (about ten minutes)
+all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (about eight minutes)
 	@echo "pictures: docs/masks.png, $(RUN)/curves.png, $(RUN)/words.png"
 
 help:  ## this list
@@ -26,10 +26,12 @@ $(VENV)/.installed: pyproject.toml
 $(DATA)/toy_words.json: | $(VENV)/.installed
 	$(PY) toy.py --out $(DATA)
 
-$(RUN)/last.pt: $(DATA)/toy_words.json
-	$(PY) train.py --task pretrain --recipe toy --data $(DATA) --out $(RUN) --resume $(if $(STEPS),--steps $(STEPS)) $(FLAGS)
+# last.pt is there long before the end; an interrupted run goes on from it.
+$(RUN)/.trained: | $(DATA)/toy_words.json
+	$(PY) train.py --task pretrain --recipe toy --data $(DATA) --out $(RUN) --resume $(FLAGS)
+	@touch $@
 
-$(RUN)/words.json: $(RUN)/last.pt
+$(RUN)/words.json: $(RUN)/.trained
 	$(PY) eval.py words $(RUN)/last.pt --data $(DATA)
 
 pictures: $(RUN)/words.json masks  ## the masks, and the loss curves and word table of RUN

@@ -339,7 +339,7 @@ class CaptionDataset(torch.utils.data.Dataset):
         ids = self.tok.encode(self.table.text(i))
         kept = ids[:self.max_tokens - 2]
         return {"image": image, "ids": [self.tok.cls_id, *kept, self.tok.sep_id], "row": row, "index": i, "rng": rng,
-                "cut": len(kept) < len(ids), "unreadable": unreadable}
+                "train": self.train, "cut": len(kept) < len(ids), "unreadable": unreadable}
 
 
 def pad_batch(samples, pad_id, multiple=8, limit=None):

@@ -4,6 +4,8 @@
 settings of a published command, as `train.py --recipe name` uses and prints them.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -13,14 +15,14 @@ from data import CaptionDataset, Captions, find_files, mask_words, pad_batch
 # Settings of train.py; whatever a recipe does not name keeps train.py's default, and a flag overrides both.
 RECIPES = {
     # The drawn world of toy.py: about six minutes on two CPU cores.
-    "toy": dict(model="toy", steps=1500, global_batch=64, lr=1e-3, warmup=0.05, head_lr=1, fusion_lr=1, clip=1.0,
-                vocab_size=400, eval_every=500, log_every=50),
+    "toy": dict(model="toy", steps=2400, global_batch=32, lr=1e-3, warmup=0.05, head_lr=1.0, fusion_lr=1.0, clip=1.0,
+                precision="fp32", eval_every=400, eval_samples=1000, log_every=100, save_every=400),
     # A small model for a few thousand photographs of one's own, from scratch.
-    "small": dict(model="small", steps=2000, global_batch=64, lr=5e-4, warmup=0.05, head_lr=1, fusion_lr=1, clip=1.0,
-                  eval_every=500, log_every=20),
+    "small": dict(model="small", steps=2000, global_batch=64, micro_batch=32, lr=5e-4, warmup=0.05, head_lr=1.0,
+                  fusion_lr=1.0, clip=1.0, eval_every=250, log_every=20),
     # The paper's pretraining on COCO, VG, SBU and CC3M: 30,000 steps of 4,096 pairs at 288 pixels.
     "flm-b32": dict(model="base-b32", image_size=288, steps=30_000, global_batch=4096, micro_batch=64, lr=8e-5,
-                    warmup=0.05, head_lr=5, fusion_lr=5, max_tokens=50, datasets=("coco", "vg", "sbu", "gcc")),
+                    warmup=0.05, head_lr=5.0, fusion_lr=5.0, max_tokens=50, datasets=("coco", "vg", "sbu", "gcc")),
 }
 # The objectives that the paper compares with, under the same recipe.
 RECIPES |= {f"{objective}-b32": RECIPES["flm-b32"] | dict(objective=objective) for objective in ("mlm", "ar", "prefix")}
@@ -37,7 +39,7 @@ class Pretrain:
     @staticmethod
     def adapt(config):
         """Only parameters that are trained exist: without image-text matching nothing trains the pooler."""
-        return flm.replace(config, pooler=config.itm)
+        return replace(config, pooler=config.itm)
 
     @staticmethod
     def table(settings, split):
@@ -61,6 +63,8 @@ class Pretrain:
         rows predict. So the loop knows the number of targets without asking the device.
         """
         c, tok = self.config, self.tok
+        if not samples[0]["train"]:         # evaluation hides from each word itself only, and asks for every word
+            c = replace(c, corruption_rate=0.0, prediction_rate=1.0)
         batch = pad_batch(samples, c.pad_id, self.settings.pad_to, c.max_positions - 2)
         B, L = batch["ids"].shape
         rows = {name: [] for name in c.loss_weights if name != "itm"}

@@ -121,6 +121,19 @@ def test_every_objective_trains_every_parameter_it_has(world, tmp_path, objectiv
     assert untrained == []
 
 
+def test_spans_and_prediction_rate_are_for_training_only(world, tmp_path):
+    settings, flags = train.parse(command(world, tmp_path, "--corruption-rate", 0.5, "--prediction-rate", 0.5))
+    tok = BPE.load(world / "tok/vocab.json", world / "tok/merges.txt")
+    task = tasks.Pretrain(replace(settings, pad_to=8), replace(flm.PRESETS["toy"], **flags, vocab_size=len(tok)), tok)
+    table = task.table(settings, "train")
+    (training, _), (evaluation, notes) = (task.collate([task.dataset(table, train)[0, i] for i in range(40)])
+                                          for train in (True, False))
+    assert "first" in training and (training["last"] > training["first"]).any() and "first" not in evaluation
+    words = notes["tokens"] - 40
+    assert len(evaluation["reconstructed_rows"]) == words
+    assert 0.35 * words < len(training["reconstructed_rows"]) < 0.65 * words
+
+
 def test_loss_falls_and_every_reported_number_is_there(world, tmp_path, capsys):
     train.main(command(world, tmp_path / "run", *RUN, "--steps", 40, "--log-every", 5, "--eval-every", 20))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
