@@ -460,11 +460,10 @@ class FLM(nn.Module):
     def init_weights(self):
         """Draws all weights afresh, from torch's global random state.
 
-        | where                  | matrices                                                | vectors, LayerNorms, biases       |
-        |------------------------|---------------------------------------------------------|-----------------------------------|
-        | ViT (CLIP's rule)      | attention in W^-½, out and MLP out W^-½ (2 layers)^-½,   | class token and positions W^-½,   |
-        |                        | MLP in (2W)^-½, patches 0.02                            | norms 1 and 0, biases 0           |
-        | everything else (BERT) | normal, init_std                                        | types init_std, norms 1, 0, bias 0 |
+        ViT (CLIP's rule; W its width)   attention in: normal, std W^-½; attention and MLP out: W^-½ (2 layers)^-½;
+                                         MLP in: (2W)^-½; patches: 0.02; class token and positions: W^-½
+        everything else (BERT's rule)    matrices, embeddings and types: init_std
+        everywhere                       LayerNorms 1 and 0, biases 0
         """
         c = self.config
         for module in self.modules():

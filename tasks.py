@@ -15,8 +15,8 @@ from data import CaptionDataset, Captions, find_files, mask_words, pad_batch
 # Settings of train.py; whatever a recipe does not name keeps train.py's default, and a flag overrides both.
 RECIPES = {
     # The drawn world of toy.py: about six minutes on two CPU cores.
-    "toy": dict(model="toy", steps=2400, global_batch=32, lr=1e-3, warmup=0.05, head_lr=1.0, fusion_lr=1.0, clip=1.0,
-                precision="fp32", eval_every=400, eval_samples=1000, log_every=100, save_every=400),
+    "toy": dict(model="toy", steps=2000, global_batch=32, micro_batch=16, lr=1e-3, warmup=0.05, head_lr=1.0, fusion_lr=1.0,
+                clip=1.0, eval_every=400, eval_samples=1000, log_every=100, save_every=400),
     # A small model for a few thousand photographs of one's own, from scratch.
     "small": dict(model="small", steps=2000, global_batch=64, micro_batch=32, lr=5e-4, warmup=0.05, head_lr=1.0,
                   fusion_lr=1.0, clip=1.0, eval_every=250, log_every=20),

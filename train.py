@@ -61,10 +61,10 @@ class Settings:
     pad_to: int = 0                 # captions are padded to a multiple of this; 0: 8 on a GPU, whose kernels want it, else 1
     augment: bool = False           # RandAugment(2, 9)
     max_unreadable: float = 0.01    # share of undecodable images at which the run stops
-    workers: int = -1               # loader processes; -1: one, or on a GPU up to eight
+    workers: int = -1               # loader processes; -1: up to eight on a GPU, none on a CPU (they would share its cores)
     # machine
     device: str = ""                # cpu, cuda, …; default: cuda where there is one
-    precision: str = ""             # fp32, bf16, fp16; default: bf16, fp16 on GPUs without it, fp32 on CPUs without it
+    precision: str = ""             # fp32, bf16, fp16; default: on a GPU bf16 (fp16 where it has no bf16), on a CPU fp32
     compile: bool = False
     shard: bool = False             # fully sharded parameters (FSDP2) instead of DDP
     seed: int = 0
@@ -146,7 +146,7 @@ def choose_precision(settings, device):
         return settings.precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return "fp32"
 
 
 def split_batch(settings, world):
@@ -260,7 +260,7 @@ def evaluate(model, task, table, settings, device, autocast, rank, world):
 def loader_workers(settings, device):
     if settings.workers >= 0:
         return settings.workers
-    return min(8, max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count()))) if device.type == "cuda" else 1
+    return min(8, max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count()))) if device.type == "cuda" else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,15 +350,16 @@ def train(settings, config_flags):
     model.train()
 
     while True:
-        last = step == settings.steps
-        if settings.eval_every and tables["val"] and (step % settings.eval_every == 0 or last) and not (saved and step == first_step):
+        last, fresh = step == settings.steps, step > first_step     # fresh: not what the checkpoint already knew
+        due = lambda every: every and (step % every == 0 or last)
+        if tables["val"] and due(settings.eval_every) and (fresh or not saved):
             began = time.perf_counter()
             metrics = evaluate(model if settings.shard else bare_model, task, tables["val"], task.settings, device,
                                autocast, rank, world)
             log.write({"step": step, **metrics})
             say(f"step {step:>6} | validation " + report(metrics, loss_weights, "val_"))
             window += time.perf_counter() - began
-        if step != first_step and (step % settings.save_every == 0 or last or (settings.keep and step % settings.keep == 0)):
+        if fresh and (due(settings.save_every) or due(settings.keep) or last):
             model_state, optimizer_state = get_state_dict(
                 bare_model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
             if rank == 0:
@@ -367,7 +368,7 @@ def train(settings, config_flags):
                                 scaler=scaler.state_dict(), step=step, settings=asdict(settings),
                                 counters=seen | dict(skipped=int(skipped)))
                 weights.save(checkpoint, **contents)
-                if settings.keep and step % settings.keep == 0:
+                if due(settings.keep):
                     weights.save(out / f"step_{step}.pt", **contents)
         if last:
             break
@@ -437,10 +438,10 @@ def train(settings, config_flags):
                        "unreadable": seen["unreadable"], "cut": seen["cut"], "seconds": seen["seconds"]}
             log.write(metrics)
             eta = (settings.steps - step) * settings.global_batch / speed
-            trouble = ((int(skipped), "steps skipped"), (seen["unreadable"], "images unreadable"), (seen["cut"], "captions cut"))
+            trouble = {"steps skipped": int(skipped), "images unreadable": seen["unreadable"], "captions cut": seen["cut"]}
             say(f"step {step:>6}/{settings.steps} | {report(metrics, loss_weights)} | lr {metrics['lr']:.1e} | "
                 f"{speed:.0f} samples/s | data wait {100 * metrics['data_wait']:.0f} % | {metrics['memory_gb']:.1f} GB | "
-                f"ETA {clock(eta)}" + "".join(f" | {count} {what}" for count, what in trouble if count), flush=True)
+                f"ETA {clock(eta)}" + "".join(f" | {count} {what}" for what, count in trouble.items() if count), flush=True)
             window, waited, window_samples = now, 0.0, 0
     say(f"done after {clock(seen['seconds'])} of training: {checkpoint}")
 

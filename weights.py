@@ -107,12 +107,13 @@ _CLIP_BLOCK = [
     (r"ln_(\d)\.", r"norm\1."), (r"attn\.in_proj_", "attention.qkv."), (r"attn\.out_proj\.", "attention.out."),
     (r"mlp\.c_fc\.", "mlp.0."), (r"mlp\.c_proj\.", "mlp.2.")]
 _EMBEDDINGS = [
-    (r"word_embeddings\.", "word."), (r"position_embeddings\.", "position."), (r"token_type_embeddings\.weight", "token_type"),
-    (r"LayerNorm\.", "norm.")]
+    (r"word_embeddings\.", "word."), (r"position_embeddings\.", "position."),
+    (r"token_type_embeddings\.weight", "token_type"), (r"LayerNorm\.", "norm.")]
 _HEAD = [(r"transform\.dense\.", "dense."), (r"transform\.LayerNorm\.", "norm."), (r"decoder\.", "decoder."),
          (r"bias$", "decoder.bias")]
 _CLIP_VISUAL = [
-    (r"class_embedding", "cls"), (r"positional_embedding", "position"), (r"conv1\.", "patch."), (r"ln_(pre|post)\.", r"norm_\1.")]
+    (r"class_embedding", "cls"), (r"positional_embedding", "position"), (r"conv1\.", "patch."),
+    (r"ln_(pre|post)\.", r"norm_\1.")]
 
 # prefix in a released FLM state dict -> (prefix here, rules for what follows). Layers are numbered after the prefix.
 FLM_NAMES = {
