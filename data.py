@@ -330,12 +330,12 @@ class CaptionDataset(torch.utils.data.Dataset):
                         torch.manual_seed(int(rng.integers(2 ** 62)))
                         image = decode(self.table.image(row), self.image_size, fast=self.train, augment=self.augment)
                 break
-            except Exception as error:              # Pillow's readers raise what the broken bytes lead to, not only OSError
+            except Exception as error:      # Pillow's readers raise what the broken bytes lead to, not only OSError
                 path, place = self.table.place(row)
                 unreadable.append(f"{path} row {place}: {error or type(error).__name__}")
                 i = int(np.searchsorted(self.table.row_of, row, side="right")) % len(self)      # the next row's first
         else:
-            raise RuntimeError(f"100 images in a row cannot be decoded, the last one {unreadable[-1]}")
+            raise ValueError(f"100 images in a row cannot be decoded, the last one {unreadable[-1]}")
         ids = self.tok.encode(self.table.text(i))
         kept = ids[:self.max_tokens - 2]
         return {"image": image, "ids": [self.tok.cls_id, *kept, self.tok.sep_id], "row": row, "index": i, "rng": rng,

@@ -266,12 +266,16 @@ def loader_workers(settings, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run.
 
+class Halt(Exception):
+    """The run stops itself; the message says why."""
+
+
 def main(argv=None):
     settings, config_flags = parse(argv)
     try:
         train(settings, config_flags)
-    except (FileNotFoundError, ValueError, RuntimeError) as error:
-        if os.environ.get("DEBUG"):
+    except (FileNotFoundError, ValueError, Halt) as error:
+        if os.environ.get("DEBUG"):         # the sentence is for users; this is for whoever changes the code
             raise
         sys.exit(f"train.py: {error}")
     finally:
@@ -310,7 +314,7 @@ def train(settings, config_flags):
         from torch.distributed.fsdp import fully_shard
         if world == 1:
             raise ValueError("--shard needs several processes: start with torchrun")
-        for layers in (m for m in model.children() if isinstance(m, torch.nn.ModuleList)):
+        for layers in [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]:
             for layer in layers:
                 fully_shard(layer)
         fully_shard(model)
@@ -404,8 +408,8 @@ def train(settings, config_flags):
             seen["unreadable"] += len(notes["unreadable"])
             log.unreadable(notes["unreadable"])
         if seen["unreadable"] > max(10, settings.max_unreadable * seen["samples"]):
-            raise RuntimeError(f"{seen['unreadable']} of {seen['samples']} images cannot be decoded (named in "
-                               f"{log.unreadable_path}), more than --max-unreadable {settings.max_unreadable}")
+            raise Halt(f"{seen['unreadable']} of {seen['samples']} images cannot be decoded (named in "
+                       f"{log.unreadable_path}), more than --max-unreadable {settings.max_unreadable}")
 
         # A gradient that is not finite is skipped and counted, on the device: the loop never waits to find out.
         scaler.unscale_(optimizer)
@@ -427,8 +431,8 @@ def train(settings, config_flags):
         if step % settings.log_every == 0 or step == settings.steps:
             metrics = sums.read(loss_weights)                   # waits for the device: the clock below is honest
             if skipped_in_a_row >= settings.max_skipped:
-                raise RuntimeError(f"step {step}: {int(skipped_in_a_row)} gradients in a row were not finite; a lower --lr, "
-                                   f"--clip or --precision bf16 may help")
+                raise Halt(f"step {step}: {int(skipped_in_a_row)} gradients in a row were not finite; a lower --lr, "
+                           f"--clip or --precision bf16 may help")
             now = time.perf_counter()
             speed = window_samples / (now - window)
             seen["seconds"] += now - window                     # of training alone, whatever is evaluated in between
