@@ -361,7 +361,7 @@ def mask_words(ids, word_starts, rate, mask_id, replacements, rng):
     ids: one caption's token ids, `<s>` and `</s>` at its ends; word_starts: for the ids in between, whether a word starts
     there; replacements: the ids that a random token is drawn from. Of W words, rate · W are picked, rounded up or down at
     random so that the mean is `rate`, but at least one.
-    Returns (masked ids, positions that were picked), both int64 arrays.   (BERT, section 3.1; RoBERTa's tables.)
+    Returns (masked ids, positions that were picked), both int64 arrays.   (BERT, section 3.1.)
     """
     ids = np.array(ids)
     word = np.cumsum(word_starts)                                   # 1, 1, 2, 3, …: the word of each inner token

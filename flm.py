@@ -54,7 +54,7 @@ class Config:
     dropout: float = 0.1                # of the text transformer, fusion layers and reconstructor; the ViT has none
     init_std: float = 0.02              # of the text and fusion matrices (the ViT has CLIP's own rule)
     # the losses
-    forward_weight: float = 1.0         # w_f and w_r of the paper's equation 4: the streams' own next/previous word
+    forward_weight: float = 1.0         # w_f, w_r: weights of the streams' own losses, the next and the previous word
     reverse_weight: float = 1.0
     corruption_rate: float = 0.0        # share of a caption hidden from each query in training; 0: the word itself only
     prediction_rate: float = 1.0        # share of the words that are predicted in training
@@ -185,7 +185,7 @@ def reconstructor_mask(real, first=None, last=None):
     """What each query sees of [forward stream ; reverse stream]: everything but the words that know its own.
 
     Query i sees the forward stream left of its hidden span first[i]..last[i] and the reverse stream right of it. The
-    span holds i; without `first` and `last` it is i alone (section 3.2 and figure 3 of the paper).
+    span holds i; without `first` and `last` it is i alone (figure 3 of the paper).
     real (B, L), first and last (B, L) -> (B, L, 2L)
 
                 forward stream              | reverse stream
@@ -209,7 +209,7 @@ def _rows_and_columns(real):
 
 
 def draw_spans(n, length, rate, rng):
-    """Draws FLM's span corruption for one caption: which words each query must do without (paper, section 3.3).
+    """Draws FLM's span corruption for one caption: which words each query must do without (the paper, section 3).
 
     For each of the m = n - 1 predicted tokens, K ~ Binomial(m - 1, (m·rate - 1) / (m - 1)) neighbours are hidden with it,
     in one span centred on it (an odd one falls left or right at random) that is shifted, not cut, at the ends of the
