@@ -20,7 +20,7 @@ help:  ## this list
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet --editable '.[test]'
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --editable '.[test]'
 	@touch $@
 
 $(DATA)/toy_words.json: | $(VENV)/.installed

@@ -98,8 +98,8 @@ _BASE, _B16 = Config(), dict(patch_size=16)
 _L14 = dict(patch_size=14, vit_width=1024, vit_layers=23, vit_heads=16, image_size=224)
 _ROBERTA_LARGE = dict(text_width=1024, text_heads=16)
 PRESETS = {
-    # minutes on a laptop's CPU; the vocabulary is trained on the captions. A narrow model needs larger initial weights
-    # (0.08 is about 128^-1/2): with BERT's 0.02 it learned nothing from its pictures in the same time.
+    # minutes on a laptop's CPU; the vocabulary is trained on the captions. So narrow a model starts faster from weights
+    # of 128^-1/2, about 0.08, than from BERT's 0.02 (docs/LOG.md).
     "toy": Config(image_size=64, patch_size=16, vit_width=128, vit_layers=3, vit_heads=4, vocab_size=400, text_width=128,
                   text_layers=1, text_heads=4, max_positions=66, mask_id=4, width=128, heads=4, fusion_layers=2,
                   reconstructor_text_layers=1, reconstructor_fusion_layers=2, dropout=0.0, init_std=0.08),
