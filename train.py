@@ -322,7 +322,7 @@ def train(settings, config_flags):
                 fully_shard(layer)
         fully_shard(model)
     if settings.compile:
-        model.compile()
+        model.compile(dynamic=True)     # captions and their numbers of targets differ from batch to batch
     groups = parameter_groups(bare_model, task, settings)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
