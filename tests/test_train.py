@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,6 +148,15 @@ def test_loss_falls_and_every_reported_number_is_there(world, tmp_path, capsys):
     model = weights.load(tmp_path / "run/last.pt")
     assert model.task == "pretrain" and model.step == 40 and not model.training
     assert model.tokenizer.encode("a red cat") == BPE.load(world / "tok/vocab.json", world / "tok/merges.txt").encode("a red cat")
+
+
+def test_bfloat16_follows_float32_and_keeps_float32_weights(world, tmp_path):
+    for precision in ("fp32", "bf16"):
+        train.main(command(world, tmp_path / precision, *RUN, "--precision", precision))
+    (exact, _), (rounded, model) = (outcome(tmp_path / p) for p in ("fp32", "bf16"))
+    assert all(tensor.dtype == torch.float32 for tensor in model.values())
+    exact, rounded = ([line["loss"] for line in lines if "loss" in line] for lines in (exact, rounded))
+    assert exact != rounded and rounded == pytest.approx(exact, rel=0.05)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(world, tmp_path, monkeypatch):
