@@ -34,7 +34,7 @@ import data
 import flm
 import tokenizer
 import train
-from tasks import Pretrain
+from tasks import PretrainFLM
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring and reporting.
@@ -75,7 +75,7 @@ def print_table(rows):
 # A training step, ours and as the original takes it.
 
 def make_batch(config, B, n, L, seed=0):
-    """A batch as tasks.Pretrain.collate makes it: B captions of n real tokens, padded to L, every word predicted."""
+    """A batch as tasks.PretrainFLM.collate makes it: B captions of n real tokens, padded to L, every word predicted."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((B, L), config.pad_id)
     ids[:, :n] = torch.randint(5, config.vocab_size - 1, (B, n), generator=generator)       # past the special tokens
@@ -112,10 +112,10 @@ class Rig:
 
     def __init__(self, args, B):
         self.device = train.set_up(train.Settings(device=args.device))[2]
-        self.config = Pretrain.adapt(flm.PRESETS[args.preset])
+        self.config = PretrainFLM.adapt(flm.PRESETS[args.preset])
         torch.manual_seed(0)
         self.model = flm.FLM(self.config).to(self.device)
-        groups = train.parameter_groups(self.model, Pretrain, train.Settings())
+        groups = train.parameter_groups(self.model, PretrainFLM, train.Settings())
         # A rate of 0 costs the same arithmetic, and all that is compared is measured on the same weights.
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
         self.pad_to = 8 if self.device.type == "cuda" else 1                                # as train.py
@@ -144,7 +144,7 @@ class Rig:
         model, weights, batch, device = self.model, self.config.loss_weights, self.batches[name], self.device
         began = now(device)
         mark(REST, "forward")
-        batch = train.to_device(batch, device)
+        batch = train.to_device(batch, device, self.config)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             results = (forward or self.forwards[name])(model, batch)
         loss = sum(weights[output] * results[output][0] / len(batch[f"{output}_rows"]) for output in weights)
@@ -349,7 +349,7 @@ def measure_loader(args, table, directory, T):
     originals = T.Compose([T.Resize(args.size, T.InterpolationMode.BICUBIC), T.CenterCrop(args.size), T.ToTensor(),
                            T.Normalize(data.CLIP_MEAN, data.CLIP_STD)])
     settings = train.Settings(max_tokens=50, pad_to=1)
-    task = Pretrain(settings, flm.replace(flm.PRESETS["base-b32"], image_size=args.size, pooler=False), tok)
+    task = PretrainFLM(settings, flm.replace(flm.PRESETS["base-b32"], image_size=args.size, pooler=False), tok)
     dataset = task.dataset(table, train=True)
     first = np.unique(table.row_of, return_index=True)[1][:len(photos)]                     # a caption of each picture
     keys = [(epoch, int(i)) for epoch in range(args.passes) for i in first]
@@ -385,8 +385,8 @@ def measure_loader(args, table, directory, T):
     functions = {
         "Pillow, full resolution, to float (the originals)":
             each(lambda photo: originals(Image.open(io.BytesIO(photo)).convert("RGB"))),
-        "data.decode, exact": each(lambda photo: data.decode(photo, args.size)),
-        "data.decode, fast": each(lambda photo: data.decode(photo, args.size, fast=True)),
+        "data.decode, exact": each(lambda photo: data.decode(photo, data.Square(args.size))),
+        "data.decode, fast": each(lambda photo: data.decode(photo, data.Square(args.size), fast=True)),
         "whole loader, in the process": lambda: whole(0)}
     if len(batches) > 1:
         functions["whole loader, one worker"] = lambda: whole(1)

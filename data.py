@@ -1,17 +1,18 @@
 """Arrow files -> samples -> batches: everything between the disk and the model.
 
     table = Captions(find_files("data/toy", ["toy"], "train"))    # memory-mapped: opening 100 GB costs nothing
-    dataset = CaptionDataset(table, tok, image_size=64, max_tokens=50, train=True)
+    dataset = CaptionDataset(table, tok, Square(64), max_tokens=50, train=True)
     sampler = GlobalBatches(token_lengths(table, tok), global_batch=64, seed=0)
     batch = pad_batch([dataset[0, i] for i in sampler.batch(step=0)], tok.pad_id)    # dict of tensors: image, ids, …
 
-Letters: B batch, L text length (tokens), S image side (pixels).
+Letters: B batch, L text length (tokens), H, W height and width of a picture (pixels).
 """
 
 import fnmatch
 import io
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -248,7 +249,43 @@ def token_lengths(table, tok, numbers=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures: CLIP's transform. Tensors stay uint8 until they are on the device, where a byte a pixel has arrived.
+# Pictures. Tensors stay uint8 until they are on the device, where a byte a pixel has arrived.
+
+@dataclass(frozen=True)
+class Square:
+    """CLIP's shape: the shorter side becomes `side` pixels, and the square in the middle is kept.
+
+    >>> Square(224)(640, 480)           # width and height -> those of the whole picture, and of what is kept of it
+    ((298, 224), (224, 224))
+    """
+    side: int
+
+    def __call__(self, width, height):
+        longer = int(self.side * max(width, height) / min(width, height))
+        return (self.side, longer) if width <= height else (longer, self.side), (self.side, self.side)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """ViLT's shape: all of the picture, its shorter side about `shorter` pixels, the longer at most 1333/800 of that.
+
+    Both sides are then floored to a multiple of the patch size.
+
+    >>> Whole(384, 32)(500, 375)
+    ((512, 384), (512, 384))
+    """
+    shorter: int
+    patch: int
+
+    def __call__(self, width, height):
+        scale, longest = self.shorter / min(width, height), int(1333 / 800 * self.shorter)
+        sides = (scale * width, self.shorter) if height < width else (self.shorter, scale * height)
+        if max(sides) > longest:        # (two steps, as the original: one product rounds differently now and then)
+            scale = longest / max(sides)
+            sides = (sides[0] * scale, sides[1] * scale)
+        size = tuple(max(self.patch, int(side + 0.5) // self.patch * self.patch) for side in sides)
+        return size, size
+
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -264,8 +301,8 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def decode(encoded, size, fast=False, augment=None):
-    """Encoded bytes -> uint8 tensor (3, S, S): shorter side to `size` (bicubic), centre crop.
+def decode(encoded, shape, fast=False, augment=None):
+    """Encoded bytes -> uint8 tensor (3, H, W) of a shape (Square or Whole), resized by bicubic interpolation.
 
     fast, for training: libjpeg decodes at 1/2, 1/4 or 1/8 where that still has the pixels, and torch resizes instead of
     Pillow, 2.3 times faster on photographs and the same but for a grey level here and there. augment: a PIL -> PIL
@@ -275,20 +312,19 @@ def decode(encoded, size, fast=False, augment=None):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
         if fast and image.format == "JPEG":
-            scale = size / min(image.size)
+            scale = min(shape(*image.size)[0]) / min(image.size)
             image.draft("RGB", (int(np.ceil(image.width * scale)), int(np.ceil(image.height * scale))))
         image = to_rgb(image)
     if augment is not None:
         image = augment(image)
-    longer = int(size * max(image.size) / min(image.size))
-    width, height = (size, longer) if image.width <= image.height else (longer, size)
+    (width, height), (kept_width, kept_height) = shape(*image.size)
     if not fast:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)                         # (3, H, W)
     if fast:
         pixels = F.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return pixels[:, top:top + size, left:left + size].contiguous()                     # (3, S, S)
+    left, top = round((width - kept_width) / 2), round((height - kept_height) / 2)
+    return pixels[:, top:top + kept_height, left:left + kept_width].contiguous()        # (3, H, W)
 
 
 def normalize(images, mean=CLIP_MEAN, std=CLIP_STD):
@@ -305,8 +341,8 @@ class CaptionDataset(torch.utils.data.Dataset):
     in the sample's "unreadable"; the training loop counts and stops when they are many.
     """
 
-    def __init__(self, table, tok, image_size, max_tokens, train, seed=0, augment=False):
-        self.table, self.tok, self.image_size, self.max_tokens = table, tok, image_size, max_tokens
+    def __init__(self, table, tok, shape, max_tokens, train, seed=0, augment=False):
+        self.table, self.tok, self.shape, self.max_tokens = table, tok, shape, max_tokens
         self.train, self.seed = train, seed
         self.augment = None
         if augment:
@@ -324,11 +360,11 @@ class CaptionDataset(torch.utils.data.Dataset):
             row = int(self.table.row_of[i])
             try:
                 if self.augment is None:
-                    image = decode(self.table.image(row), self.image_size, fast=self.train)
+                    image = decode(self.table.image(row), self.shape, fast=self.train)
                 else:
                     with torch.random.fork_rng(devices=[]):     # RandAugment draws from torch's global state
                         torch.manual_seed(int(rng.integers(2 ** 62)))
-                        image = decode(self.table.image(row), self.image_size, fast=self.train, augment=self.augment)
+                        image = decode(self.table.image(row), self.shape, fast=self.train, augment=self.augment)
                 break
             except Exception as error:      # Pillow's readers raise what the broken bytes lead to, not only OSError
                 path, place = self.table.place(row)
@@ -343,16 +379,28 @@ class CaptionDataset(torch.utils.data.Dataset):
 
 
 def pad_batch(samples, pad_id, multiple=8, limit=None):
-    """Samples -> {image (B, 3, S, S) uint8, ids (B, L) int64}.
+    """Samples -> {image (B, 3, H, W) uint8, ids (B, L) int64}.
 
-    L is the longest caption, rounded up to a multiple, but not past `limit`, the longest that the model takes.
+    L is the longest caption, rounded up to a multiple, but not past `limit`, the longest that the model takes. Pictures
+    of different shapes stand at the top left of the largest.
     """
     longest = max(len(sample["ids"]) for sample in samples)
     length = max(longest, min(-(-longest // multiple) * multiple, limit or 10 ** 9))
     ids = torch.full((len(samples), length), pad_id)
     for row, sample in zip(ids, samples):
         row[:len(sample["ids"])] = torch.tensor(sample["ids"])
-    return {"image": torch.stack([sample["image"] for sample in samples]), "ids": ids}
+    return {"image": pad_pictures([sample["image"] for sample in samples]), "ids": ids}
+
+
+def pad_pictures(pictures):
+    """uint8 (3, h, w) of any shapes -> (B, 3, H, W), each at the top left, black around it."""
+    H, W = (max(picture.shape[side] for picture in pictures) for side in (1, 2))
+    if all(picture.shape[1:] == (H, W) for picture in pictures):
+        return torch.stack(pictures)
+    out = pictures[0].new_zeros(len(pictures), 3, H, W)
+    for place, picture in zip(out, pictures):
+        place[:, :picture.shape[1], :picture.shape[2]] = picture
+    return out
 
 
 def mask_words(ids, word_starts, rate, mask_id, replacements, rng):

@@ -16,9 +16,17 @@ import torch
 from tqdm import tqdm
 
 import weights
-from data import CaptionDataset, Captions, evaluation_batches, find_files, normalize, pad_batch, token_lengths
+from data import CaptionDataset, Captions, evaluation_batches, find_files, pad_batch, pad_pictures, token_lengths
+from tasks import normalized, places, see, shape_of
 
 IMAGES = ("right image", "another image", "no image")
+
+
+def picture_batch(config, pictures, device):
+    """Pictures, uint8 (3, h, w) each, as the batch that `tasks.see` takes, on the device."""
+    batch = places(config, pictures) | {"image": pad_pictures(pictures)}
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    return batch | {"image": normalized(config, batch["image"])}
 
 
 @torch.no_grad()
@@ -60,12 +68,12 @@ def word_table(model, table, groups, device, captions=2000, batch=100, examples=
     """
     tok, c = model.tokenizer, model.config
     group_of = {word: name for name, words in groups.items() for word in words}
-    dataset = CaptionDataset(table, tok, c.image_size, c.max_positions - 2, train=False)
+    dataset = CaptionDataset(table, tok, shape_of(c), c.max_tokens, train=False)
     count = min(captions, len(dataset))
     numbers = [k * len(dataset) // count for k in range(count)]
     shown_numbers = {numbers[k * count // examples] for k in range(min(examples, count))}
     hits = {name: dict.fromkeys(IMAGES, 0) for name in groups}
-    asked, shown = dict.fromkeys(groups, 0), []
+    asked, examples_shown = dict.fromkeys(groups, 0), []
     for keys in tqdm(evaluation_batches(token_lengths(table, tok, numbers), numbers, batch), desc="words", unit="batch",
                      leave=False):
         samples = [dataset[key] for key in keys]
@@ -73,26 +81,25 @@ def word_table(model, table, groups, device, captions=2000, batch=100, examples=
         others = [dataset[0, int(table.row_of.searchsorted((s["row"] + len(table) // 2) % len(table)))] for s in samples]
         inputs = pad_batch(samples, tok.pad_id, multiple=1)
         ids = inputs["ids"].to(device)
-        right = normalize(inputs["image"].to(device))
-        other = normalize(torch.stack([s["image"] for s in others]).to(device))
-        visual = {"right image": right, "another image": other, "no image": torch.zeros_like(right)}
-        guesses = {name: reconstruct(model, model.encode_image(image), ids).tolist() for name, image in visual.items()}
+        right, other = (picture_batch(c, [s["image"] for s in some], device) for some in (samples, others))
+        shown = dict(zip(IMAGES, (right, other, right | {"image": torch.zeros_like(right["image"])})))
+        guesses = {name: reconstruct(model, see(model, pictures), ids).tolist() for name, pictures in shown.items()}
         for b, sample in enumerate(samples):
-            for word, places in words_of(sample, tok):
+            for word, positions in words_of(sample, tok):
                 group = group_of.get(word)
-                if group is None or c.objective in ("ar", "prefix") and places[0] == 1:
+                if group is None or c.objective in ("ar", "prefix") and positions[0] == 1:
                     continue                                # (the first word has no guess from the left)
                 asked[group] += 1
                 for name in IMAGES:
-                    hits[group][name] += all(guesses[name][b][i] == sample["ids"][i] for i in places)
+                    hits[group][name] += all(guesses[name][b][i] == sample["ids"][i] for i in positions)
             if sample["index"] in shown_numbers:
                 (path, row), (other_path, other_row) = table.place(sample["row"]), table.place(others[b]["row"])
-                shown.append({"file": path, "row": row, "other_file": other_path, "other_row": other_row,
-                              "tokens": [tok.decode([t]) for t in sample["ids"][1:-1]],
-                              "guesses": {name: [tok.decode([t]) for t in guesses[name][b][1:len(sample["ids"]) - 1]]
-                                          for name in IMAGES}})
+                examples_shown.append({"file": path, "row": row, "other_file": other_path, "other_row": other_row,
+                                       "tokens": [tok.decode([t]) for t in sample["ids"][1:-1]],
+                                       "guesses": {name: [tok.decode([t]) for t in guesses[name][b][1:len(sample["ids"]) - 1]]
+                                                   for name in IMAGES}})
     return {"accuracy": {g: {n: hits[g][n] / max(1, asked[g]) for n in IMAGES} for g in groups}, "words": asked,
-            "examples": shown}
+            "examples": examples_shown}
 
 
 def words(args):

@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 OBJECTIVES = ("flm", "mlm", "ar", "prefix")
+HEADS = ("vocab", "vqa", "nlvr2", "retrieval", "none")
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ class Config:
     corruption_rate: float = 0.0        # share of a caption hidden from each query in training; 0: the word itself only
     prediction_rate: float = 1.0        # share of the words that are predicted in training
     mask_rate: float = 0.15             # objective mlm: share of masked words
-    # what stands on the class vector; only parameters that are trained exist
-    pooler: bool = True
+    # what reads the outputs; only parameters that are trained exist
+    head: str = "vocab"                 # vocab: words; vqa, nlvr2, retrieval: a task on the class vector; none
+    answers: int = 0                    # vqa: how many answers there are to choose from
+    pooler: bool = True                 # the class vector
     itm: bool = False                   # image-text matching beside the objective
 
     def __post_init__(self):
@@ -78,8 +81,12 @@ class Config:
         for rate in ("corruption_rate", "prediction_rate", "mask_rate"):
             if not 0 <= getattr(self, rate) <= 1:
                 raise ValueError(f"{rate} {getattr(self, rate)} is outside 0..1")
-        if self.itm and not self.pooler:
-            raise ValueError("itm needs the pooler")
+        check_head(self)
+
+    @property
+    def max_tokens(self):
+        """The longest caption, `<s>` and `</s>` included: RoBERTa's positions start at 2."""
+        return self.max_positions - 2
 
     @property
     def loss_weights(self):
@@ -91,6 +98,16 @@ class Config:
         else:
             weights = {"reconstructed" if self.objective == "mlm" else "forward": 1.0}
         return weights | ({"itm": 1.0} if self.itm else {})
+
+
+def check_head(config):
+    """ValueError where a Config asks for a head that cannot be."""
+    if config.head not in HEADS:
+        raise ValueError(f"head {config.head!r}: one of {', '.join(HEADS)} is expected")
+    if (config.itm or config.head in ("vqa", "nlvr2", "retrieval")) and not config.pooler:
+        raise ValueError(f"{'itm' if config.itm else 'head ' + config.head} needs the pooler")
+    if (config.head == "vqa") != (config.answers > 0):
+        raise ValueError(f"head {config.head!r} with {config.answers} answers: head vqa, and no other, chooses from answers")
 
 
 # The ViTs are OpenAI's CLIP models less their last block, the text transformers are RoBERTa's first six layers.
@@ -288,22 +305,28 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-def feed_forward(width, activation):
-    return nn.Sequential(nn.Linear(width, 4 * width), activation, nn.Linear(4 * width, width))
+def feed_forward(width, activation, hidden=0):
+    hidden = hidden or 4 * width
+    return nn.Sequential(nn.Linear(width, hidden), activation, nn.Linear(hidden, width))
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm: x + attention(norm x), then x + feed-forward(norm x).   (B, P, D) -> (B, P, D)"""
+    """Pre-norm: x + attention(norm x), then x + feed-forward(norm x).   (B, P, D) -> (B, P, D)
 
-    def __init__(self, width, heads, activation=QuickGELU, eps=1e-5):
+    CLIP's by default; ViLT's has GELU, an eps of 1e-6, and dropout wherever a linear layer ends, but not in the attention.
+    """
+
+    def __init__(self, width, heads, activation=QuickGELU, eps=1e-5, hidden=0, dropout=0.0):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width, eps), Attention(width, heads)
-        self.norm2, self.mlp = nn.LayerNorm(width, eps), feed_forward(width, activation())
+        activation = nn.Sequential(activation(), nn.Dropout(dropout)) if dropout else activation()
+        self.norm2, self.mlp = nn.LayerNorm(width, eps), feed_forward(width, activation, hidden)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, mask=None):
         y = self.norm1(x)
-        x = x + self.attention(y, y, mask)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.dropout(self.attention(y, y, mask))
+        return x + self.dropout(self.mlp(self.norm2(x)))
 
 
 class ViT(nn.Module):
@@ -345,10 +368,7 @@ def resize_positions(position, size, mode="bicubic"):
 
 
 class TextEmbedding(nn.Module):
-    """LayerNorm(word + type + position), RoBERTa's; the streams and the queries share it.   ids (B, L) -> (B, L, D)
-
-    Positions count the real tokens from 2 (RoBERTa's 1 + running count); padding has position 1.
-    """
+    """LayerNorm(word + type + position), as BERT and RoBERTa have it.   ids, position (B or 1, L) -> (B, L, D)"""
 
     def __init__(self, vocab_size, width, max_positions, dropout, eps=1e-5):
         super().__init__()
@@ -357,9 +377,13 @@ class TextEmbedding(nn.Module):
         self.token_type = nn.Parameter(torch.zeros(1, width))
         self.norm, self.dropout = nn.LayerNorm(width, eps), nn.Dropout(dropout)
 
-    def forward(self, ids, real):
-        position = 1 + real.cumsum(1) * real                                                        # (B, L)
+    def forward(self, ids, position):
         return self.dropout(self.norm(self.word(ids) + self.token_type + self.position(position)))
+
+
+def roberta_positions(real):
+    """RoBERTa counts the real tokens from 2; padding has position 1.   real (B, L) bool -> (B, L)"""
+    return 1 + real.cumsum(1) * real
 
 
 class Layer(nn.Module):
@@ -392,13 +416,26 @@ class Layer(nn.Module):
 class VocabHead(nn.Module):
     """decoder(LayerNorm(gelu(dense x))) + bias, not tied to the embeddings.   (…, D) -> (…, V)"""
 
-    def __init__(self, width, vocab_size):
+    def __init__(self, width, vocab_size, eps=1e-12):
         super().__init__()
-        self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width, 1e-12)
+        self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width, eps)
         self.decoder = nn.Linear(width, vocab_size)
 
     def forward(self, x):
         return self.decoder(self.norm(F.gelu(self.dense(x))))
+
+
+def task_head(config):
+    """The head of a fine-tuned model, on the class vectors (B, D): ViLT's, which METER and FLM kept.
+
+    vqa: (B, D) -> (B, answers); nlvr2: the vectors of two images, (B, 2D) -> (B, 2), class 1 = True;
+    retrieval: (B, D) -> (B, 1), how well image and caption go together.
+    """
+    D = config.width
+    if config.head == "retrieval":
+        return nn.Linear(D, 1)
+    inputs, outputs = (D, config.answers) if config.head == "vqa" else (2 * D, 2)
+    return nn.Sequential(nn.Linear(inputs, 2 * D), nn.LayerNorm(2 * D), nn.GELU(), nn.Linear(2 * D, outputs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,7 +477,8 @@ class FLM(nn.Module):
         self.text_layers = nn.ModuleList(Layer(*text, 1e-5, self_attention=True) for _ in range(c.text_layers))
         self.text_to_fusion = nn.Linear(c.text_width, c.width)
         self.image_to_fusion = nn.Linear(c.vit_width, c.width)
-        self.token_type = nn.Parameter(torch.zeros(2, c.width))         # [0] text (forward stream), [1] image
+        # [0] text (forward stream), [1] image, [2] nlvr2's second image
+        self.token_type = nn.Parameter(torch.zeros(3 if c.head == "nlvr2" else 2, c.width))
         self.fusion_layers = nn.ModuleList(
             Layer(*fusion, 1e-12, self_attention=True, cross_attention=True) for _ in range(c.fusion_layers))
         if c.objective == "flm":
@@ -449,7 +487,10 @@ class FLM(nn.Module):
                 Layer(*text, 1e-12, cross_attention=True) for _ in range(c.reconstructor_text_layers))
             self.fusion_reconstructor = nn.ModuleList(
                 Layer(*fusion, 1e-12, cross_attention=True) for _ in range(c.reconstructor_fusion_layers))
-        self.vocab_head = VocabHead(c.width, c.vocab_size)
+        if c.head == "vocab":
+            self.vocab_head = VocabHead(c.width, c.vocab_size)
+        elif c.head != "none":
+            self.head = task_head(c)
         if c.pooler:
             self.pooler = nn.Linear(c.width, c.width)
         if c.itm:
@@ -487,9 +528,12 @@ class FLM(nn.Module):
 
     # -- encode once, fuse many ---------------------------------------------------------------------------------------
 
-    def encode_image(self, images):
-        """All that does not depend on the text: images (B, 3, H, W) float, normalised -> image tokens (B, P, D)."""
-        return self.image_to_fusion(self.vit(images)) + self.token_type[1]
+    def encode_image(self, images, which=0):
+        """All that does not depend on the text: images (B, 3, H, W) float, normalised -> image tokens (B, P, D).
+
+        which: 1 for the second image of a pair (nlvr2).
+        """
+        return self.image_to_fusion(self.vit(images)) + self.token_type[1 + which]
 
     def encode_text(self, ids, first=None, last=None, prefix=None, queries=None):
         """All that does not depend on the image: ids (B, L) int64, `<s> … </s>` and padding -> Text.
@@ -498,10 +542,11 @@ class FLM(nn.Module):
         (default 0: causal). queries (B, L): the reconstructor's input ids, in place of `<s> <mask> <mask> …`.
         """
         c = self.config
-        if ids.shape[1] > c.max_positions - 2:
-            raise ValueError(f"captions of {ids.shape[1]} tokens: this model has positions for {c.max_positions - 2}")
+        if ids.shape[1] > c.max_tokens:
+            raise ValueError(f"captions of {ids.shape[1]} tokens: this model has positions for {c.max_tokens}")
         real = ids != c.pad_id                                                                      # (B, L)
-        x = self.embed(ids, real)                                                                   # (B, L, D)
+        position = roberta_positions(real)
+        x = self.embed(ids, position)                                                               # (B, L, D)
         if c.objective != "flm":
             mask = (bidirectional_mask(real) if c.objective == "mlm" else
                     forward_mask(real) if prefix is None else prefix_mask(real, prefix))[:, None]   # (B, 1, L, L)
@@ -510,7 +555,7 @@ class FLM(nn.Module):
         if queries is None:
             queries = torch.where(real, c.mask_id, c.pad_id)
             queries[:, 0] = c.cls_id
-        q = self.embed(queries, real)                                                               # (B, Q, D)
+        q = self.embed(queries, position)                                                             # (B, Q, D)
         streams = torch.stack([x, x], dim=1)                                                        # (B, 2, L, D)
         mask = torch.stack([forward_mask(real), reverse_mask(real)], dim=1)                         # (B, 2, L, L)
         query_mask = reconstructor_mask(real, first, last)                                          # (B, Q, 2L)
@@ -553,7 +598,7 @@ class FLM(nn.Module):
     def forward(self, batch):
         """The losses of a batch: output -> (sum of the losses of its targets, number predicted right), both scalars.
 
-        `batch` holds `image` (B, 3, H, W) normalised, `ids` (B, L), and what `tasks.Pretrain` drew: for every output
+        `batch` holds `image` (B, 3, H, W) normalised, `ids` (B, L), and what `tasks.PretrainFLM` drew: for every output
         `<output>_rows`, the predicting rows as indices into (B L); `masked_ids` (mlm), `prefix` (prefix), `first` and
         `last` (flm with spans); for itm `other_image` (B,), the batch index of another caption's image, and
         `same_image` (B,), where that image happens to be the right one all the same.

@@ -329,7 +329,7 @@ def read_picture(file, row):
     table = data.Table([file], ["image"])
     if not 0 <= row < len(table):
         raise ValueError(f"{file}: has {len(table)} rows, no row {row}")
-    return data.decode(table.cell("image", row).as_buffer(), 112).permute(1, 2, 0).numpy()
+    return data.decode(table.cell("image", row).as_buffer(), data.Square(112)).permute(1, 2, 0).numpy()
 
 
 def write(page, tokens, wrong, x, y, width):

@@ -26,18 +26,19 @@ from torch.utils.data import DataLoader
 
 import flm
 import tokenizer
+import vilt
 import weights
-from data import GlobalBatches, evaluation_batches, normalize, token_lengths
-from tasks import RECIPES, TASKS
+from data import GlobalBatches, evaluation_batches, token_lengths
+from tasks import MODELS, RECIPES, TASKS, normalized, task_of
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Config: the settings below and the fields of flm.Config, each a flag. A flag beats the recipe, the recipe the default.
+# Config: the settings below and the fields of the models' Configs, each a flag. A flag beats the recipe, the recipe the default.
 
 @dataclass(frozen=True)
 class Settings:
     task: str = "pretrain"
     recipe: str = ""                # a row of tasks.RECIPES; its values stand where no flag is given
-    model: str = "base-b32"         # a row of flm.PRESETS; every field of flm.Config is a flag too
+    model: str = "base-b32"         # a row of tasks.MODELS; every field of its Config is a flag too
     data: str = ""                  # directory of Arrow files
     datasets: tuple = ()            # names of datasets in it (coco vg sbu gcc …); none: all that are found
     tokenizer: str = ""             # directory of vocab.json + merges.txt (or vocab.txt); none: train one on the captions
@@ -82,25 +83,32 @@ FREE_TO_CHANGE = {"resume", "out", "data", "micro_batch", "workers", "device", "
 
 
 def parse(argv):
-    """Command line -> (Settings, Config fields that were asked for by the recipe or a flag)."""
+    """Command line -> (Settings, the model's Config fields that were asked for by the recipe or a flag)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     settings_fields = {f.name: f for f in fields(Settings)}
-    config_fields = {f.name: f for f in fields(flm.Config)}
-    for group, some in (("settings", settings_fields), ("model sizes and losses (flm.Config)", config_fields)):
+    sizes = {config: {f.name: f for f in fields(config)} for config in (flm.Config, vilt.Config)}
+    config_fields = sizes[vilt.Config] | sizes[flm.Config]
+    for group, some in (("settings", settings_fields), ("model sizes and losses", config_fields)):
         group = parser.add_argument_group(group)
         for name, field in some.items():
             kind = type(field.default)
             how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="+")}.get(kind, dict(type=kind))
-            group.add_argument("--" + name.replace("_", "-"), default=None, help=f"default {field.default!r}", **how)
+            defaults = {which: f[name].default for which, f in (("FLM", sizes[flm.Config]), ("ViLT", sizes[vilt.Config]))
+                        if some is config_fields and name in f} or {"default": field.default}
+            group.add_argument("--" + name.replace("_", "-"), default=None,
+                               help=", ".join(f"{which} {value!r}" for which, value in defaults.items()), **how)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     recipe = given.get("recipe", "")
     if recipe and recipe not in RECIPES:
         parser.error(f"--recipe {recipe}: one of {', '.join(RECIPES)} is expected")
     merged = RECIPES.get(recipe, {}) | given
     merged["datasets"] = tuple(merged.get("datasets", ()))
-    for flag, table in (("task", TASKS), ("model", flm.PRESETS)):
-        if merged.get(flag, getattr(Settings, flag)) not in table:
+    for flag, table in (("task", TASKS), ("model", MODELS)):
+        if merged.setdefault(flag, getattr(Settings, flag)) not in table:
             parser.error(f"--{flag} {merged[flag]}: one of {', '.join(table)} is expected")
+    for name in merged:
+        if name in config_fields and name not in sizes[type(MODELS[merged["model"]])]:
+            parser.error(f"--{name.replace('_', '-')}: model {merged['model']} has no such setting")
     for flag in ("data", "out"):
         if not merged.get(flag):
             parser.error(f"--{flag} is needed: the directory of {'Arrow files' if flag == 'data' else 'the run'}")
@@ -166,13 +174,13 @@ def parameter_groups(model, task, settings):
     """AdamW's groups: {base, head, fusion} x {decayed, not}; every parameter in exactly one.
 
     Decayed are matrices (weights of linear layers, convolutions, embeddings); biases, LayerNorms, the class token and the
-    ViT's position grid are not.
+    grid of the image's positions are not.
     """
     scales = {"base": 1.0, "head": settings.head_lr, "fusion": settings.fusion_lr}
     groups = {(group, decayed): [] for group in scales for decayed in (True, False)}
     for name, parameter in model.named_parameters():
         group = next((g for g, prefixes in task.GROUPS.items() if name.startswith(prefixes)), "base")
-        groups[group, parameter.ndim >= 2 and name != "vit.position"].append(parameter)
+        groups[group, parameter.ndim >= 2 and name not in task.UNDECAYED].append(parameter)
     assert sum(map(len, groups.values())) == len(list(model.parameters()))
     return [{"params": parameters, "scale": scales[group], "weight_decay": settings.weight_decay if decayed else 0.0}
             for (group, decayed), parameters in groups.items() if parameters]
@@ -210,13 +218,15 @@ class Sums:
                  for name, loss, hit, count in zip(self.names, losses, hits, counts)}
         out = {prefix + "loss": sum(loss_weights[name] * means[name][0] for name in self.names)}
         for name, (loss, accuracy) in means.items():
-            out |= {f"{prefix}{name}_loss": loss, f"{prefix}{name}_accuracy": accuracy}
+            out[f"{prefix}{name}_loss"] = loss
+            if not math.isnan(accuracy):                        # (an alignment has no right and wrong)
+                out[f"{prefix}{name}_accuracy"] = accuracy
         return out
 
 
-def to_device(batch, device):
+def to_device(batch, device, config):
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    return batch | {"image": normalize(batch["image"])}
+    return batch | {"image": normalized(config, batch["image"])}
 
 
 def memory_gb(device):
@@ -253,7 +263,7 @@ def evaluate(model, task, table, settings, device, autocast, rank, world):
     model.eval()
     for (batch, notes), counts in zip(loader, counted):
         with autocast:
-            results = model(to_device(batch, device))
+            results = model(to_device(batch, device, task.config))
         if counts:
             sums.add(results, torch.tensor([notes["counts"][name] for name in weights_of], device=device))
     model.train()
@@ -298,13 +308,13 @@ def train(settings, config_flags):
     precision = choose_precision(settings, device)
 
     # data
-    task_class = TASKS[settings.task]
+    task_class = task_of(settings.task, MODELS[settings.model])
     tables = {split: task_class.table(settings, split) for split in ("train", "val")}
     tok = open_tokenizer(settings, config_flags, saved, tables["train"], rank, say)
-    config = replace(flm.PRESETS[settings.model], **config_flags)
+    config = replace(MODELS[settings.model], **config_flags)
     config = task_class.adapt(replace(config, vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id,
                                       sep_id=tok.sep_id, mask_id=tok.mask_id))
-    max_tokens = min(settings.max_tokens, config.max_positions - 2)
+    max_tokens = min(settings.max_tokens, config.max_tokens)
     pad_to = settings.pad_to or (8 if device.type == "cuda" else 1)
     task = task_class(replace(settings, max_tokens=max_tokens, pad_to=pad_to), config, tok)
     lengths = training_lengths(tables["train"], tok, out, rank).clip(max=max_tokens)
@@ -312,7 +322,7 @@ def train(settings, config_flags):
 
     # model; everybody draws the same weights
     torch.manual_seed(settings.seed)
-    model = bare_model = flm.FLM(config).to(device)
+    model = bare_model = weights.model_of(config).to(device)
     if settings.shard:
         from torch.distributed.fsdp import fully_shard
         if world == 1:
@@ -370,7 +380,7 @@ def train(settings, config_flags):
             model_state, optimizer_state = get_state_dict(
                 bare_model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
             if rank == 0:
-                contents = dict(backbone="flm", model=model_state, config=config, task=settings.task,
+                contents = dict(model=model_state, config=config, task=settings.task,
                                 tokenizer_files=weights.pack_tokenizer(tok), optimizer=optimizer_state,
                                 scaler=scaler.state_dict(), step=step, settings=asdict(settings),
                                 counters=seen | dict(skipped=int(skipped)))
@@ -402,7 +412,7 @@ def train(settings, config_flags):
                 bare_model.set_requires_gradient_sync(sync)
             with model.no_sync() if world > 1 and not settings.shard and not sync else contextlib.nullcontext():
                 with autocast:
-                    results = model(to_device(batch, device))
+                    results = model(to_device(batch, device, config))
                 loss = sum(loss_weights[name] * results[name][0] * factor for name, factor in zip(loss_weights, factors))
                 scaler.scale(loss).backward()
             sums.add(results, counts[i])
@@ -455,9 +465,10 @@ def train(settings, config_flags):
 
 def report(metrics, names, prefix=""):
     """loss 2.345 | reconstructed 2.1 (45 %) forward 2.5 (40 %) …"""
-    parts = (f"{name} {metrics[f'{prefix}{name}_loss']:.3f} ({100 * metrics[f'{prefix}{name}_accuracy']:.0f} %)"
-             for name in names)
-    return f"loss {metrics[prefix + 'loss']:.4f} | " + " ".join(parts)
+    def part(name):
+        accuracy = metrics.get(f"{prefix}{name}_accuracy")
+        return f"{name} {metrics[f'{prefix}{name}_loss']:.3f}" + (f" ({100 * accuracy:.0f} %)" if accuracy is not None else "")
+    return f"loss {metrics[prefix + 'loss']:.4f} | " + " ".join(map(part, names))
 
 
 def open_tokenizer(settings, config_flags, saved, table, rank, say):
@@ -466,10 +477,12 @@ def open_tokenizer(settings, config_flags, saved, table, rank, say):
         return weights.unpack_tokenizer(saved["tokenizer"])
     if settings.tokenizer:
         return tokenizer.load(settings.tokenizer)
-    size = config_flags.get("vocab_size", flm.PRESETS[settings.model].vocab_size)
+    size = config_flags.get("vocab_size", MODELS[settings.model].vocab_size)
     if size > 10_000:
-        raise ValueError(f"--model {settings.model} has RoBERTa's vocabulary of {size}: --tokenizer DIR must name the "
-                         f"directory of its vocab.json and merges.txt (or choose a --vocab-size to train one)")
+        whose, files = (("BERT", "vocab.txt") if isinstance(MODELS[settings.model], vilt.Config) else
+                        ("RoBERTa", "vocab.json and merges.txt"))
+        raise ValueError(f"--model {settings.model} has {whose}'s vocabulary of {size}: --tokenizer DIR must name the "
+                         f"directory of its {files} (or choose a --vocab-size to train one)")
     directory = Path(settings.out) / "tokenizer"
     if rank == 0:
         say(f"training a tokenizer of {size} tokens on {len(table.row_of):,} captions")
@@ -511,7 +524,7 @@ def describe_run(out, settings, config, precision, world, micro_batch, accumulat
                  "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {torch.get_num_threads()}"}
     (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     train_table = tables["train"]
-    print(f"{config.objective} pretraining" if settings.task == "pretrain" else settings.task,
+    print(settings.task, "with", " + ".join(config.loss_weights),
           f"| recipe {settings.recipe or 'none'} | model {settings.model}, {parameters / 1e6:.1f} M parameters | {precision}"
           f" on {described['device']}")
     print(f"{len(train_table.row_of):,} captions of {len(train_table):,} images | global batch {settings.global_batch} = "

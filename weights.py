@@ -14,15 +14,26 @@ import torch
 
 import flm
 import tokenizer
+import vilt
 
 FORMAT = "flm-vilt-1"
-BACKBONES = {"flm": (flm.Config, flm.FLM)}
+BACKBONES = {"flm": (flm.Config, flm.FLM), "vilt": (vilt.Config, vilt.ViLT)}
+
+
+def backbone_of(config):
+    """The name of a Config's model in checkpoints."""
+    return next(name for name, (config_class, _) in BACKBONES.items() if type(config) is config_class)
+
+
+def model_of(config):
+    """The model that a Config describes, its weights freshly drawn."""
+    return BACKBONES[backbone_of(config)][1](config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Our own files.
 
-def save(path, backbone, model, config, task, tokenizer_files, **more):
+def save(path, model, config, task, tokenizer_files, **more):
     """Writes a checkpoint: `model` a state dict, `config` a Config, `more` tensors and plain values (optimizer, step, …).
 
     The file appears under its name only when all of it is on the disk.
@@ -30,7 +41,7 @@ def save(path, backbone, model, config, task, tokenizer_files, **more):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    contents = {"format": FORMAT, "backbone": backbone, "model": model, "config": asdict(config), "task": task,
+    contents = {"format": FORMAT, "backbone": backbone_of(config), "model": model, "config": asdict(config), "task": task,
                 "tokenizer": tokenizer_files, **more}
     with open(partial, "wb") as file:
         torch.save(contents, file)

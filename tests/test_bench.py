@@ -40,7 +40,7 @@ def test_the_originals_way_computes_the_same_losses_as_ours(rig):
     losses = []
     with torch.no_grad():
         for name, forward in rig.forwards.items():
-            losses.append(forward(rig.model, bench.train.to_device(rig.batches[name], rig.device)))
+            losses.append(forward(rig.model, bench.train.to_device(rig.batches[name], rig.device, rig.config)))
             assert rig.batches[name]["ids"].shape == (3, {"ours": 9, "original": 50}[name])
             assert rig.batches[name]["ids"][:, :9].equal(rig.batches["ours"]["ids"])
     assert losses[0].keys() == losses[1].keys() == {"reconstructed", "forward", "reverse"}

@@ -109,14 +109,14 @@ def test_decoding_equals_torchvisions_clip_transform(size):
     from torchvision import transforms as T
     encoded = picture(0, size)
     clip = T.Compose([T.Resize(24, T.InterpolationMode.BICUBIC), T.CenterCrop(24), T.PILToTensor()])
-    assert torch.equal(data.decode(encoded, 24), clip(Image.open(io.BytesIO(encoded)).convert("RGB")))
+    assert torch.equal(data.decode(encoded, data.Square(24)), clip(Image.open(io.BytesIO(encoded)).convert("RGB")))
 
 
 @pytest.mark.parametrize("size, mean, most", [((90, 120), 0.1, 2), ((800, 600), 2, 60)])
 def test_fast_decoding_shows_the_same_picture(size, mean, most):
     """The second picture is decoded at a quarter of its size by libjpeg: softer, but the same picture."""
     encoded = picture(3, size)
-    exact, fast = (data.decode(encoded, 64, fast=fast).float() for fast in (False, True))
+    exact, fast = (data.decode(encoded, data.Square(64), fast=fast).float() for fast in (False, True))
     assert 0 < (exact - fast).abs().mean() < mean and (exact - fast).abs().max() <= most
 
 
@@ -128,7 +128,7 @@ def test_any_colour_mode_becomes_rgb(mode):
     else:
         image = image.convert(mode)
     image.save(out, "JPEG" if mode == "CMYK" else "PNG")
-    decoded = data.decode(out.getvalue(), 16)
+    decoded = data.decode(out.getvalue(), data.Square(16))
     assert decoded.shape == (3, 16, 16) and decoded.float().std() > 5
 
 
@@ -140,7 +140,7 @@ def test_normalisation_is_clips():
 
 def test_undecodable_images_are_replaced_by_the_next_row_and_named(tmp_path, tok):
     table = Captions([write_captions(tmp_path / "a.arrow", 10, broken={3, 4, 9})])
-    dataset = CaptionDataset(table, tok, 16, 50, train=True)
+    dataset = CaptionDataset(table, tok, data.Square(16), 50, train=True)
     sample = dataset[0, 7]                                          # row 3, its second caption
     assert sample["row"] == 5 and sample["index"] == 10 and len(sample["unreadable"]) == 2
     assert sample["unreadable"][0].startswith(f"{tmp_path / 'a.arrow'} row 3: ")
@@ -150,7 +150,7 @@ def test_undecodable_images_are_replaced_by_the_next_row_and_named(tmp_path, tok
 
 def test_samples_depend_on_seed_epoch_and_index_alone(tmp_path, tok):
     table = Captions([write_captions(tmp_path / "a.arrow", 4)])
-    draw = lambda seed, epoch, i: CaptionDataset(table, tok, 16, 50, True, seed, augment=True)[epoch, i]
+    draw = lambda seed, epoch, i: CaptionDataset(table, tok, data.Square(16), 50, True, seed, augment=True)[epoch, i]
     state = torch.random.get_rng_state()
     a, b, c, d = draw(0, 1, 2), draw(0, 1, 2), draw(0, 2, 2), draw(1, 1, 2)
     assert torch.equal(a["image"], b["image"]) and a["rng"].random() == b["rng"].random()
@@ -160,7 +160,7 @@ def test_samples_depend_on_seed_epoch_and_index_alone(tmp_path, tok):
 
 def test_long_captions_are_cut_and_counted(tmp_path, tok):
     table = Captions([write_captions(tmp_path / "a.arrow", 4)])
-    samples = [CaptionDataset(table, tok, 16, 7, True)[0, i] for i in range(8)]
+    samples = [CaptionDataset(table, tok, data.Square(16), 7, True)[0, i] for i in range(8)]
     for sample, i in zip(samples, range(8)):
         ids = tok.encode(table.text(i))
         assert sample["ids"] == [tok.cls_id, *ids[:5], tok.sep_id] and sample["cut"] == (len(ids) > 5)
@@ -262,7 +262,7 @@ def test_real_captions_in_a_published_global_batch_leave_little_padding(shared):
 
 def test_token_lengths_count_what_the_model_will_see(tmp_path, tok):
     table = Captions([write_captions(tmp_path / "a.arrow", 9)])
-    dataset = CaptionDataset(table, tok, 16, 50, True)
+    dataset = CaptionDataset(table, tok, data.Square(16), 50, True)
     lengths = data.token_lengths(table, tok)
     assert lengths.tolist() == [len(dataset[0, i]["ids"]) for i in range(18)]
     assert data.token_lengths(table, tok, [3, 17]).tolist() == lengths[[3, 17]].tolist()

@@ -48,7 +48,7 @@ def run(tmp_path_factory):
     tok = BPE.train([" ".join(WORDS)] * 3, 300)         # too few for all words: some are several tokens
     config = replace(tiny().config, vocab_size=len(tok), mask_id=tok.mask_id, pooler=False)
     model = flm.FLM(config)
-    weights.save(root / "last.pt", "flm", model.state_dict(), config, "pretrain", weights.pack_tokenizer(tok), step=0)
+    weights.save(root / "last.pt", model.state_dict(), config, "pretrain", weights.pack_tokenizer(tok), step=0)
     (root / "groups.json").write_text(json.dumps({"colours": ["red", "blue", "green"], "animals": ["dog", "cat"]}))
     return root
 

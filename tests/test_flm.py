@@ -251,11 +251,11 @@ def test_gradients_equal_the_original(original):
 
 def test_optimizer_steps_equal_the_original(original):
     import train
-    from tasks import Pretrain
+    from tasks import PretrainFLM
     recorded = original[1]
     model, batch, t = original_training_model(recorded), batch_of(recorded, leaks=True), recorded["train"]
     settings = train.Settings(lr=1e-3, steps=t["optim"]["max_steps"], warmup=2 / t["optim"]["max_steps"])
-    groups = train.parameter_groups(model, Pretrain, settings)
+    groups = train.parameter_groups(model, PretrainFLM, settings)
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-8)
     losses, first_grads = [], None
     for step in range(3):
@@ -402,7 +402,7 @@ def test_fewer_reconstructor_layers_stand_beside_the_last_ones():
     ids = caption(7, 8)
     text = model.encode_text(ids)
     queries = torch.tensor([[0, 96, 96, 96, 96, 96, 96, 1]])
-    torch.testing.assert_close(text.queries, model.embed(queries, ids != 1))
+    torch.testing.assert_close(text.queries, model.embed(queries, flm.roberta_positions(ids != 1)))
     calls = []
     model.fusion_layers[1].register_forward_hook(lambda *a: calls.append("layer 1"))
     model.fusion_reconstructor[0].register_forward_hook(lambda *a: calls.append("reconstructor"))
@@ -435,7 +435,7 @@ def test_text_layers_equal_transformers_roberta(width, heads, layers, length):
                            if k.startswith("embeddings.") and not k.endswith("_ids")})
     stack = torch.nn.ModuleList(flm.Layer(width, heads, 0.0, 1e-5, self_attention=True) for _ in range(layers)).eval()
     stack.load_state_dict(bert_state(r"encoder\.layer\.", state, weights._BERT_LAYER))
-    x = embed(ids, real)
+    x = embed(ids, flm.roberta_positions(real))
     for layer in stack:
         x = layer(x, flm.bidirectional_mask(real))
     expected = theirs(input_ids=ids, attention_mask=real.long()).last_hidden_state

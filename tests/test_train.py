@@ -108,12 +108,12 @@ def test_a_killed_and_resumed_run_equals_one_that_never_stopped(world, tmp_path)
 def test_every_objective_trains_every_parameter_it_has(world, tmp_path, objective, itm):
     settings, flags = train.parse(command(world, tmp_path, "--objective", objective, *(["--itm"] if itm else [])))
     tok = BPE.load(world / "tok/vocab.json", world / "tok/merges.txt")
-    config = tasks.Pretrain.adapt(replace(flm.PRESETS["toy"], **flags, vocab_size=len(tok), mask_id=tok.mask_id))
-    task = tasks.Pretrain(replace(settings, pad_to=8), config, tok)
+    config = tasks.PretrainFLM.adapt(replace(flm.PRESETS["toy"], **flags, vocab_size=len(tok), mask_id=tok.mask_id))
+    task = tasks.PretrainFLM(replace(settings, pad_to=8), config, tok)
     dataset = task.dataset(task.table(settings, "train"), train=True)
     batch, notes = task.collate([dataset[0, i] for i in range(6)])
     model = flm.FLM(config)
-    results = model(train.to_device(batch, torch.device("cpu")))
+    results = model(train.to_device(batch, torch.device("cpu"), config))
     assert set(results) == set(config.loss_weights) == set(notes["counts"])
     sum(loss for loss, _ in results.values()).backward()
     untrained = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -123,7 +123,7 @@ def test_every_objective_trains_every_parameter_it_has(world, tmp_path, objectiv
 def test_spans_and_prediction_rate_are_for_training_only(world, tmp_path):
     settings, flags = train.parse(command(world, tmp_path, "--corruption-rate", 0.5, "--prediction-rate", 0.5))
     tok = BPE.load(world / "tok/vocab.json", world / "tok/merges.txt")
-    task = tasks.Pretrain(replace(settings, pad_to=8), replace(flm.PRESETS["toy"], **flags, vocab_size=len(tok)), tok)
+    task = tasks.PretrainFLM(replace(settings, pad_to=8), replace(flm.PRESETS["toy"], **flags, vocab_size=len(tok)), tok)
     table = task.table(settings, "train")
     (training, _), (evaluation, notes) = (task.collate([task.dataset(table, train)[0, i] for i in range(40)])
                                           for train in (True, False))
@@ -238,7 +238,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(world, tmp_path, monkeyp
     before = path.read_bytes()
     monkeypatch.setattr(torch, "save", lambda contents, file: (file.write(b"half"), (_ for _ in ()).throw(OSError("disk full"))))
     with pytest.raises(OSError):
-        weights.save(path, "flm", {}, flm.PRESETS["toy"], "pretrain", {}, step=7)
+        weights.save(path, {}, flm.PRESETS["toy"], "pretrain", {}, step=7)
     assert path.read_bytes() == before
 
 
@@ -255,7 +255,7 @@ def test_files_that_are_no_checkpoint_are_refused_in_a_sentence(tmp_path, make, 
 def test_parameter_groups_follow_the_rule():
     model = flm.FLM(replace(flm.PRESETS["toy"], itm=True))
     settings = train.Settings(head_lr=7.0, fusion_lr=5.0, weight_decay=0.1)
-    group_of = {id(p): g for g in train.parameter_groups(model, tasks.Pretrain, settings) for p in g["params"]}
+    group_of = {id(p): g for g in train.parameter_groups(model, tasks.PretrainFLM, settings) for p in g["params"]}
     rule = {"vit.patch.weight": (1, 0.1), "vit.position": (1, 0), "vit.cls": (1, 0), "vit.norm_pre.weight": (1, 0),
             "embed.word.weight": (1, 0.1), "embed.norm.bias": (1, 0), "text_layers.0.mlp.0.bias": (1, 0), "token_type": (1, 0.1),
             "fusion_layers.1.cross_attention.kv.weight": (5, 0.1), "fusion_layers.1.cross_norm.weight": (5, 0),
