@@ -1,6 +1,7 @@
 """Scores of a trained model.
 
     python eval.py words runs/toy/last.pt --data data/toy      # does it read the picture? -> table, words.json
+    python eval.py align runs/vilt/last.pt --data data/toy     # ViLT: which patches does each word go to? -> align.json
 
 `words` asks a language model for every word of a group (colours, shapes, relations, as a JSON file lists them) in captions
 it has never seen, three times: with the right image, with another caption's image, and with a blank one. Only what the
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import vilt
 import weights
 from data import CaptionDataset, Captions, evaluation_batches, find_files, pad_batch, pad_pictures, token_lengths
 from tasks import normalized, places, see, shape_of
@@ -120,6 +122,51 @@ def words(args):
     print(f"wrote {out}")
 
 
+@torch.no_grad()
+def alignments(model, table, numbers, device):
+    """ViLT's optimal transport of some captions' words to the patches of their pictures, and of another picture.
+
+    -> [{file, row, tokens, grid [h, w], plan [token][patch] (the share of each patch in the token's mass),
+        distance, other_distance}]
+    """
+    c, tok = model.config, model.tokenizer
+    dataset = CaptionDataset(table, tok, shape_of(c), c.max_tokens, train=False)
+    samples = [dataset[0, i] for i in numbers]
+    ids = pad_batch(samples, tok.pad_id, multiple=1)["ids"].to(device)
+    text, found = model.encode_text(ids), []
+    for pictures in (samples, samples[1:] + samples[:1]):
+        visual = see(model, picture_batch(c, [s["image"] for s in pictures], device))
+        found.append(model.align(visual, text, model.fuse(visual, text), ids == c.sep_id))
+    (distance, plan), (other, _) = found
+    shares = (plan / plan.sum(1, keepdim=True).clamp(min=1e-9)).transpose(1, 2)                     # (B, L, K)
+    result = []
+    for b, sample in enumerate(samples):
+        path, row = table.place(sample["row"])
+        h, w = (side // c.patch_size for side in sample["image"].shape[1:])
+        n = len(sample["ids"]) - 1
+        result.append({"file": path, "row": row, "tokens": [tok.decode([t]) for t in sample["ids"][1:n]], "grid": [h, w],
+                       "plan": [[round(share, 4) for share in line] for line in shares[b, 1:n, :h * w].tolist()],
+                       "distance": distance[b].item(), "other_distance": other[b].item()})
+    return result
+
+
+def align(args):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = weights.load(args.checkpoint).to(device)
+    if not isinstance(model, vilt.ViLT):
+        raise ValueError(f"{args.checkpoint}: word-patch alignment is ViLT's; this is another model")
+    table = Captions(find_files(args.data, args.datasets, args.split))
+    count = min(args.captions, len(table.row_of))
+    found = alignments(model, table, [k * len(table.row_of) // count for k in range(count)], device)
+    nearer = sum(a["distance"] < a["other_distance"] for a in found)
+    print(f"{count} captions: their words are {sum(a['distance'] for a in found) / count:.3f} from the patches of their own "
+          f"picture, {sum(a['other_distance'] for a in found) / count:.3f} from another's; nearer to their own: "
+          f"{nearer} of {count}")
+    out = Path(args.out or Path(args.checkpoint).with_name("align.json"))
+    out.write_text(json.dumps(found) + "\n")
+    print(f"wrote {out}")
+
+
 def print_table(split, result):
     print(f"\n{split:<12}" + "".join(f"{name:>15}" for name in IMAGES) + f"{'words':>9}")
     for group, row in result["accuracy"].items():
@@ -138,6 +185,14 @@ def main(argv=None):
     p.add_argument("--captions", type=int, default=2000, help="at most so many captions of each split")
     p.add_argument("--out", help="default: words.json beside the checkpoint")
     p.set_defaults(run=words)
+    p = commands.add_parser("align", help="which patches ViLT's optimal transport carries each word to")
+    p.add_argument("checkpoint")
+    p.add_argument("--data", required=True, help="directory of Arrow files")
+    p.add_argument("--datasets", nargs="*", default=(), help="names of datasets in it; default: all that are found")
+    p.add_argument("--split", default="test")
+    p.add_argument("--captions", type=int, default=100, help="so many, evenly spread")
+    p.add_argument("--out", help="default: align.json beside the checkpoint")
+    p.set_defaults(run=align)
     args = parser.parse_args(argv)
     try:
         args.run(args)

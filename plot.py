@@ -3,6 +3,7 @@
     python plot.py masks --out docs/masks.png                                      # the README's first picture
     python plot.py curves runs/toy runs/mlm --x seconds --out docs/curves.png      # from each run's metrics.jsonl
     python plot.py words runs/toy/words.json --out docs/words.png                  # the table of `eval.py words`
+    python plot.py align runs/vilt/align.json --out docs/align.png                 # that of `eval.py align`
 
 Letters: n tokens of a caption (`<s>` and `</s>` included).
 """
@@ -205,7 +206,7 @@ def horizontal(run, rows, x):
 def accuracy_key(key, rows):
     """The accuracy that belongs to a loss; to the total loss, that of the objective's main output. Or None."""
     names = {name.removeprefix("val_") for row in rows for name in row}
-    wanted = [key.replace("_loss", "_accuracy")] if "_loss" in key else ["reconstructed_accuracy", "forward_accuracy"]
+    wanted = [key.replace("_loss", "_accuracy")] if "_loss" in key else ["reconstructed_accuracy", "forward_accuracy", "mlm_accuracy"]
     return next((name for name in wanted if name in names), None)
 
 
@@ -324,12 +325,12 @@ def draw_example(page, example, x, y, width):
     return y - top + 0.25
 
 
-def read_picture(file, row):
-    """One row's picture, cropped as the model sees it, uint8 (112, 112, 3)."""
+def read_picture(file, row, shape=data.Square(112)):
+    """One row's picture, resized and cropped to a shape, uint8 (H, W, 3)."""
     table = data.Table([file], ["image"])
     if not 0 <= row < len(table):
         raise ValueError(f"{file}: has {len(table)} rows, no row {row}")
-    return data.decode(table.cell("image", row).as_buffer(), data.Square(112)).permute(1, 2, 0).numpy()
+    return data.decode(table.cell("image", row).as_buffer(), shape).permute(1, 2, 0).numpy()
 
 
 def write(page, tokens, wrong, x, y, width):
@@ -344,6 +345,48 @@ def write(page, tokens, wrong, x, y, width):
                       **(dict(color=VERMILLION, weight="bold") if marked else {}))
         at += len(text)
     return line + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# align: where ViLT's optimal transport carries the words, as `eval.py align` found it (figure 4 of the ViLT paper).
+
+def plot_align(args):
+    if not Path(args.align).is_file():
+        raise FileNotFoundError(f"{args.align}: there is no such file; `eval.py align` writes it")
+    try:
+        found = json.loads(Path(args.align).read_text())
+        for a in found:
+            assert np.array(a["plan"]).shape == (len(a["tokens"]), a["grid"][0] * a["grid"][1]) and {"file", "row"} <= set(a)
+    except (ValueError, TypeError, KeyError, AssertionError):
+        found = []
+    if not found:
+        raise ValueError(f"{args.align}: not what `eval.py align` writes")
+    shown = [found[k * len(found) // args.examples] for k in range(min(args.examples, len(found)))]
+    columns = 1 + min(args.words, max(len(a["tokens"]) for a in shown))
+    side = WIDTH / columns
+    rows = [side * a["grid"][0] / a["grid"][1] + 0.3 for a in shown]
+    height = sum(rows) + 0.35
+    figure = plt.figure(figsize=(WIDTH, height))
+    figure.text(0.008, 1 - 0.15 / height, "Where each word's mass is carried: brighter patches receive more of it.",
+                color=GREY, va="center")
+    y = 0.35
+    for a, row_height in zip(shown, rows):
+        h, w = a["grid"]
+        picture = read_picture(a["file"], a["row"], data.Whole(32 * min(h, w), 32))
+        picture = np.asarray(Image.fromarray(picture).resize((32 * w, 32 * h)))
+        for k, (token, plan) in enumerate([("", None), *zip(a["tokens"], a["plan"])][:columns]):
+            axis = figure.add_axes((k * side / WIDTH + 0.002, 1 - (y + row_height - 0.05) / height, side / WIDTH - 0.004,
+                                    (row_height - 0.3) / height))
+            if plan is None:
+                axis.imshow(picture)
+            else:
+                plan = np.array(plan).reshape(h, w)
+                light = np.kron(plan / max(plan.max(), 1e-9), np.ones((32, 32)))[:, :, None]
+                axis.imshow((picture * (0.12 + 0.88 * light)).astype(np.uint8))
+                axis.set_title(token.strip(), size=8.5, pad=2)
+            axis.axis("off")
+        y += row_height
+    save(figure, args.out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,6 +426,10 @@ def main(argv=None):
     p = command("words", plot_words, "docs/words.png", "the table of `eval.py words` and some of its captions")
     p.add_argument("words", metavar="WORDS_JSON", help="the words.json of a run")
     p.add_argument("--examples", type=int, default=3, help="captions of each split")
+    p = command("align", plot_align, "docs/align.png", "the patches that ViLT carries each word to")
+    p.add_argument("align", metavar="ALIGN_JSON", help="what `eval.py align` wrote")
+    p.add_argument("--examples", type=int, default=5, help="pictures")
+    p.add_argument("--words", type=int, default=11, help="at most so many words of each caption")
     args = parser.parse_args(argv)
     try:
         with plt.rc_context(STYLE):

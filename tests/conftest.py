@@ -35,13 +35,13 @@ WORDS = ("a red blue green small big dog cat house tree car on under near the wi
          "running sitting sleeping").split()
 
 
-def write_captions(path, rows, seed=0, captions=2, broken=(), batch_rows=7):
-    """A caption file of `rows` random pictures; rows in `broken` hold bytes that are no picture."""
+def write_captions(path, rows, seed=0, captions=2, broken=(), batch_rows=7, sizes=((40, 32),)):
+    """A caption file of `rows` random pictures, of these sizes in turn; rows in `broken` hold bytes that are no picture."""
     import data
     rng = np.random.default_rng(seed)
     with data.Writer(path, data.CAPTIONS, batch_rows=batch_rows) as out:
         for row in range(rows):
             texts = [" ".join(rng.choice(WORDS, rng.integers(2, 12))) for _ in range(captions)]
-            image = b"not a picture" if row in broken else picture([seed, row])
+            image = b"not a picture" if row in broken else picture([seed, row], sizes[row % len(sizes)])
             out.write({"image": image, "caption": texts, "image_id": str(row), "split": "train"})
     return path

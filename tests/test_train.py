@@ -22,20 +22,22 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES = ("--image-size 16 --patch-size 8 --vit-width 16 --vit-layers 1 --vit-heads 2 --text-width 16 --text-layers 1 "
          "--text-heads 2 --width 16 --heads 2 --fusion-layers 2 --reconstructor-text-layers 1 --max-positions 66 "
          "--reconstructor-fusion-layers 2 --model toy --precision fp32 --device cpu --workers 0").split()
+VILT = ("--model vilt-toy --image-size 16 --patch-size 8 --width 16 --layers 2 --heads 2 --mlp-width 40 --max-positions 40 "
+        "--max-patches 5 --mpp --precision fp32 --device cpu --workers 0").split()
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder of caption files and a tokenizer."""
     root = tmp_path_factory.mktemp("world")
-    write_captions(root / "mine_caption_train.arrow", 60)
+    write_captions(root / "mine_caption_train.arrow", 60, sizes=((40, 32), (24, 48), (30, 30)))
     write_captions(root / "mine_caption_val.arrow", 13, seed=1)
     BPE.train([" ".join(WORDS)] * 3, 330).save(root / "tok")
     return root
 
 
-def command(world, out, *more):
-    return [*SIZES, "--data", str(world), "--tokenizer", str(world / "tok"), "--out", str(out), *map(str, more)]
+def command(world, out, *more, sizes=SIZES):
+    return [*sizes, "--data", str(world), "--tokenizer", str(world / "tok"), "--out", str(out), *map(str, more)]
 
 
 RUN = "--global-batch 16 --steps 6 --lr 1e-2 --warmup 0.2 --log-every 1 --eval-every 3 --save-every 2 --clip 1.0".split()
@@ -66,25 +68,28 @@ def torchrun(processes, arguments, port):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--shard",), ("--objective", "mlm", "--itm")])
-def test_any_split_of_the_global_batch_gives_the_same_losses_and_weights(world, tmp_path, more):
+@pytest.mark.parametrize("sizes, more", [
+    (SIZES, ()), (SIZES, ("--shard",)), (SIZES, ("--objective", "mlm", "--itm")), (VILT, ()), (VILT, ("--no-itm",))],
+    ids=["flm", "flm sharded", "mlm with itm", "vilt", "vilt without itm"])
+def test_any_split_of_the_global_batch_gives_the_same_losses_and_weights(world, tmp_path, sizes, more):
     port = 29600 + os.getpid() % 300
-    two = torchrun(2, command(world, tmp_path / "2x2", *RUN, *more, "--micro-batch", 4), port)
+    two = torchrun(2, command(world, tmp_path / "2x2", *RUN, *more, "--micro-batch", 4, sizes=sizes), port)
     common = [m for m in more if m != "--shard"]
-    train.main(command(world, tmp_path / "1x4", *RUN, *common, "--micro-batch", 4))
+    train.main(command(world, tmp_path / "1x4", *RUN, *common, "--micro-batch", 4, sizes=sizes))
     output, _ = two.communicate(timeout=240)
     assert two.returncode == 0, output
     assert_same(outcome(tmp_path / "1x4"), outcome(tmp_path / "2x2"), 2e-5)
-    if "--itm" not in more:             # its negatives come from the micro-batch
-        train.main(command(world, tmp_path / "1x1", *RUN, *common))
+    if "--itm" not in more and (sizes is SIZES or "--no-itm" in more):      # its negatives come from the micro-batch
+        train.main(command(world, tmp_path / "1x1", *RUN, *common, sizes=sizes))
         assert_same(outcome(tmp_path / "1x4"), outcome(tmp_path / "1x1"), 2e-5)
 
 
 @pytest.mark.slow
-def test_a_killed_and_resumed_run_equals_one_that_never_stopped(world, tmp_path):
-    long = [*RUN, "--steps", 30, "--dropout", 0.1, "--corruption-rate", 0.3, "--save-every", 3]
-    train.main(command(world, tmp_path / "whole", *long))
-    arguments = command(world, tmp_path / "killed", *long)
+@pytest.mark.parametrize("sizes, more", [(SIZES, ("--corruption-rate", 0.3)), (VILT, ())], ids=["flm", "vilt"])
+def test_a_killed_and_resumed_run_equals_one_that_never_stopped(world, tmp_path, sizes, more):
+    long = [*RUN, "--steps", 30, "--dropout", 0.1, "--save-every", 3, *more]
+    train.main(command(world, tmp_path / "whole", *long, sizes=sizes))
+    arguments = command(world, tmp_path / "killed", *long, sizes=sizes)
     run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=subprocess.PIPE, text=True,
                            env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"})
     for line in run.stdout:
