@@ -4,14 +4,24 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 DATA   ?= data/toy
 RUN    ?= runs/toy
+RECIPE ?= toy
 FLAGS  ?=
 # more flags for train.py, for example: make RUN=runs/long FLAGS='--steps 7200'
 
 .DEFAULT_GOAL := all
-.PHONY: all help test quick pictures masks bench clean
+.PHONY: all vilt help test quick pictures masks bench clean
 
 all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (about eight minutes)
 	@echo "pictures: docs/masks.png, $(RUN)/curves.png, $(RUN)/words.png"
+
+vilt:  ## the same with ViLT, and which patches each word was carried to (in runs/vilt)
+	$(MAKE) RUN=runs/vilt RECIPE=vilt-toy runs/vilt/align.png
+
+$(RUN)/align.png: $(RUN)/words.json
+	$(PY) plot.py curves $(RUN) --out $(RUN)/curves.png
+	$(PY) plot.py words $(RUN)/words.json --out $(RUN)/words.png
+	$(PY) eval.py align $(RUN)/last.pt --data $(DATA)
+	$(PY) plot.py align $(RUN)/align.json --out $@
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -28,7 +38,7 @@ $(DATA)/toy_words.json: | $(VENV)/.installed
 
 # last.pt is there long before the end; an interrupted run goes on from it.
 $(RUN)/.trained: | $(DATA)/toy_words.json
-	$(PY) train.py --task pretrain --recipe toy --data $(DATA) --out $(RUN) --resume $(FLAGS)
+	$(PY) train.py --task pretrain --recipe $(RECIPE) --data $(DATA) --out $(RUN) --resume $(FLAGS)
 	@touch $@
 
 $(RUN)/words.json: $(RUN)/.trained

@@ -74,7 +74,8 @@ class Config:
                 raise ValueError(f"{width} {getattr(self, width)} does not divide by {heads} {getattr(self, heads)}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} does not divide by patch_size {self.patch_size}")
-        if self.reconstructor_text_layers > self.text_layers or self.reconstructor_fusion_layers > self.fusion_layers:
+        if self.objective == "flm" and (self.reconstructor_text_layers > self.text_layers
+                                        or self.reconstructor_fusion_layers > self.fusion_layers):
             raise ValueError("the reconstructor has at most as many layers as the transformer that it stands beside")
         if self.objective == "flm" and self.reconstructor_fusion_layers == 0:
             raise ValueError("objective flm needs reconstructor_fusion_layers of at least 1: they see the image")
@@ -270,7 +271,8 @@ def predicting_rows(objective, n, prefix=0):
 class Attention(nn.Module):
     """Multi-head attention of x to a memory (to itself, if the memory is x): softmax(q k^T / sqrt(d)) v.
 
-    x (B, Q, D), memory (B or 1, K, D), mask (B, Q, K) bool or None -> (B, Q, D)
+    x (B, Q, D), memory (M, K, D), mask (B, Q, K) bool or None -> (B, Q, D). Where M is smaller than B, each memory is that
+    of B / M neighbours: one image, many captions, no copies. In place of the memory, what `keys_and_values` made of it.
     """
 
     def __init__(self, width, heads, dropout=0.0):
@@ -280,12 +282,17 @@ class Attention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)       # what of the memory can be computed once and kept
         self.out = nn.Linear(width, width)
 
+    def keys_and_values(self, memory):
+        """All of the attention that does not depend on x: (M, K, D) -> two of (M, heads, K, d)."""
+        M, K, D = memory.shape
+        return self.kv(memory).view(M, K, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind()
+
     def forward(self, x, memory, mask=None):
         B, Q, D = x.shape
-        q = self.q(x).view(B, Q, self.heads, -1).transpose(1, 2)                                    # (B, heads, Q, d)
-        k, v = self.kv(memory).view(len(memory), -1, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        if len(memory) != B:                                                # one image, many captions: no copies
-            k, v = k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1)                                 # (B, heads, K, d)
+        k, v = memory if isinstance(memory, tuple) else self.keys_and_values(memory)
+        if mask is not None and len(k) != B:
+            k, v = (kv.repeat_interleave(B // len(k), dim=0) for kv in (k, v))
+        q = self.q(x).view(len(k), -1, self.heads, D // self.heads).transpose(1, 2)                 # (M, heads, B/M Q, d)
         dropout = self.dropout if self.training else 0.0
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
@@ -391,7 +398,8 @@ class Layer(nn.Module):
 
     Text layers have the first and the last, fusion layers all three, reconstructor layers the last two: a query that has
     no self-attention cannot learn another query's answer.
-    x (B, L, D) or (B, S, L, D), mask (B S, L, L), memory (B or 1, K, D), memory_mask (B, S L, K) -> like x
+    x (B, L, D) or (B, S, L, D), mask (B S, L, L), memory (M, K, D), memory_mask (B, S L, K) -> like x
+    past: an object whose `extend` adds the keys and values of x to those of what was said before (generate.py).
     """
 
     def __init__(self, width, heads, dropout, eps, self_attention=False, cross_attention=False):
@@ -403,10 +411,11 @@ class Layer(nn.Module):
         self.mlp, self.mlp_norm = feed_forward(width, nn.GELU()), nn.LayerNorm(width, eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, mask=None, memory=None, memory_mask=None):
+    def forward(self, x, mask=None, memory=None, memory_mask=None, past=None):
         if self.self_attention is not None:
             y = x.flatten(0, -3)                                    # each stream for itself: (B S, L, D)
-            x = self.self_norm(x + self.dropout(self.self_attention(y, y, mask)).view_as(x))
+            words = y if past is None else past.extend(*self.self_attention.keys_and_values(y))
+            x = self.self_norm(x + self.dropout(self.self_attention(y, words, mask)).view_as(x))
         if self.cross_attention is not None:
             y = x.flatten(1, -2)                                    # all streams side by side: (B, S L, D)
             x = self.cross_norm(x + self.dropout(self.cross_attention(y, memory, memory_mask)).view_as(x))
@@ -535,11 +544,12 @@ class FLM(nn.Module):
         """
         return self.image_to_fusion(self.vit(images)) + self.token_type[1 + which]
 
-    def encode_text(self, ids, first=None, last=None, prefix=None, queries=None):
+    def encode_text(self, ids, first=None, last=None, prefix=None, queries=None, class_only=False):
         """All that does not depend on the image: ids (B, L) int64, `<s> … </s>` and padding -> Text.
 
         first, last (B, L): FLM's hidden spans (default: each word alone). prefix (B,): PrefixLM's prefix lengths
         (default 0: causal). queries (B, L): the reconstructor's input ids, in place of `<s> <mask> <mask> …`.
+        class_only: query 0 alone is asked, which is all that the class vector needs.
         """
         c = self.config
         if ids.shape[1] > c.max_tokens:
@@ -559,11 +569,13 @@ class FLM(nn.Module):
         streams = torch.stack([x, x], dim=1)                                                        # (B, 2, L, D)
         mask = torch.stack([forward_mask(real), reverse_mask(real)], dim=1)                         # (B, 2, L, L)
         query_mask = reconstructor_mask(real, first, last)                                          # (B, Q, 2L)
+        if class_only:
+            q, query_mask = q[:, :1], query_mask[:, :1]
         streams, q = self._run(self.text_layers, self.text_reconstructor, streams, mask, q, query_mask)
         return Text(streams, mask, q, query_mask)
 
     def fuse(self, visual, text):
-        """Reads captions with their images: visual (B or 1, P, D), text of B captions -> Fused."""
+        """Reads captions with their images: visual (M, P, D), text of B captions, B / M neighbours to an image -> Fused."""
         c = self.config
         streams, q = self.text_to_fusion(text.streams), text.queries
         if c.objective != "flm":

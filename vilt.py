@@ -185,9 +185,6 @@ class Text:
     tokens: torch.Tensor                # (B, L, D)
     mask: torch.Tensor                  # (B, L) bool, True = real
 
-    def class_only(self):
-        return self                     # as flm.Text; here every word is needed for the class vector
-
 
 @dataclass
 class Fused(flm.Fused):
@@ -270,17 +267,20 @@ class ViLT(nn.Module):
         grid = self.position[1:].T.reshape(1, -1, self.grid, self.grid)                             # (1, D, g, g)
         return F.grid_sample(grid.float(), at[None], padding_mode="border", align_corners=True)[0].permute(1, 2, 0)
 
-    def encode_text(self, ids):
-        """All that does not depend on the image: ids (B, L) int64, `[CLS] … [SEP]` and padding -> Text."""
+    def encode_text(self, ids, class_only=False):
+        """All that does not depend on the image: ids (B, L) int64, `[CLS] … [SEP]` and padding -> Text.
+
+        class_only: for models that can spare work where only the class vector is read; this one cannot.
+        """
         if ids.shape[1] > self.config.max_tokens:
             raise ValueError(f"captions of {ids.shape[1]} tokens: this model has positions for {self.config.max_tokens}")
         position = torch.arange(ids.shape[1], device=ids.device)[None]
         return Text(self.embed(ids, position) + self.token_type[0], ids != self.config.pad_id)
 
     def fuse(self, visual, text):
-        """Reads captions with their images: visual of B pictures or of one, text of B captions -> Fused."""
+        """Reads captions with their images: visual of M pictures, text of B captions, B / M neighbours each -> Fused."""
         B, L = text.mask.shape
-        image, mask = visual.tokens.expand(B, -1, -1), visual.mask.expand(B, -1)
+        image, mask = (part.repeat_interleave(B // len(part), dim=0) for part in (visual.tokens, visual.mask))
         x = torch.cat([text.tokens, image], dim=1)                                                  # (B, L + P, D)
         mask = torch.cat([text.mask, mask], dim=1)[:, None]                                         # (B, 1, L + P)
         for block in self.blocks:
