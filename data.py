@@ -92,7 +92,7 @@ class Writer:
 # ---------------------------------------------------------------------------------------------------------------------
 # Which files belong to which dataset. The names are ViLT's; any other NAME reads what `prepare.py --name NAME` writes.
 
-FILES = {
+FILES = {"caption": {
     "coco": {"train": ["coco_caption_karpathy_train.arrow", "coco_caption_karpathy_restval.arrow"],
              "val": ["coco_caption_karpathy_val.arrow"], "test": ["coco_caption_karpathy_test.arrow"]},
     "f30k": {split: [f"f30k_caption_karpathy_{split}.arrow"] for split in ("train", "val", "test")},
@@ -100,43 +100,49 @@ FILES = {
     "sbu": {"train": ["sbu_*.arrow"]},
     "gcc": {"train": ["conceptual_caption_train_*.arrow"], "val": ["conceptual_caption_val_*.arrow"]},
     "cc12m": {"train": ["conceptual_caption12M_train_*.arrow"], "val": ["conceptual_caption12M_val_*.arrow"]},
-}
+}, "vqa": {     # trained on all but the last images of val, which choose the checkpoint
+    "vqav2": {"train": ["vqav2_train.arrow", "vqav2_trainable_val.arrow"], "val": ["vqav2_rest_val.arrow"],
+              "all-val": ["vqav2_val.arrow"], "test": ["vqav2_test.arrow"], "test-dev": ["vqav2_test-dev.arrow"]},
+}, "nlvr2": {
+    "nlvr2": {"train": ["nlvr2_train.arrow"], "val": ["nlvr2_dev.arrow"], "test": ["nlvr2_test1.arrow"]},
+}}
 
 
-def find_files(directory, datasets, split):
+def find_files(directory, datasets, split, kind="caption"):
     """The Arrow files of some datasets' split, in a fixed order. A dataset may lack a split other than train.
 
-    Without `datasets`, all that are found in the directory. FileNotFoundError names the directory and the dataset.
+    kind: caption, vqa or nlvr2. Without `datasets`, all that are found in the directory. FileNotFoundError names the
+    directory and the dataset.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: there is no such directory of Arrow files")
     names = sorted(path.name for path in directory.glob("*.arrow"))
     found = []
-    for dataset in datasets or known_datasets(directory):
-        patterns = FILES.get(dataset) or {
-            s: [f"{dataset}_caption_{s}.arrow"] + ([f"{dataset}_[0-9]*.arrow"] if s == "train" else [])
+    for dataset in datasets or known_datasets(directory, kind):
+        patterns = FILES[kind].get(dataset) or {
+            s: [f"{dataset}_{kind}_{s}.arrow"] + ([f"{dataset}_[0-9]*.arrow"] if (kind, s) == ("caption", "train") else [])
             for s in ("train", "val", "test", "holdout")}
         files = [name for pattern in patterns.get(split, []) for name in names if fnmatch.fnmatch(name, pattern)]
         if not files and split == "train":
-            raise FileNotFoundError(f"{directory}: no caption files of dataset {dataset!r}; "
+            raise FileNotFoundError(f"{directory}: no {kind} files of dataset {dataset!r}; "
                                     f"{' or '.join(patterns[split])} expected")
         found += [directory / name for name in files]
     return found
 
 
-def known_datasets(directory):
-    """The names of the caption datasets whose training files stand in a directory.
+def known_datasets(directory, kind="caption"):
+    """The names of the datasets of a kind whose training files stand in a directory.
 
     FileNotFoundError if there is none.
     """
     names = [path.name for path in Path(directory).glob("*.arrow")]
-    known = [name for name, splits in FILES.items()
+    known = [name for name, splits in FILES[kind].items()
              if any(fnmatch.filter(names, pattern) for pattern in splits["train"])]
-    known += sorted(name.removesuffix("_caption_train.arrow") for name in names if name.endswith("_caption_train.arrow"))
+    ending = f"_{kind}_train.arrow"
+    known += sorted(name.removesuffix(ending) for name in names if name.endswith(ending))
     if not known:
-        raise FileNotFoundError(f"{directory}: no caption files here (such as NAME_caption_train.arrow); "
-                                f"prepare.py and toy.py write them")
+        raise FileNotFoundError(f"{directory}: no {kind} files here (such as NAME{ending}); prepare.py and toy.py write them")
     return known
 
 
@@ -203,14 +209,15 @@ class Captions(Table):
     row_of (captions,): the row of each caption's image, from Arrow's offset buffers: no caption becomes a Python string
     before it is used.
     """
+    IMAGES, TEXT, MORE = ("image",), "caption", ()
 
     def __init__(self, paths):
-        super().__init__(paths, ["image", "caption"])
+        super().__init__(paths, [*self.IMAGES, self.TEXT, *self.MORE])
         rows, first = [np.empty(0, np.int64)], []
         for number in range(len(self.batches)):
-            column = self.batch(number).column("caption")
+            column = self.batch(number).column(self.TEXT)
             if not (pa.types.is_list(column.type) and pa.types.is_string(column.type.value_type)):
-                raise ValueError(f"{self.batches[number][0]}: column caption is {column.type}, list<string> expected")
+                raise ValueError(f"{self.batches[number][0]}: column {self.TEXT} is {column.type}, list<string> expected")
             offsets = column.offsets.to_numpy()                                         # (rows + 1,)
             first.append(int(offsets[0]))
             rows.append(np.repeat(np.arange(len(column)) + self.starts[number], np.diff(offsets)))
@@ -223,18 +230,48 @@ class Captions(Table):
     def text(self, i):
         """Caption i of all, str."""
         number = int(np.searchsorted(self.caption_starts, i, side="right")) - 1
-        values = self.batch(number).column("caption").values
+        values = self.batch(number).column(self.TEXT).values
         return values[int(i - self.caption_starts[number] + self.first_value[number])].as_py()
 
-    def image(self, row):
-        """The encoded picture of a row, bytes without a copy."""
-        return self.cell("image", row).as_buffer()
+    def image(self, row, which=0):
+        """The encoded picture of a row (the first or second of a pair), bytes without a copy."""
+        return self.cell(self.IMAGES[which], row).as_buffer()
+
+    def first_of(self, row):
+        """The number of a row's first caption."""
+        return int(np.searchsorted(self.row_of, row))
+
+    def details(self, i):
+        """What the file says of caption i beside its text."""
+        return {}
 
     def texts(self):
         """All captions, one after the other; a record batch of them is in memory at a time."""
         for number in range(len(self.batches)):
-            values = self.batch(number).column("caption").values
+            values = self.batch(number).column(self.TEXT).values
             yield from values[self.first_value[number]:][:int(np.diff(self.caption_starts)[number])].to_pylist()
+
+
+class Questions(Captions):
+    """Questions about pictures, and their answers as labels of the answer list with scores (none in test files)."""
+    TEXT, MORE = "questions", ("answer_labels", "answer_scores", "question_id")
+
+    def details(self, i):
+        row = int(self.row_of[i])
+        labels, scores, ids = (self.cell(name, row)[i - self.first_of(row)].as_py() for name in self.MORE)
+        return {"labels": labels or [], "scores": scores or [], "question_id": ids}
+
+
+class Statements(Captions):
+    """Statements about two pictures, true or false."""
+    IMAGES, TEXT, MORE = ("image_0", "image_1"), "questions", ("answers", "identifier")
+
+    def details(self, i):
+        row = int(self.row_of[i])
+        place, count = i - self.first_of(row), len(self.cell("questions", row))
+        identifier = self.cell("identifier", row).as_py()
+        return {"label": int(self.cell("answers", row)[place].as_py() == "True"),
+                "identifier": identifier if count == 1 else f"{identifier}-{place}"}
 
 
 def token_lengths(table, tok, numbers=None):
@@ -334,16 +371,18 @@ def normalize(images, mean=CLIP_MEAN, std=CLIP_STD):
 
 
 class CaptionDataset(torch.utils.data.Dataset):
-    """Samples of a Captions table. `dataset[epoch, i]` is caption i with its image, drawn for that epoch.
+    """Samples of a Captions table (or Questions, Statements). `dataset[epoch, i]` is caption i, drawn for that epoch.
 
     A sample is a pure function of (seed, epoch, i): the number of workers or processes and a resume change nothing.
-    An image that cannot be decoded is replaced by the next row's that can, together with that row's caption, and named
-    in the sample's "unreadable"; the training loop counts and stops when they are many.
+    An image that cannot be decoded is named in the sample's "unreadable". In training the sample is then that of the
+    next row that can, and the training loop counts and stops when they are many; in evaluation, where every question
+    wants its answer, the picture is black.
+    clean: str -> str, applied to every text; around: token ids put between `<s>` and the text, and between it and `</s>`.
     """
 
-    def __init__(self, table, tok, shape, max_tokens, train, seed=0, augment=False):
+    def __init__(self, table, tok, shape, max_tokens, train, seed=0, augment=False, clean=str, around=((), ())):
         self.table, self.tok, self.shape, self.max_tokens = table, tok, shape, max_tokens
-        self.train, self.seed = train, seed
+        self.train, self.seed, self.clean, self.around = train, seed, clean, around
         self.augment = None
         if augment:
             from torchvision.transforms import RandAugment      # slow to import, and only fine-tuning wants it
@@ -357,25 +396,36 @@ class CaptionDataset(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, epoch, i])
         unreadable = []
         for attempt in range(100):
-            row = int(self.table.row_of[i])
-            try:
-                if self.augment is None:
-                    image = decode(self.table.image(row), self.shape, fast=self.train)
-                else:
-                    with torch.random.fork_rng(devices=[]):     # RandAugment draws from torch's global state
-                        torch.manual_seed(int(rng.integers(2 ** 62)))
-                        image = decode(self.table.image(row), self.shape, fast=self.train, augment=self.augment)
+            row, pictures = int(self.table.row_of[i]), []
+            for which in range(len(self.table.IMAGES)):
+                try:
+                    pictures.append(self.picture(row, which, rng))
+                except Exception as error:  # Pillow's readers raise what the broken bytes lead to, not only OSError
+                    path, place = self.table.place(row)
+                    unreadable.append(f"{path} row {place}: {error or type(error).__name__}")
+                    if not self.train:
+                        pictures.append(torch.zeros(3, *self.shape(1, 1)[1], dtype=torch.uint8))
+            if len(pictures) == len(self.table.IMAGES):
                 break
-            except Exception as error:      # Pillow's readers raise what the broken bytes lead to, not only OSError
-                path, place = self.table.place(row)
-                unreadable.append(f"{path} row {place}: {error or type(error).__name__}")
-                i = int(np.searchsorted(self.table.row_of, row, side="right")) % len(self)      # the next row's first
+            i = int(np.searchsorted(self.table.row_of, row, side="right")) % len(self)      # the next row's first
         else:
             raise ValueError(f"100 images in a row cannot be decoded, the last one {unreadable[-1]}")
-        ids = self.tok.encode(self.table.text(i))
-        kept = ids[:self.max_tokens - 2]
-        return {"image": image, "ids": [self.tok.cls_id, *kept, self.tok.sep_id], "row": row, "index": i, "rng": rng,
-                "train": self.train, "cut": len(kept) < len(ids), "unreadable": unreadable}
+        ids, cut = self.tokens(i)
+        return {"image": pictures[0], "images": pictures, "ids": ids, "row": row, "index": i, "rng": rng, "train": self.train,
+                "cut": cut, "unreadable": unreadable} | self.table.details(i)
+
+    def picture(self, row, which, rng):
+        if self.augment is None:
+            return decode(self.table.image(row, which), self.shape, fast=self.train)
+        with torch.random.fork_rng(devices=[]):             # RandAugment draws from torch's global state
+            torch.manual_seed(int(rng.integers(2 ** 62)))
+            return decode(self.table.image(row, which), self.shape, fast=self.train, augment=self.augment)
+
+    def tokens(self, i):
+        """Caption i, `<s>` and `</s>` included -> (token ids, whether it was cut to fit)."""
+        ids, (before, after) = self.tok.encode(self.clean(self.table.text(i))), self.around
+        kept = ids[:self.max_tokens - 2 - len(before) - len(after)]
+        return [self.tok.cls_id, *before, *kept, *after, self.tok.sep_id], len(kept) < len(ids)
 
 
 def pad_batch(samples, pad_id, multiple=8, limit=None):

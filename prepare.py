@@ -1,4 +1,4 @@
-"""Raw downloads -> Arrow files with ViLT's names and columns: one row per image, with all its captions.
+"""Raw downloads -> Arrow files with ViLT's names and columns.
 
     python prepare.py coco  ROOT --out DIR     {train2014,val2014}/*.jpg  karpathy/dataset_coco.json
     python prepare.py f30k  ROOT --out DIR     flickr30k-images/*.jpg  karpathy/dataset_flickr30k.json
@@ -8,124 +8,58 @@
     python prepare.py img2dataset FOLDER --out DIR     *.tar of KEY.jpg + KEY.txt or KEY.json (WebDataset)
     python prepare.py jsonl FILE --out DIR             lines of {"image": path, "captions": ["…"], "split": "train"}
     python prepare.py karpathy FOLDER --out DIR        dataset.json in Karpathy's layout, images/
-    python prepare.py check FILE.arrow …               reads files back: schema, captions, every picture
+
+    python prepare.py vqav2 ROOT --out DIR     {train2014,val2014,test2015}/*.jpg  v2_OpenEnded_mscoco_*_questions.json
+                                               v2_mscoco_*_annotations.json
+    python prepare.py nlvr2 ROOT --out DIR     images/train/*/*.png  dev/*.png  test1/*.png  nlvr2/data/*.json
+    python prepare.py vqa-jsonl FILE --out DIR         lines of {"image": path, "question": "…", "answers": ["…"]}
+    python prepare.py nlvr2-jsonl FILE --out DIR       lines of {"images": [a, b], "sentence": "…", "label": true}
+
+    python prepare.py check FILE.arrow …               reads files back: schema, texts, every picture
 
 With `--shorter 384` pictures are made smaller and stored as JPEG; without it the original bytes are stored.
 A file appears under its name only when it is complete, so a run that was stopped is continued by starting it again.
-What was left out, and why, stands beside each file in NAME.skipped.jsonl.
+What was left out, and why, stands beside each file in NAME.skipped.jsonl. The sources of captions are in this file,
+those of questions and statements in prepare_tasks.py, and what all share in shards.py.
 """
 
 import argparse
 import glob
-import io
 import json
 import mmap
 import os
-import re
 import sys
 import tarfile
 import warnings
-from collections import Counter, defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict
 from functools import partial
-from hashlib import blake2b
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image, ImageOps
-from tqdm import tqdm
+from PIL import Image
 
-from data import CAPTIONS, FORMATS, Writer, to_rgb
+from prepare_tasks import nlvr2, nlvr2_jsonl, nlvr2_problems, vqa_jsonl, vqa_problems, vqav2
+from shards import (KINDS, SURROGATE, Record, Shard, Skip, bar, convert, decode, fail, first_existing, in_order, inside,
+                    json_items, json_lines, read_json, simple)
 
 SHARD_ROWS = 100_000   # ViLT cuts SBU and Conceptual Captions into files of this many rows
 PICTURES = ("jpg", "jpeg", "png", "webp")                 # members of a tar, in order of preference
-SURROGATE = re.compile("[\ud800-\udfff]")                 # half a character: JSON can hold it, Arrow's UTF-8 cannot
 
 
-def fail(sentence):
-    raise SystemExit(f"prepare.py: {sentence}")
-
-
-class Record(NamedTuple):
-    """One image on its way from a source to a row."""
-    key: str                        # its path below the root: what logs and messages call it
-    image: Path | bytes | None      # the file, or the bytes where they came out of a tar, or None: there is no picture
-    captions: list                  # as they were found; None stands for an empty one
-    split: str
-    image_id: str
-
-
-class Shard(NamedTuple):
-    """One Arrow file to be. Nothing is read for one that is finished."""
-    name: str
-    size: int                       # how many Records, or, where that is not known, bytes
-    records: Callable               # () -> iterator of Records
-    count: Callable | None = None   # () -> how many Records, where `size` is bytes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading what others wrote: every complaint is one sentence with the file's name.
-
-def inside(name, where):
-    """`name` as a plain relative path; a path that would leave the folder it belongs to ends the run.
-
-    >>> inside("./a//b.jpg", "x.json")
-    'a/b.jpg'
-    """
-    parts = re.split(r"[/\\]", name)
-    if ".." in parts or parts[0] == "" or re.match("[A-Za-z]:", name):
-        fail(f"{where}: the path {name!r} leaves the folder of the data set; expected a relative path without '..'")
-    return "/".join(part for part in name.split("/") if part not in ("", "."))
-
-
-def simple(name, where):
-    """`name`, if it can be a part of a file's name."""
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
-        fail(f"{where}: {name!r} becomes part of a file name; expected letters, digits, '_', '-' and '.'")
-    return name
-
-
-def first_existing(*paths):
-    return next((path for path in paths if path.exists()), None) or fail(
-        f"{' or '.join(map(str, paths))} is missing; `prepare.py --help` shows the expected layout")
-
-
-def read_json(path, hook=None):
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file, object_hook=hook)
-    except (OSError, ValueError, RecursionError) as error:
-        fail(f"{path} cannot be read as JSON ({error})")
-
-
-def json_items(path, hook=None, chunk=1 << 20, limit=64 << 20):
-    """Yields the elements of a JSON list one after another: 5 million regions never stand in memory together."""
-    decode = json.JSONDecoder(object_hook=hook).raw_decode
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read(chunk).lstrip()
-            if not text.startswith("["):
-                fail(f"{path} does not hold a JSON list; expected it to start with '['")
-            at = 1
-            while True:
-                at = re.compile(r"[\s,]*").match(text, at).end()
-                if text[at:at + 1] == "]":
-                    return
-                try:
-                    item, at = decode(text, at)
-                except json.JSONDecodeError as error:     # cut by the end of the chunk, or wrong
-                    more = file.read(chunk)
-                    if not more or len(text) - at > limit:
-                        fail(f"{path} is cut off or is not JSON ({error.msg} near {text[at:at + 40]!r})")
-                    text, at = text[at:] + more, 0
-                else:
-                    yield item
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        fail(f"{path} cannot be read as JSON ({error})")
+def captioned(key, image, captions, split, image_id):
+    """A Record of an image and its captions, which are stripped, otherwise untouched. None stands for an empty one."""
+    kept, left = [], []
+    for text in captions:
+        text = (text or "").strip()
+        if text and not SURROGATE.search(text):
+            kept.append(text)
+        else:
+            left.append("caption is not Unicode" if text else "empty caption")
+    left = [f"{reason} (image kept)" for reason in left] if kept else left[:1] or ["no caption"]
+    return Record(key, {"image": image}, {"caption": kept, "image_id": image_id, "split": split}, left)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,7 +89,7 @@ def karpathy_shards(annotation, folders, name):
         for image in splits[split]:
             key = inside("/".join(filter(None, (image.get("filepath"), image["filename"]))), annotation)
             path = next((path for folder in folders if (path := folder / key).exists()), folders[0] / key)
-            yield Record(key, path, image["sentences"], split, key if twins else image["filename"])
+            yield captioned(key, path, image["sentences"], split, key if twins else image["filename"])
 
     for split, found in splits.items():
         yield Shard(f"{name}_{split}", len(found), partial(records, split))
@@ -199,7 +133,7 @@ def vg(args):
     def records():
         for i in ids:
             key = files.get(i, f"images/VG_100K/{i}.jpg")
-            yield Record(key, args.root / key, captions.get(i, []), "train", str(i))
+            yield captioned(key, args.root / key, captions.get(i, []), "train", str(i))
 
     yield Shard("vg", len(ids), records)
 
@@ -235,7 +169,7 @@ def annotated_shards(root, annotation, split, name):
     def records(start):
         last = start + SHARD_ROWS >= len(keys)
         for key in chain(keys[start:start + SHARD_ROWS], unlisted() if last else []):
-            yield Record(key, root / key, captions.get(key, []), split, key)
+            yield captioned(key, root / key, captions.get(key, []), split, key)
 
     for n, start in enumerate(range(0, len(keys), SHARD_ROWS)):
         yield Shard(f"{name}_{n}", min(SHARD_ROWS, len(keys) - start), partial(records, start))
@@ -309,7 +243,7 @@ def img2dataset(args):
         for key, members in groupby(tar_members(path), key=lambda member: member[0]):
             files = {extension: data for _, extension, data in members if data is not None}
             image = next((files[extension] for extension in PICTURES if extension in files), None)
-            yield Record(key, image, tar_captions(files), args.split, key)
+            yield captioned(key, image, tar_captions(files), args.split, key)
 
     for path, name in zip(paths, names):
         yield Shard(name, path.stat().st_size, partial(records, path), partial(tar_count, path))
@@ -317,25 +251,14 @@ def img2dataset(args):
 
 def jsonl_entries(path):
     """Yields (image, image_id, split, captions) of each line."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                try:
-                    entry = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    fail(f"{where} is not JSON ({error})")
-                captions = (entry.get("captions") or [entry.get("caption")]) if isinstance(entry, dict) else None
-                if not (isinstance(captions, list) and all(isinstance(c, str | None) for c in captions)
-                        and isinstance(entry.get("image"), str)):
-                    fail(f'{where}: expected {{"image": path, "caption": text}}, or "captions": [text, …] instead')
-                image, image_id = inside(entry["image"], where), entry.get("image_id")
-                yield (image, image if image_id is None else str(image_id),
-                       simple(entry.get("split") or "train", where), captions)
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path} cannot be read as lines of UTF-8 ({error})")
+    for where, entry in json_lines(path):
+        captions = (entry.get("captions") or [entry.get("caption")]) if isinstance(entry, dict) else None
+        if not (isinstance(captions, list) and all(isinstance(c, str | None) for c in captions)
+                and isinstance(entry.get("image"), str)):
+            fail(f'{where}: expected {{"image": path, "caption": text}}, or "captions": [text, …] instead')
+        image, image_id = inside(entry["image"], where), entry.get("image_id")
+        yield (image, image if image_id is None else str(image_id),
+               simple(entry.get("split") or "train", where), captions)
 
 
 def jsonl(args):
@@ -343,203 +266,10 @@ def jsonl(args):
     def records(split=None):
         for (image, image_id, name), lines in groupby(jsonl_entries(args.root), key=lambda entry: entry[:3]):
             if split in (None, name):
-                yield Record(image, args.root.parent / image, [c for line in lines for c in line[3]], name, image_id)
+                yield captioned(image, args.root.parent / image, [c for line in lines for c in line[3]], name, image_id)
 
-    for split, count in Counter(record.split for record in records()).items():
+    for split, count in Counter(record.row["split"] for record in records()).items():
         yield Shard(f"{args.name or args.root.stem}_caption_{split}", count, partial(records, split))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One picture, one row.
-
-class Skip(Exception):
-    """Why something is left out: a short reason, and details after a colon."""
-
-
-def decode(data, shorter=None, header_only=False):
-    """Bytes -> (the picture, fully decoded; its size as stored). Raises Skip. Only the first frame of several is read.
-
-    With `shorter` a JPEG may come out reduced by 2, 4 or 8, but never to less than twice that length.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        size = image.size
-        if size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
-            raise Skip(f"undecodable: {size[0]} x {size[1]} pixels, taken for a decompression bomb")
-        if shorter:
-            image.draft(None, (2 * shorter, 2 * shorter))
-        if not header_only:
-            image.load()
-        return image, size
-    except Skip:
-        raise
-    except Exception as error:   # Pillow's readers raise whatever the broken bytes lead to, not only OSError
-        message = str(error).replace("\n", " ")[:120] or type(error).__name__
-        raise Skip("truncated" if "truncated" in message.lower() else
-                   "undecodable: not a picture we can read" if "cannot identify" in message else
-                   f"undecodable: {message}") from None
-
-
-def encoded(data, shorter=None, quality=90):
-    """The bytes to store. Without `shorter`: `data`, once it is known to decode.
-
-    With it: an upright RGB JPEG whose shorter side is at most that long; a picture is never enlarged, and an upright
-    RGB JPEG that is small enough keeps its bytes, since another round of compression would only cost quality.
-    """
-    image, size = decode(data, shorter)
-    if not shorter:
-        return data
-    if image.format == "JPEG" and image.mode == "RGB" and min(size) <= shorter and image.getexif().get(0x112, 1) == 1:
-        return data
-    image = to_rgb(ImageOps.exif_transpose(image))          # upright, since the new file will not say how to turn it
-    if min(size) > shorter:
-        long = round(shorter * max(size) / min(size))
-        upright = image.width < image.height
-        # Pillow's bicubic is antialiased when it makes smaller.
-        image = image.resize((shorter, long) if upright else (long, shorter), Image.Resampling.BICUBIC)
-    image.info.clear()                                      # no comment, profile or EXIF of the original slips through
-    image.save(out := io.BytesIO(), "JPEG", quality=quality)
-    return out.getvalue()
-
-
-def make_row(record, shorter=None, quality=90):
-    """Record -> (record, row or None, [reason of each thing left out]). Captions are stripped, otherwise untouched."""
-    captions, left = [], []
-    for text in record.captions:
-        text = (text or "").strip()
-        if text and not SURROGATE.search(text):
-            captions.append(text)
-        else:
-            left.append("caption is not Unicode" if text else "empty caption")
-    try:
-        if not captions:
-            raise Skip(left[0] if left else "no caption")
-        if SURROGATE.search(record.image_id):
-            raise Skip("image_id is not Unicode")
-        if record.image is None:
-            raise Skip("missing file: no picture of this key")
-        try:
-            data = record.image if isinstance(record.image, bytes) else record.image.read_bytes()
-        except FileNotFoundError:
-            raise Skip("missing file") from None
-        except (OSError, ValueError) as error:
-            raise Skip(f"unreadable file: {error}") from None
-        try:
-            image = encoded(data, shorter, quality)
-        except Skip:
-            raise
-        except Exception as error:                           # after decoding: broken EXIF, longer than JPEG allows
-            raise Skip(f"cannot be re-encoded: {error}") from None
-    except Skip as reason:
-        return record, None, [str(reason)]
-    return (record, {"image": image, "caption": captions, "image_id": record.image_id, "split": record.split},
-            [f"{reason} (image kept)" for reason in left])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The one loop.
-
-def in_order(function, items, workers):
-    """map(function, items) by threads, results in the order of the items, at most 4 * workers of them in flight.
-
-    Threads will do: Pillow lets go of the interpreter lock while it decodes, resizes and encodes.
-    """
-    pool, window = ThreadPoolExecutor(workers), deque()
-    try:
-        for item in items:
-            window.append(pool.submit(function, item))
-            if len(window) >= 4 * workers:
-                yield window.popleft().result()
-        while window:
-            yield window.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def bar(**options):
-    """A progress bar on the terminal; in a log file, one line every half minute."""
-    every = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(unit=" images", dynamic_ncols=True, mininterval=every, maxinterval=max(every, 10), **options)
-
-
-def fingerprint(text):
-    """8 bytes of a hash, as a number: a million of them in a set take 70 MB, where paths would take twice that."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def count_reasons(reasons):
-    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-
-
-def write_shard(shard, args, overall):
-    """Reads, verifies and writes one Shard. Returns (rows, captions, Counter of reasons); no file without a row."""
-    path, log = args.out / f"{shard.name}.arrow", args.out / f"{shard.name}.skipped.jsonl"
-    log_partial = log.with_name(log.name + ".partial")
-    total = shard.count() if shard.count else shard.size
-    seen, captions, reasons = set(), 0, Counter()
-    try:
-        with Writer(path, CAPTIONS) as out:
-            with (open(log_partial, "w", encoding="utf-8") as names,
-                  bar(total=total, desc=shard.name, position=0 if overall.disable else 1, leave=False) as progress):
-                make = partial(make_row, shorter=args.shorter, quality=args.quality)
-                for record, row, left in in_order(make, shard.records(), args.workers):
-                    if row and fingerprint(record.image_id) in seen:
-                        row, left = None, ["duplicate: an earlier row has this image_id"]
-                    if row:
-                        seen.add(fingerprint(record.image_id))
-                        out.write(row)
-                        captions += len(row["caption"])
-                    for reason in left:
-                        names.write(json.dumps({"key": record.key, "reason": reason}) + "\n")
-                        reasons[reason.split(":")[0]] += 1
-                    progress.update()
-                    overall.update(min(shard.size / max(total, 1), overall.total - overall.n))
-            # First the log, then (as the block ends) the file itself: a finished file always has its log.
-            if reasons:
-                os.replace(log_partial, log)
-            else:
-                log.unlink(missing_ok=True)
-            rows = out.written
-            if not rows:
-                raise Skip                                   # makes the Writer take back its empty file
-    except Skip:
-        pass                                                 # and an older file of that name stays as it is
-    except OSError as error:
-        fail(f"{path} could not be made ({error})")
-    finally:
-        log_partial.unlink(missing_ok=True)
-    return rows, captions, reasons
-
-
-def convert(args):
-    """Writes every Shard of the chosen source that is not finished."""
-    for root in args.root if isinstance(args.root, list) else [args.root]:
-        if not (root.exists() or glob.has_magic(str(root))):
-            fail(f"{root} does not exist; expected the {args.command} download there")
-    if getattr(args, "name", None):
-        simple(args.name, "--name")
-    shards = list(args.source(args))
-    written, finished, everything = Counter(), 0, Counter()
-    with bar(total=max(sum(shard.size for shard in shards), 1), desc="all files", position=0, disable=len(shards) < 2,
-             bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}") as overall:
-        for shard in shards:
-            path = args.out / f"{shard.name}.arrow"
-            if path.exists() and not args.force:
-                finished += 1
-                overall.total -= shard.size                # what was done before must not flatter the ETA
-                tqdm.write(f"{path}: already finished, left as it is (--force writes it again)")
-                continue
-            rows, captions, reasons = write_shard(shard, args, overall)
-            written.update(files=int(rows > 0), images=rows, captions=captions)
-            everything.update(reasons)
-            size = f" ({path.stat().st_size / 1e6:,.1f} MB)" if rows else ": no file written"
-            tqdm.write(f"{path}: {rows:,} images, {captions:,} captions{size}")
-            if reasons:
-                tqdm.write(f"    left out: {count_reasons(reasons)} (each is named in {shard.name}.skipped.jsonl)")
-    print(f"{written['files']} files, {written['images']:,} images, {written['captions']:,} captions written to "
-          f"{args.out}; {finished} files were there; left out: {count_reasons(everything) or 'nothing'}")
-    if not written["images"] and not finished:
-        fail(f"{args.root}: no image could be used; left out: {count_reasons(everything) or 'nothing was listed'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -570,8 +300,28 @@ def histogram(counts, step=4, width=40):
             for n in range(min(bins, default=0), max(bins, default=-1) + 1)]
 
 
+# What a file of each kind needs besides pictures and texts, and the function that looks at it.
+COLUMNS = {"captions": ((), None),
+           "VQA": (("question_id", "answers", "answer_labels", "answer_scores"), vqa_problems),
+           "NLVR2": (("answers", "identifier"), nlvr2_problems)}
+
+
+def kind_of(types):
+    """The name of a file's kind, by its columns {name: type}; None where it is none of them, or some are missing."""
+    is_list = lambda t: pa.types.is_list(t) or pa.types.is_large_list(t)               # noqa: E731
+    is_text = lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)           # noqa: E731
+    is_image = lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t)          # noqa: E731
+    for name, kind in KINDS.items():
+        texts = types.get(kind.texts, pa.null())
+        if (all(is_image(types.get(image, pa.null())) for image in kind.images) and is_list(texts)
+                and is_text(texts.value_type)
+                and all(column in types and is_list(types[column]) != (column == kind.key)
+                        for column in COLUMNS[name][0])):
+            return name
+
+
 def check_file(path, fast, workers):
-    """Prints what an Arrow file of captions holds; returns the sentences of what is wrong with it."""
+    """Prints what an Arrow file holds; returns the sentences of what is wrong with it."""
     try:
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -579,20 +329,19 @@ def check_file(path, fast, workers):
     except (OSError, ValueError) as error:
         return [f"cannot be opened ({str(error).splitlines()[0]}); expected a complete Arrow file, was it cut off?"]
     types = {field.name: field.type for field in reader.schema}
-    is_list = lambda t: pa.types.is_list(t) or pa.types.is_large_list(t)               # noqa: E731
-    is_text = lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)           # noqa: E731
-    image, caption = types.get("image", pa.null()), types.get("caption", pa.null())
-    is_image = pa.types.is_binary(image) or pa.types.is_large_binary(image)
-    if not (is_image and is_list(caption) and is_text(caption.value_type)):
-        found = ", ".join(f"{name}: {kind}" for name, kind in types.items())
-        return [f"has the columns {found}; a caption file needs image: binary and caption: list<string>"]
-    for note, names in (("without", [n for n in CAPTIONS.names if n not in types]),
-                        ("and besides", [n for n in types if n not in CAPTIONS.names])):
-        if names:
-            print(f"    {note} {', '.join(names)}, which is fine")
+    name = kind_of(types)
+    if name is None:
+        found = ", ".join(f"{column}: {type_}" for column, type_ in types.items())
+        return [f"has the columns {found}; a caption file needs image: binary and caption: list<string>, a VQA file "
+                f"{', '.join(KINDS['VQA'].schema.names)}, an NLVR2 file {', '.join(KINDS['NLVR2'].schema.names)}"]
+    kind, (extra, problems_of) = KINDS[name], COLUMNS[name]
+    for note, columns in (("without", [n for n in kind.schema.names if n not in types]),
+                          ("and besides", [n for n in types if n not in kind.schema.names])):
+        if columns:
+            print(f"    {note} {', '.join(columns)}, which is fine")
 
-    rows, words, sides, splits, per_image = 0, Counter(), Counter(), Counter(), Counter()
-    wrong, bad = Counter(), []                               # bad: (row, reason) of the first few pictures
+    looked, words, sides, splits, per_row = 0, Counter(), Counter(), Counter(), Counter()
+    wrong, bad, seen = Counter(), [], set()                  # bad: (row, reason) of the first few pictures
 
     def slices():
         """At most 1,000 rows at a time: the files of ViLT hold all rows in one batch."""
@@ -607,36 +356,39 @@ def check_file(path, fast, workers):
     def pictures():
         """Takes count of all but the pictures, and hands those on, without a copy, one by one."""
         for part in slices():
-            lists = part["caption"]
+            lists = part[kind.texts]
             lengths = pc.fill_null(pc.list_value_length(lists), 0)
-            per_image.update(lengths.to_pylist())
+            per_row.update(lengths.to_pylist())
             texts = pc.utf8_trim_whitespace(pc.fill_null(pc.list_flatten(lists), ""))
             empty = pc.equal(texts, "")
-            wrong["empty captions"] += pc.sum(empty).as_py() or 0
+            wrong[f"empty {kind.things}"] += pc.sum(empty).as_py() or 0
             words.update(pc.list_value_length(pc.utf8_split_whitespace(texts.filter(pc.invert(empty)))).to_pylist())
             if "split" in types:
                 splits.update(part["split"].to_pylist())
-            for value in part["image"]:
-                yield value.as_buffer()
+            if extra:
+                problems_of(part.select([kind.texts, *extra]).to_pylist(), seen, wrong)
+            for values in zip(*(part[column] for column in kind.images)):
+                yield from (value.as_buffer() for value in values)
 
     try:
-        total = sum(reader.get_batch(b).num_rows for b in range(reader.num_record_batches))
+        total = sum(reader.get_batch(b).num_rows for b in range(reader.num_record_batches)) * len(kind.images)
         with bar(total=total, desc=Path(path).name, leave=False) as progress:
             for side, reason in in_order(partial(look, fast=fast), pictures(), workers):
                 if reason:
                     wrong["pictures that cannot be read"] += 1
-                    bad += [(rows, reason)] if len(bad) < 10 else []
+                    bad += [(looked // len(kind.images), reason)] if len(bad) < 10 else []
                 else:
                     sides[side] += 1
-                rows += 1
+                looked += 1
                 progress.update()
     except (OSError, pa.ArrowException, IndexError) as error:
-        return [f"is damaged after row {rows} ({str(error).splitlines()[0]})"]
+        return [f"is damaged after row {looked // len(kind.images)} ({str(error).splitlines()[0]})"]
 
-    wrong["rows without a caption"] = per_image.pop(0, 0)
-    if per_image:
-        captions = sum(n * count for n, count in per_image.items())
-        print(f"    {rows:,} images, {captions:,} captions, {min(per_image)} to {max(per_image)} for each image")
+    wrong[f"rows without a {kind.things[:-1]}"] = per_row.pop(0, 0)
+    if per_row:
+        texts = sum(n * count for n, count in per_row.items())
+        print(f"    {looked // len(kind.images):,} {kind.rows}, {texts:,} {kind.things}, "
+              f"{min(per_row)} to {max(per_row)} for each")
     if splits:
         print(f"    splits: {', '.join(f'{name} {count:,}' for name, count in splits.most_common())}")
     if sides:
@@ -645,8 +397,8 @@ def check_file(path, fast, workers):
         print(f"    shorter side: {ordered[0]} to {ordered[-1]} pixels, median {median}"
               f"{' (by the headers; nothing was decoded)' if fast else ', all decoded' if not bad else ''}")
     if words:
-        print("    words in a caption:", *histogram(words), sep="\n")
-    problems = [f"{count:,} {what}" for what, count in wrong.items() if count] + ([] if rows else ["no rows"])
+        print(f"    words in a {kind.things[:-1]}:", *histogram(words), sep="\n")
+    problems = [f"{count:,} {what}" for what, count in wrong.items() if count] + ([] if looked else ["no rows"])
     return problems + [f"row {row}: {reason}" for row, reason in bad]
 
 
@@ -679,6 +431,15 @@ SOURCES = {   # command: (source, what ROOT is, what it writes)
     "jsonl": (jsonl, 'file of {"image": path beside the file, "caption" or "captions", "image_id", "split"} lines',
               "NAME_caption_{split}.arrow"),
     "karpathy": (karpathy, "folder with dataset.json in Karpathy's layout and images/", "NAME_caption_{split}.arrow"),
+    "vqav2": (vqav2, "folder with {train2014,val2014,test2015}/, v2_OpenEnded_mscoco_*_questions.json and "
+              "v2_mscoco_*_annotations.json; or with questions_{split}.json, annotations_{split}.json and images/",
+              "vqav2_{train,val,trainable_val,rest_val,test,test-dev}.arrow, vqav2_answers.json"),
+    "nlvr2": (nlvr2, "folder with images/train/*/, dev/, test1/ and nlvr2/data/ (or nlvr/nlvr2/data/)",
+              "nlvr2_{train,dev,test1}.arrow, nlvr2_{balanced,unbalanced}_{dev,test1}.json"),
+    "vqa-jsonl": (vqa_jsonl, 'file of {"image": path beside the file, "question", "answers", "split", "image_id", '
+                  '"question_id"} lines', "NAME_vqa_{split}.arrow, NAME_vqa_answers.json"),
+    "nlvr2-jsonl": (nlvr2_jsonl, 'file of {"images": [left, right], "sentence", "label", "split", "identifier"} lines',
+                    "NAME_nlvr2_{split}.arrow"),
 }
 
 
@@ -706,13 +467,19 @@ def parser():
         sub.add_argument("--quality", type=number(1, 100), default=90, help="of those JPEGs (%(default)s)")
         sub.add_argument("--workers", **workers)
         sub.add_argument("--force", action="store_true", help="write finished files again")
-        if name in ("img2dataset", "jsonl", "karpathy"):
-            sub.add_argument("--name", help="NAME in the files' names (default: that of the folder or file)")
+        if name in ("img2dataset", "jsonl", "karpathy", "vqav2", "vqa-jsonl", "nlvr2-jsonl"):
+            sub.add_argument("--name", help="NAME in the files' names (default: " + (
+                "files are called vqav2_*, with it NAME_vqa_*)" if name == "vqav2" else "that of the folder or file)"))
+        if name in ("vqav2", "vqa-jsonl"):
+            sub.add_argument("--answers", type=Path, metavar="FILE", help="answer list to use (default: made of the "
+                             "annotations, but those of test)")
+            sub.add_argument("--at-least", type=number(1, 10 ** 9), default=9 if name == "vqav2" else 1, metavar="N",
+                             help="how often an answer of the list is the majority's (%(default)s)")
         if name == "img2dataset":
             sub.add_argument("--split", default="train", help="what the column `split` says (%(default)s)")
         sub.set_defaults(run=convert, source=source)
-    sub = commands.add_parser("check", help="reads finished caption files back",
-                              description="Reads caption files back. The exit status is 1 if something is wrong.")
+    sub = commands.add_parser("check", help="reads finished files back",
+                              description="Reads finished files back. The exit status is 1 if something is wrong.")
     sub.add_argument("files", type=Path, nargs="+", metavar="FILE.arrow")
     sub.add_argument("--fast", action="store_true", help="look at the headers of the pictures only")
     sub.add_argument("--workers", **workers)

@@ -627,7 +627,7 @@ def _pair(seed, size, split, index):
             if holds(*scenes) is truth:
                 left, right = (encode(draw(scene, size, rng)) for scene in scenes)
                 return {"image_0": left, "image_1": right, "questions": [sentence], "answers": [str(truth)],
-                        "identifier": f"toy-{'dev' if split == 'val' else split}-{index}-0-1"}, scenes
+                        "identifier": f"toy_{'dev' if split == 'val' else split}-{index}-0-1"}, scenes
             side = rng.randrange(2)
             scenes[side] = _partner(scenes[1 - side], rng, held_out)
 

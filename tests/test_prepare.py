@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 import prepare
+import shards
 from data import CAPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -275,7 +276,7 @@ def test_shorter_turns_every_mode_into_rgb_jpeg_without_enlarging_it(tmp_path):
                                                    ((2000, 1501), 100, (133, 100)), ((64, 64), 64, (64, 64)),
                                                    ((900, 9), 5, (500, 5))])
 def test_shorter_is_the_length_of_the_shorter_side(size, limit, expected):
-    image = Image.open(io.BytesIO(prepare.encoded(picture(1, size), limit)))
+    image = Image.open(io.BytesIO(shards.encoded(picture(1, size), limit)))
     assert image.size == expected
 
 
@@ -286,15 +287,15 @@ def test_shorter_applies_the_cameras_orientation_and_plain_copies_keep_it():
     colours.paste("blue", (40, 0, 80, 40))                  # left red, right blue -> upright: top red, bottom blue
     colours.save(out := io.BytesIO(), "JPEG", exif=exif, quality=95)
     for limit, size in ((20, (20, 40)), (500, (40, 80))):
-        turned = Image.open(io.BytesIO(prepare.encoded(out.getvalue(), limit)))
+        turned = Image.open(io.BytesIO(shards.encoded(out.getvalue(), limit)))
         assert turned.size == size and not turned.getexif()
         top, bottom = (turned.getpixel((size[0] // 2, y)) for y in (3, size[1] - 4))
         assert top[0] > 200 > 60 > top[2] and bottom[2] > 200 > 60 > bottom[0]
-    assert prepare.encoded(out.getvalue()) == out.getvalue()
+    assert shards.encoded(out.getvalue()) == out.getvalue()
 
 
 def test_a_small_upright_jpeg_is_not_compressed_again():
-    assert prepare.encoded(picture(1), 30) == picture(1)
+    assert shards.encoded(picture(1), 30) == picture(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
