@@ -2,6 +2,7 @@
 
     python bench.py step --preset base-b32 --precision fp32 bf16      # a step, beside the original's way
     python bench.py parts --preset base-b32                           # where our step spends its time
+    python bench.py vilt --shapes mixed                               # ViLT's step, beside transformers'
     python bench.py loader                                            # pictures/s of one core, on pictures drawn here …
     python bench.py loader data/coco --tokenizer DIR                  # … or on the Arrow files of a directory
     python bench.py padding data/coco/*.arrow --tokenizer DIR         # the padding in real captions' batches
@@ -18,10 +19,12 @@ import argparse
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +37,9 @@ import data
 import flm
 import tokenizer
 import train
-from tasks import PretrainFLM
+import vilt
+import weights
+from tasks import PretrainFLM, PretrainViLT, shape_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring and reporting.
@@ -107,28 +112,43 @@ def everywhere(model, batch):
     return results
 
 
+@dataclass
+class Way:
+    """One way to take a step."""
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    forward: object                     # (model, batch on the device) -> {output: (sum of its losses, hits)}
+    batch: dict | None = None           # of tensors, on the host
+    counts: dict | None = None          # output -> number of its targets in the batch
+    parts: dict = field(default_factory=dict)           # what a Stopwatch tells apart: part -> names of modules
+    methods: dict = field(default_factory=dict)         # and part -> a method of the model
+
+
 class Rig:
-    """A model, its optimizer, and batches for both ways to take a step."""
+    """FLM's ways to take a step, "ours" and the "original"'s: the same weights, batches of other lengths."""
 
     def __init__(self, args, B):
         self.device = train.set_up(train.Settings(device=args.device))[2]
         self.config = PretrainFLM.adapt(flm.PRESETS[args.preset])
         torch.manual_seed(0)
         self.model = flm.FLM(self.config).to(self.device)
-        groups = train.parameter_groups(self.model, PretrainFLM, train.Settings())
-        # A rate of 0 costs the same arithmetic, and all that is compared is measured on the same weights.
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+        optimizer = adamw(self.model)
         self.pad_to = 8 if self.device.type == "cuda" else 1                                # as train.py
         self.lengths = {"ours": -(-args.tokens // self.pad_to) * self.pad_to, "original": max(args.pad, args.tokens)}
-        self.forwards = {"ours": ours, "original": everywhere}
+        self.ways = {name: Way(self.model, optimizer, forward, parts=PARTS)
+                     for name, forward in (("ours", ours), ("original", everywhere))}
         self.tokens = args.tokens
         self.set_batch(B)
 
     def set_batch(self, B):
-        self.B, self.batches = B, {}
+        self.B = B
         for name, L in self.lengths.items():
             batch = make_batch(self.config, B, self.tokens, L)
-            self.batches[name] = {k: v.pin_memory() for k, v in batch.items()} if self.device.type == "cuda" else batch
+            self.ways[name].counts = {output: len(batch[f"{output}_rows"]) for output in flm.SHIFT}
+            self.ways[name].batch = self.pinned(batch)
+
+    def pinned(self, batch):
+        return {k: v.pin_memory() for k, v in batch.items()} if self.device.type == "cuda" else batch
 
     def describe(self):
         c = self.config
@@ -141,23 +161,58 @@ class Rig:
 
     def step(self, name, precision, forward=None, mark=lambda part, direction: None, now=now):
         """One optimizer step as in train.py's loop -> seconds (of forward and backward, of the whole step)."""
-        model, weights, batch, device = self.model, self.config.loss_weights, self.batches[name], self.device
+        way, weights, device = self.ways[name], self.config.loss_weights, self.device
         began = now(device)
         mark(REST, "forward")
-        batch = train.to_device(batch, device, self.config)
+        batch = train.to_device(way.batch, device, self.config)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            results = (forward or self.forwards[name])(model, batch)
-        loss = sum(weights[output] * results[output][0] / len(batch[f"{output}_rows"]) for output in weights)
+            results = (forward or way.forward)(way.model, batch)
+        loss = sum(weights[output] * total / way.counts[output] for output, (total, _) in results.items())
         mark(HEAD, "backward")
         loss.backward()
         middle = now(device)
         mark(OPTIMIZER, "forward")
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in way.model.parameters() if p.grad is not None])
+        way.optimizer.found_inf = (~torch.isfinite(norm)).float()
+        way.optimizer.step()
+        way.optimizer.zero_grad(set_to_none=True)
         mark(REST, "forward")
         return middle - began, now(device) - began
+
+    def clocked(self, name, precision):
+        """A step under the stopwatch -> {(part, direction): seconds}"""
+        way = self.ways[name]
+        watch = Stopwatch(way.model, self.device, way.parts, way.methods)
+        self.step(name, precision, mark=watch.mark)
+        watch.remove()
+        return dict(watch.seconds)
+
+
+def adamw(model):
+    """A rate of 0 costs the same arithmetic, and all that is compared is measured on the same weights."""
+    return torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+
+def compare(seconds, B, references):
+    """Prints and returns a row per way to take a step: of its rounds the shortest.
+
+    seconds: {(precision, name): [seconds of (forward + backward, the whole step) …]}; references: name -> the name that it
+    is compared with (none: with nothing).
+    """
+    best, rows = {key: np.min(times, axis=0) for key, times in seconds.items()}, []
+    for (precision, name), (both, whole) in best.items():
+        reference = best.get((precision, references.get(name)))
+        gain = ["", ""] if reference is None else [float(reference[0] / both), float(reference[1] / whole)]
+        rows.append({"precision": precision, "variant": name, "fwd+bwd s": float(both), "step s": float(whole),
+                     "pairs/s fwd+bwd": float(B / both), "pairs/s step": float(B / whole),
+                     "speed-up fwd+bwd": gain[0], "speed-up step": gain[1]})
+    print_table(rows)
+    print("\nthe shortest of the rounds; the speed-ups of all of them, forward + backward and step:")
+    for (precision, name), times in seconds.items():
+        if references.get(name, name) != name:
+            pairs = zip(times, seconds[precision, references[name]])
+            print(f"  {precision}, {name}: " + ", ".join(f"{r[0] / t[0]:.2f} {r[1] / t[1]:.2f}" for t, r in pairs))
+    return rows
 
 
 def step(args):
@@ -166,24 +221,13 @@ def step(args):
     rig.describe()
     functions = {}
     for precision in args.precision:
-        for name in rig.forwards:
+        for name in rig.ways:
             functions[precision, name] = lambda n=name, p=precision: rig.step(n, p)
         if args.compile:
             compiled = torch.compile(ours)
             functions[precision, "ours, compiled"] = lambda p=precision, f=compiled: rig.step("ours", p, f)
-    seconds = in_turns(functions, args.rounds)
-    best = {key: np.min(times, axis=0) for key, times in seconds.items()}                   # (forward + backward, step)
-    rows = []
-    for (precision, name), (both, whole) in best.items():
-        reference = best[precision, "original"]
-        rows.append({"precision": precision, "variant": name, "fwd+bwd s": float(both), "step s": float(whole),
-                     "pairs/s fwd+bwd": float(rig.B / both), "pairs/s step": float(rig.B / whole),
-                     "speed-up fwd+bwd": float(reference[0] / both), "speed-up step": float(reference[1] / whole)})
-    print_table(rows)
-    print(f"\nthe shortest of {args.rounds} rounds; all rounds' speed-ups of a step: " + ", ".join(
-        f"{p} " + " ".join(f"{o[1] / w[1]:.2f}" for w, o in zip(seconds[p, "ours"], seconds[p, "original"]))
-        for p in args.precision))
-    return rows
+    return compare(in_turns(functions, args.rounds), rig.B,
+                   dict.fromkeys(["ours", "original", "ours, compiled"], "original"))
 
 
 def flops(config, n, targets=None):
@@ -219,9 +263,10 @@ def flops(config, n, targets=None):
 # The parts of a step, clocked while a real step runs.
 
 HEAD, OPTIMIZER, REST = "vocabulary head + loss", "optimizer", "masks and the rest"
-PARTS = {"ViT": ["vit", "image_to_fusion"], "embeddings": ["embed"], "text layers": ["text_layers"],
-         "reconstructor, text side": ["text_reconstructor"], "fusion layers": ["text_to_fusion", "fusion_layers"],
-         "reconstructor, fusion side": ["fusion_reconstructor"], HEAD: ["vocab_head"]}
+# part -> the names of its modules
+PARTS = {"ViT": "vit|image_to_fusion", "embeddings": "embed", "text layers": r"text_layers\.\d+",
+         "reconstructor, text side": r"text_reconstructor\.\d+", "fusion layers": r"text_to_fusion|fusion_layers\.\d+",
+         "reconstructor, fusion side": r"fusion_reconstructor\.\d+", HEAD: "vocab_head"}
 
 
 class Stopwatch:
@@ -232,14 +277,15 @@ class Stopwatch:
     a part runs to its end before the one that was called before it. So every moment belongs to exactly one part.
     """
 
-    def __init__(self, model, device):
+    def __init__(self, model, device, parts, methods={}):
         self.device, self.seconds, self.current = device, defaultdict(float), None
-        self.hooks = []
-        for part, names in PARTS.items():
-            for module in (getattr(model, name) for name in names):
-                for m in module if isinstance(module, torch.nn.ModuleList) else [module]:
-                    self.hooks.append(m.register_forward_pre_hook(lambda *_, p=part: self.mark(p, "forward")))
-                    self.hooks.append(m.register_forward_hook(lambda *a, p=part: self.leave(p, a[-1])))
+        self.model, self.methods, self.hooks = model, methods, []
+        for part, names in parts.items():
+            for m in (module for name, module in model.named_modules() if re.fullmatch(names, name)):
+                self.hooks.append(m.register_forward_pre_hook(lambda *_, p=part: self.mark(p, "forward")))
+                self.hooks.append(m.register_forward_hook(lambda *a, p=part: self.leave(p, a[-1])))
+        for part, name in methods.items():
+            setattr(model, name, self.clocked(part, getattr(model, name)))      # stands before the class's own
 
     def mark(self, part, direction):
         time = now(self.device)
@@ -250,11 +296,21 @@ class Stopwatch:
     def leave(self, part, output):
         if part != HEAD:                            # the loss that follows the head belongs to it
             self.mark(REST, "forward")
+        if isinstance(output, tuple):               # the gradient comes through the first
+            return Mark.apply(output[0], self, part), *output[1:]
         return Mark.apply(output, self, part)
+
+    def clocked(self, part, method):
+        def call(*args):
+            self.mark(part, "forward")
+            return self.leave(part, method(*args))
+        return call
 
     def remove(self):
         for hook in self.hooks:
             hook.remove()
+        for name in self.methods.values():
+            delattr(self.model, name)
 
 
 class Mark(torch.autograd.Function):
@@ -271,38 +327,190 @@ class Mark(torch.autograd.Function):
         return gradient, None, None
 
 
+def shares(seconds, names):
+    """Prints and returns a row per part of one clocked step."""
+    rows, total = [], sum(seconds.values())
+    for part in names:
+        forward, backward = seconds.get((part, "forward"), 0.0), seconds.get((part, "backward"), 0.0)
+        rows.append({"part": part, "forward s": forward, "backward s": backward, "both s": forward + backward,
+                     "share %": 100 * (forward + backward) / total})
+    print_table(rows)
+    return rows
+
+
 def parts(args):
     """The share of each part of a step -> rows of the tables."""
     rig = Rig(args, args.batch)
     rig.describe()
-
-    def clocked(name, precision):
-        watch = Stopwatch(rig.model, rig.device)
-        rig.step(name, precision, mark=watch.mark)
-        watch.remove()
-        return dict(watch.seconds)
-
     functions = {}
     for key in ((name, precision) for precision in args.precision for name in args.variant):
-        functions[*key, "clocked"] = lambda k=key: clocked(*k)
+        functions[*key, "clocked"] = lambda k=key: rig.clocked(*k)
         functions[*key, "whole"] = lambda k=key: rig.step(*k)[1]
     measured = in_turns(functions, args.rounds)
     tables = []
     for precision in args.precision:
         for name in args.variant:
-            runs, whole = measured[name, precision, "clocked"], min(measured[name, precision, "whole"])
-            best = min(runs, key=lambda seconds: sum(seconds.values()))     # the parts of one and the same step
+            whole = min(measured[name, precision, "whole"])
+            best = min(measured[name, precision, "clocked"], key=lambda seconds: sum(seconds.values()))
             total = sum(best.values())
-            rows = []
-            for part in [*PARTS, OPTIMIZER, REST]:
-                forward, backward = best.get((part, "forward"), 0.0), best.get((part, "backward"), 0.0)
-                rows.append({"part": part, "forward s": forward, "backward s": backward, "both s": forward + backward,
-                             "share %": 100 * (forward + backward) / total})
             print(f"{name}, {precision}")
-            print_table(rows)
+            rows = shares(best, [*PARTS, OPTIMIZER, REST])
             print(f"the parts add up to {total:.4g} s; the same step without the stopwatch: {whole:.4g} s\n")
             tables.append({"variant": name, "precision": precision, "sum s": total, "whole s": whole, "rows": rows})
     return tables
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ViLT's step, beside transformers'.
+
+ALL_LOSSES = "ours, all losses"
+VILT_PARTS = {"embeddings": "embed|patch", "attention": r"blocks\.\d+\.attention", "feed-forward": r"blocks\.\d+\.mlp",
+              HEAD: "vocab_head"}
+TRANSFORMERS_PARTS = {
+    "embeddings": r"vilt\.embeddings\.(text|patch)_embeddings", "attention": r"vilt\.encoder\.layer\.\d+\.attention",
+    "feed-forward": r"vilt\.encoder\.layer\.\d+\.(intermediate|output)", HEAD: "mlm_score"}
+
+# Width and height of photographs as COCO's are: 12 x 16, 16 x 12, 12 x 18, 18 x 12, 12 x 12, 12 x 19 patches of 32 pixels.
+PHOTOS = {"mixed": [(640, 480), (480, 640), (640, 427), (427, 640), (500, 500), (640, 400)], "square": [(500, 500)]}
+
+
+def make_vilt_batch(config, tok, B, n, shapes, training, pad_to, seed=0):
+    """A batch of B captions of n tokens, some a little shorter, and pictures of `shapes`, as the loader makes it.
+
+    training: a picture shows at most config.max_patches patches. -> (batch, the number of targets of each loss)
+    """
+    task = PretrainViLT(train.Settings(max_tokens=config.max_tokens, pad_to=pad_to), config, tok)
+    samples = []
+    for b in range(B):
+        rng = np.random.default_rng([seed, b])
+        words = rng.integers(5, len(tok), max(1, n - 2 - (0, 0, 1, 3)[b % 4]))              # past the special tokens
+        (width, height), _ = shape_of(config)(*PHOTOS[shapes][b % len(PHOTOS[shapes])])
+        image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
+        samples.append({"ids": [tok.cls_id, *words.tolist(), tok.sep_id], "image": image, "rng": rng, "row": b,
+                        "train": training, "cut": False, "unreadable": []})
+    batch, notes = task.collate(samples)
+    return batch, notes["counts"]
+
+
+def for_transformers(config, batch):
+    """The same batch in the words of `transformers`: masks of real pixels and tokens, a label everywhere."""
+    B, _, H, W = batch["image"].shape
+    h, w = (batch["sizes"] * config.patch_size).T[:, :, None]                               # (B, 1)
+    pixels = (torch.arange(H) < h)[:, :, None] & (torch.arange(W) < w)[:, None]             # (B, H, W)
+    labels = torch.full_like(batch["ids"], -100).flatten()
+    labels[batch["mlm_rows"]] = batch["ids"].flatten()[batch["mlm_rows"]]
+    words = (batch["ids"] != config.pad_id).long()
+    return {"image": batch["image"], "pixel_mask": pixels.long(), "input_ids": batch["masked_ids"], "attention_mask": words,
+            "labels": labels.view_as(batch["ids"])}
+
+
+def masked_words(model, batch):
+    """ViLT's loss of masked words alone, without dropout: what ViltForMaskedLM computes."""
+    model.eval().config = replace(model.config, itm=False)
+    return model(batch)
+
+
+def all_losses(model, batch):
+    """All that ViLT is pretrained with."""
+    model.train().config = replace(model.config, itm=True)
+    return model(batch)
+
+
+def masked_words_by_transformers(model, batch, limit):
+    model.config.max_image_length = limit           # patches of a picture, drawn in the forward pass; -1: all
+    inputs = {name: tensor for name, tensor in batch.items() if name != "image"}
+    loss = model.eval()(pixel_values=batch["image"], **inputs).loss
+    return {"mlm": (loss * (batch["labels"] >= 0).sum(), None)}
+
+
+def transformers_copy(model, tok):
+    """`transformers`' ViltForMaskedLM of a vilt.ViLT's sizes and weights."""
+    try:
+        from transformers import ViltForMaskedLM
+        from transformers.utils import logging
+    except ImportError:
+        raise ValueError("vilt measures ours beside the package transformers, which is not installed: "
+                         "pip install transformers") from None
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model.tokenizer, model.answer_list = tok, None          # as weights.load sets them
+    with tempfile.TemporaryDirectory() as folder:
+        weights.export(model, folder)
+        return ViltForMaskedLM.from_pretrained(folder)
+
+
+class ViLTRig(Rig):
+    """ViLT's ways to take a step, ours and transformers', showing all patches and, as in training, only so many."""
+
+    def __init__(self, args):
+        self.device, self.B = train.set_up(train.Settings(device=args.device))[2], args.batch
+        preset = vilt.PRESETS[args.preset]
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        tok = tokenizer.WordPiece({w: i for i, w in enumerate([*special, *map(str, range(5, preset.vocab_size))])})
+        # transformers has one eps for all LayerNorms.
+        self.config = c = replace(preset, eps=preset.text_eps, cls_id=tok.cls_id, pad_id=tok.pad_id, sep_id=tok.sep_id,
+                                  mask_id=tok.mask_id)
+        torch.manual_seed(0)
+        model = vilt.ViLT(c).to(self.device)
+        copy = transformers_copy(model, tok).to(self.device)
+        mine, theirs = adamw(model), adamw(copy)
+        self.ways, self.references = {}, {}
+        for training in (False, True):
+            batch, counts = make_vilt_batch(c, tok, self.B, args.tokens, args.shapes, training,
+                                            pad_to=8 if self.device.type == "cuda" else 1)
+            if training:
+                self.ways[ALL_LOSSES] = Way(model, mine, all_losses, batch, counts, VILT_PARTS,
+                                            {"optimal transport": "align"} if c.wpa_weight else {})
+                if not c.max_patches or int(batch["sizes"].prod(1).max()) <= c.max_patches:
+                    continue                        # all patches are shown anyway
+            limit = f", at most {c.max_patches} patches" if training else ""
+            self.ways["ours" + limit] = Way(model, mine, masked_words, batch, counts, VILT_PARTS)
+            self.ways["transformers" + limit] = Way(
+                copy, theirs, lambda m, b, k=c.max_patches if training else -1: masked_words_by_transformers(m, b, k),
+                for_transformers(c, batch), counts, TRANSFORMERS_PARTS)
+            self.references |= dict.fromkeys(["ours" + limit, "transformers" + limit], "transformers" + limit)
+        for way in self.ways.values():
+            way.batch = self.pinned(way.batch)
+
+    def describe(self):
+        batch, c = self.ways["ours"].batch, self.config
+        (B, L), (_, K) = batch["ids"].shape, batch["patches"].shape
+        rows, columns = (side // c.patch_size for side in batch["image"].shape[2:])
+        real = int((batch["patches"] >= 0).sum()), int((batch["ids"] != c.pad_id).sum())
+        parameters = sum(p.numel() for p in self.ways["ours"].model.parameters())
+        print(f"{parameters / 1e6:.1f} M parameters | batches of {B}: {real[1]} tokens padded to {B} x {L}; pictures of "
+              + ", ".join(f"{h} x {w}" for h, w in batch["sizes"].tolist()) + " patches")
+        print(f"{real[0]} patches, packed by both to {B} x {K} (the padded grid has {B} x {rows * columns}); vocabulary head "
+              f"on {len(batch['mlm_rows'])} rows, transformers' on {B * L}")
+
+    @torch.no_grad()
+    def check(self):
+        """ValueError unless both compute the same loss in float32."""
+        losses = [float(way.forward(way.model, train.to_device(way.batch, self.device, self.config))["mlm"][0])
+                  / way.counts["mlm"] for way in (self.ways["ours"], self.ways["transformers"])]
+        if abs(losses[0] - losses[1]) > 1e-4:
+            raise ValueError(f"ours and transformers' do not compute the same: losses of {losses[0]} and {losses[1]}")
+        print(f"the loss of masked words in float32: ours {losses[0]:.6f}, transformers' {losses[1]:.6f}\n")
+
+
+def vilt_step(args):
+    """A step of ViLT's masked words beside transformers' ViltForMaskedLM; a whole step of ours -> the tables."""
+    rig = ViLTRig(args)
+    rig.describe()
+    rig.check()
+    steps, clocked = {}, {}
+    for precision in args.precision:
+        for name in rig.ways:
+            steps[precision, name] = lambda n=name, p=precision: rig.step(n, p)
+        for name in ("ours", "transformers", ALL_LOSSES):
+            clocked[precision, name] = lambda n=name, p=precision: rig.clocked(n, p)
+    results = {"steps": compare(in_turns(steps, args.rounds), rig.B, rig.references), "parts": []}
+    for (precision, name), runs in in_turns(clocked, 1, warmup=0).items():
+        print(f"\n{name}, {precision}: the parts of one step")
+        way = rig.ways[name]
+        rows = shares(runs[0], [*way.parts, *way.methods, OPTIMIZER, REST])
+        results["parts"].append({"variant": name, "precision": precision, "rows": rows})
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -482,7 +690,7 @@ def gpu(args):
                 run(name, 1)
                 memory[name] = train.memory_gb(device)
             except torch.OutOfMemoryError:
-                rig.optimizer.zero_grad(set_to_none=True)
+                rig.ways["ours"].optimizer.zero_grad(set_to_none=True)
             if cuda:
                 torch.cuda.empty_cache()
         seconds = in_turns({name: lambda n=name: run(n, args.steps) for name in memory}, args.rounds)
@@ -504,27 +712,32 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(function, model=False, rounds=3):
-        p = commands.add_parser(function.__name__, help=function.__doc__.split(" -> ")[0], description=function.__doc__)
+    def command(function, name="", presets=None, default="base-b32", rounds=3):
+        p = commands.add_parser(name or function.__name__, help=function.__doc__.split(" -> ")[0], description=function.__doc__)
         p.set_defaults(function=function)
         p.add_argument("--json", type=Path, metavar="FILE", help="keep the numbers in this file")
         p.add_argument("--rounds", type=int, default=rounds, help="how often each thing is measured (default %(default)s)")
-        if model:
+        if presets:
             p.add_argument("--threads", type=int, help="of the CPU; 1 is the steadiest where other programs run")
-            p.add_argument("--preset", choices=flm.PRESETS, default="base-b32", help="default %(default)s")
+            p.add_argument("--preset", choices=presets, default=default, help="default %(default)s")
             p.add_argument("--tokens", type=int, default=13, help="real tokens of a caption (default 13, COCO's mean)")
-            p.add_argument("--pad", type=int, default=50, help="length that the original pads to (default %(default)s)")
             p.add_argument("--device", default="", help="cpu or cuda; default: cuda where there is one")
+        if presets is flm.PRESETS:
+            p.add_argument("--pad", type=int, default=50, help="length that the original pads to (default %(default)s)")
         return p
 
-    p = command(step, model=True)
+    p = command(step, presets=flm.PRESETS)
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
     p.add_argument("--compile", action="store_true", help="measure our step under torch.compile too")
-    p = command(parts, model=True)
+    p = command(parts, presets=flm.PRESETS)
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
     p.add_argument("--variant", nargs="+", choices=["ours", "original"], default=["ours"])
+    p = command(vilt_step, "vilt", presets=vilt.PRESETS, default="vilt")
+    p.add_argument("--batch", "--batch-size", type=int, default=4)
+    p.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    p.add_argument("--shapes", choices=PHOTOS, default="mixed", help="of the pictures (default %(default)s)")
     p = command(loader)
     p.add_argument("files", nargs="*", type=Path, help="Arrow files or directories of them; none: pictures drawn here")
     p.add_argument("--photos", type=int, default=128, help="how many pictures (default %(default)s)")
@@ -540,7 +753,7 @@ def parse(argv):
     p.add_argument("--pad-to", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N")
     p.add_argument("--max-tokens", type=int, default=50)
     p.add_argument("--batches", type=int, default=16, help="global batches of the largest size (default %(default)s)")
-    p = command(gpu, model=True)
+    p = command(gpu, presets=flm.PRESETS)
     p.add_argument("--batch", nargs="+", type=int, default=[64, 128, 256, 512])
     p.add_argument("--steps", type=int, default=10, help="steps between two looks at the clock (default %(default)s)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)

@@ -3,7 +3,8 @@
     table = Captions(find_files("data/toy", ["toy"], "train"))    # memory-mapped: opening 100 GB costs nothing
     dataset = CaptionDataset(table, tok, Square(64), max_tokens=50, train=True)
     sampler = GlobalBatches(token_lengths(table, tok), global_batch=64, seed=0)
-    batch = pad_batch([dataset[0, i] for i in sampler.batch(step=0)], tok.pad_id)    # dict of tensors: image, ids, …
+    samples = [dataset[epoch, i] for epoch, i in next(sampler.micro_batches(0, 1, 64))]
+    ids, images = pad_texts([s["ids"] for s in samples], tok.pad_id), pad_pictures([s["image"] for s in samples])
 
 Letters: B batch, L text length (tokens), H, W height and width of a picture (pixels).
 """
@@ -121,7 +122,8 @@ def find_files(directory, datasets, split, kind="caption"):
     found = []
     for dataset in datasets or known_datasets(directory, kind):
         patterns = FILES[kind].get(dataset) or {
-            s: [f"{dataset}_{kind}_{s}.arrow"] + ([f"{dataset}_[0-9]*.arrow"] if (kind, s) == ("caption", "train") else [])
+            s: [f"{dataset}_{kind}_{s}.arrow"] + {("caption", "train"): [f"{dataset}_[0-9]*.arrow"],
+                                                  ("nlvr2", "val"): [f"{dataset}_nlvr2_dev.arrow"]}.get((kind, s), [])
             for s in ("train", "val", "test", "holdout")}
         files = [name for pattern in patterns.get(split, []) for name in names if fnmatch.fnmatch(name, pattern)]
         if not files and split == "train":
@@ -396,16 +398,10 @@ class CaptionDataset(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, epoch, i])
         unreadable = []
         for attempt in range(100):
-            row, pictures = int(self.table.row_of[i]), []
-            for which in range(len(self.table.IMAGES)):
-                try:
-                    pictures.append(self.picture(row, which, rng))
-                except Exception as error:  # Pillow's readers raise what the broken bytes lead to, not only OSError
-                    path, place = self.table.place(row)
-                    unreadable.append(f"{path} row {place}: {error or type(error).__name__}")
-                    if not self.train:
-                        pictures.append(torch.zeros(3, *self.shape(1, 1)[1], dtype=torch.uint8))
-            if len(pictures) == len(self.table.IMAGES):
+            row = int(self.table.row_of[i])
+            pictures, wrong = self.pictures(row, rng)
+            unreadable += wrong
+            if not (wrong and self.train):
                 break
             i = int(np.searchsorted(self.table.row_of, row, side="right")) % len(self)      # the next row's first
         else:
@@ -414,12 +410,23 @@ class CaptionDataset(torch.utils.data.Dataset):
         return {"image": pictures[0], "images": pictures, "ids": ids, "row": row, "index": i, "rng": rng, "train": self.train,
                 "cut": cut, "unreadable": unreadable} | self.table.details(i)
 
-    def picture(self, row, which, rng):
-        if self.augment is None:
-            return decode(self.table.image(row, which), self.shape, fast=self.train)
-        with torch.random.fork_rng(devices=[]):             # RandAugment draws from torch's global state
-            torch.manual_seed(int(rng.integers(2 ** 62)))
-            return decode(self.table.image(row, which), self.shape, fast=self.train, augment=self.augment)
+    def pictures(self, row, rng=None):
+        """The pictures of a row, and a line for each that cannot be decoded and is black."""
+        pictures, wrong = [], []
+        for which in range(len(self.table.IMAGES)):
+            try:
+                if self.augment is None:
+                    pictures.append(decode(self.table.image(row, which), self.shape, fast=self.train))
+                    continue
+                with torch.random.fork_rng(devices=[]):     # RandAugment draws from torch's global state
+                    torch.manual_seed(int(rng.integers(2 ** 62)))
+                    pictures.append(decode(self.table.image(row, which), self.shape, self.train, self.augment))
+            except Exception as error:      # Pillow's readers raise what the broken bytes lead to, not only OSError
+                path, place = self.table.place(row)
+                wrong.append(f"{path} row {place}: {error or type(error).__name__}")
+                width, height = self.shape(1, 1)[1]
+                pictures.append(torch.zeros(3, height, width, dtype=torch.uint8))
+        return pictures, wrong
 
     def tokens(self, i):
         """Caption i, `<s>` and `</s>` included -> (token ids, whether it was cut to fit)."""
@@ -428,18 +435,17 @@ class CaptionDataset(torch.utils.data.Dataset):
         return [self.tok.cls_id, *before, *kept, *after, self.tok.sep_id], len(kept) < len(ids)
 
 
-def pad_batch(samples, pad_id, multiple=8, limit=None):
-    """Samples -> {image (B, 3, H, W) uint8, ids (B, L) int64}.
+def pad_texts(texts, pad_id, multiple=1, limit=None):
+    """Lists of token ids -> int64 (B, L).
 
-    L is the longest caption, rounded up to a multiple, but not past `limit`, the longest that the model takes. Pictures
-    of different shapes stand at the top left of the largest.
+    L is the longest, rounded up to a multiple, but not past `limit`, the longest that the model takes.
     """
-    longest = max(len(sample["ids"]) for sample in samples)
+    longest = max(map(len, texts))
     length = max(longest, min(-(-longest // multiple) * multiple, limit or 10 ** 9))
-    ids = torch.full((len(samples), length), pad_id)
-    for row, sample in zip(ids, samples):
-        row[:len(sample["ids"])] = torch.tensor(sample["ids"])
-    return {"image": pad_pictures([sample["image"] for sample in samples]), "ids": ids}
+    out = torch.full((len(texts), length), pad_id)
+    for row, ids in zip(out, texts):
+        row[:len(ids)] = torch.tensor(ids)
+    return out
 
 
 def pad_pictures(pictures):

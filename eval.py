@@ -1,108 +1,312 @@
-"""Scores of a trained model.
+"""Scores of a trained model, submission files, and answers about single pictures.
 
-    python eval.py words runs/toy/last.pt --data data/toy      # does it read the picture? -> table, words.json
-    python eval.py align runs/vilt/last.pt --data data/toy     # ViLT: which patches does each word go to? -> align.json
+    python eval.py vqa runs/vqa/last.pt --data data/toy                    # the official accuracy, a results file
+    python eval.py nlvr2 runs/nlvr2/last.pt --data data/toy                # accuracy, consistency
+    python eval.py caption runs/caption/last.pt --data data/toy            # BLEU, ROUGE-L, CIDEr
+    torchrun --nproc_per_node 8 eval.py retrieval runs/retrieval/last.pt --data data/f30k     # recall at 1, 5, 10
+    python eval.py words runs/toy/last.pt --data data/toy                  # what does it read from the picture?
+    python eval.py align runs/vilt/last.pt --data data/toy                 # ViLT: which patches does each word go to?
+    python eval.py ask runs/vqa/last.pt photo.jpg "what is on the table?"  # also describe, compare, search, fill
 
-`words` asks a language model for every word of a group (colours, shapes, relations, as a JSON file lists them) in captions
-it has never seen, three times: with the right image, with another caption's image, and with a blank one. Only what the
-first column has beyond the other two was read from the picture.
+Any number of processes and any batch size give the same scores: each text is asked exactly once.
 """
 
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import data
+import single
+import tokenizer
 import vilt
 import weights
-from data import CaptionDataset, Captions, evaluation_batches, find_files, pad_batch, pad_pictures, token_lengths
-from tasks import normalized, places, see, shape_of
+from data import Captions, evaluation_batches, find_files, token_lengths
+from flm import see, task_logits
+from metrics import caption_scores, nlvr2_scores, recall_at_k, vqa_accuracy
+from probe import IMAGES, alignments, word_table
+from retrieval import Gallery, fill_scores, shortlist
+from tasks import task_of
+from train import Settings, loader_workers, set_up, to_device
 
-IMAGES = ("right image", "another image", "no image")
+# ---------------------------------------------------------------------------------------------------------------------
+# What the commands share: a model, a split, a function of a batch; each text exactly once, on any number of processes.
+
+class Evaluation:
+    """A checkpoint and the split of the data that it is asked about; results go to a folder beside the checkpoint."""
+
+    def __init__(self, args, task):
+        settings = Settings(task=task, data=args.data, datasets=tuple(args.datasets), micro_batch=args.batch_size,
+                            device=args.device, pad_to=1, false_captions=0)
+        self.rank, self.world, self.device = set_up(settings)
+        self.say = print if self.rank == 0 else lambda *a, **k: None
+        self.model, self.checkpoint, self.split = open_model(args).to(self.device), args.checkpoint, args.split
+        self.config, self.tok = self.model.config, self.model.tokenizer
+        self.settings = replace(settings, max_tokens=self.config.max_tokens)
+        self.out = Path(args.out or Path(args.checkpoint).with_name(task))
+        self.task_class = task_of(task, self.config)
+        self.task = self.task_class(self.settings, self.config, self.tok)
+        self.table = self.table_of(self.split)
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+
+    def table_of(self, split):
+        table = self.task_class.table(self.settings, split)
+        if table is None:
+            raise FileNotFoundError(f"{self.settings.data}: no {self.task_class.KIND} files of split {split!r}")
+        return table
+
+    def need_head(self, head):
+        if self.config.head != head:
+            raise ValueError(f"{self.checkpoint}: a model with head {self.config.head}; {head} is needed, which "
+                             f"train.py --task {head} --load {self.checkpoint} makes")
+
+    @torch.no_grad()
+    def each(self, function, what, numbers=None, blank=False):
+        """function(batch, numbers) -> a value for each of the batch -> {number: value} of all texts, on every process.
+
+        numbers: those of the texts that are asked about, by default all. blank: the pictures are black: what the model
+        then knows, it knows from the text.
+        """
+        numbers = range(len(self.table.row_of)) if numbers is None else numbers
+        batches = evaluation_batches(token_lengths(self.table, self.tok, numbers), numbers, self.settings.micro_batch)
+        batches = batches[self.rank::self.world]
+        loader = DataLoader(self.task.dataset(self.table, train=False), batch_sampler=batches, collate_fn=self.task.collate,
+                            num_workers=loader_workers(self.settings, self.device))
+        found, unreadable = {}, {}
+        for keys, (batch, notes) in zip(batches, tqdm(loader, what, unit="batch", leave=False, disable=self.rank > 0)):
+            batch, here = to_device(batch, self.device, self.config), [i for _, i in keys]
+            if blank:
+                batch |= {name: torch.zeros_like(batch[name]) for name in ("image", "image_1") if name in batch}
+            found |= zip(here, function(batch, here), strict=True)
+            unreadable |= dict.fromkeys(notes["unreadable"])
+        found, unreadable = self.together(found), self.together(unreadable)
+        if unreadable:
+            self.say(f"{len(unreadable)} pictures cannot be decoded and were shown as black, the first: {next(iter(unreadable))}")
+        return {i: found[i] for i in sorted(found)}
+
+    def together(self, found):
+        """The union of all processes' dicts, on each of them."""
+        if self.world == 1:
+            return found
+        parts = [None] * self.world
+        dist.all_gather_object(parts, found)
+        return {key: value for part in parts for key, value in part.items()}
+
+    def write(self, name, contents):
+        """Writes a file of results, whole or not at all."""
+        if self.rank == 0:
+            path, partial_path = self.out / name, self.out / (name + ".partial")
+            partial_path.write_text(contents if isinstance(contents, str) else json.dumps(contents))
+            partial_path.replace(path)
+            print(f"wrote {path}")
+
+    def report(self, title, columns, note):
+        """columns: {heading: {name: share}}, printed as a table in percent, and written."""
+        self.say(f"\n{title:<22}" + "".join(f"{name:>15}" for name in columns))
+        for row in next(iter(columns.values())):
+            self.say(f"{row:<22}" + "".join(f"{100 * scores[row]:>13.2f} %" for scores in columns.values()))
+        self.say(note)
+        self.write(f"{title.replace(' ', '_')}_scores.json", columns)
+
+    def sheet(self, title, examples):
+        """Writes examples for `plot.py sheet`: (text number, answer, truth, right, and what else differs)."""
+        rows = []
+        for i, answer, truth, right, more in examples:
+            path, row = self.table.place(int(self.table.row_of[i]))
+            rows.append({"file": path, "row": row, "images": list(self.table.IMAGES), "text": self.table.text(i),
+                         "answer": answer, "truth": truth, "right": bool(right)} | more)
+        self.write("examples.json", {"title": title, "examples": rows})
 
 
-def picture_batch(config, pictures, device):
-    """Pictures, uint8 (3, h, w) each, as the batch that `tasks.see` takes, on the device."""
-    batch = places(config, pictures) | {"image": pad_pictures(pictures)}
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    return batch | {"image": normalized(config, batch["image"])}
+def open_model(args):
+    model = weights.load(args.checkpoint)
+    if model.tokenizer is None:
+        if not args.tokenizer:
+            raise ValueError(f"{args.checkpoint} carries no tokenizer: --tokenizer DIR must name the directory of its files")
+        model.tokenizer = tokenizer.load(args.tokenizer)
+    return model
 
 
-@torch.no_grad()
-def reconstruct(model, visual, ids):
-    """The model's guess for every token of every caption, each from all the context its objective allows.
-
-    flm: row i of the reconstructor, all words at once. mlm: position i masked, one pass per position. ar, prefix: the
-    forward stream's next word, so the first word has no guess (it gets `<pad>`).
-    visual (B, P, D), ids (B, L) -> (B, L) int64
-    """
-    c = model.config
-    guess = torch.full_like(ids, c.pad_id)
-    if c.objective == "flm":
-        guess = model.vocab_logits(model.fuse(visual, model.encode_text(ids)).reconstructed).argmax(-1)
-    elif c.objective == "mlm":
-        for i in range(1, ids.shape[1]):
-            masked = ids.clone()
-            masked[:, i] = torch.where(ids[:, i] == c.pad_id, c.pad_id, c.mask_id)
-            fused = model.fuse(visual, model.encode_text(masked))
-            guess[:, i] = model.vocab_logits(fused.reconstructed[:, i]).argmax(-1)
-    else:
-        fused = model.fuse(visual, model.encode_text(ids))
-        guess[:, 2:] = model.vocab_logits(fused.forward[:, 1:-1]).argmax(-1)
-    return guess
+def spread(count, some):
+    """At most `some` of range(count), evenly spread."""
+    return [k * count // min(some, count) for k in range(min(some, count))]
 
 
-def words_of(sample, tok):
-    """A sample's words with their places: [(word, [token positions])]; `<s>` and `</s>` are none."""
-    inner = sample["ids"][1:-1]
-    starts = [i for i, start in enumerate(tok.word_starts(inner)) if start] + [len(inner)]
-    return [(tok.decode(inner[a:b]).strip().lower(), list(range(a + 1, b + 1))) for a, b in zip(starts, starts[1:])]
+def headings(args, singular="right image"):
+    """What is shown: the pictures, and on request black ones instead -> [(heading, whether black)]"""
+    return [(singular, False)] + ([(singular.replace("right", "no"), True)] if args.blank else [])
 
 
-def word_table(model, table, groups, device, captions=2000, batch=100, examples=12):
-    """Accuracy of the words of each group with each of IMAGES, over at most so many captions, evenly spread.
+# ---------------------------------------------------------------------------------------------------------------------
+# VQA and NLVR2.
 
-    groups: {name: [words]}; a word of several tokens is right if all of them are. Returns
-    {"accuracy": {group: {image: share}}, "words": {group: count}, "examples": […]}.
-    """
-    tok, c = model.tokenizer, model.config
-    group_of = {word: name for name, words in groups.items() for word in words}
-    dataset = CaptionDataset(table, tok, shape_of(c), c.max_tokens, train=False)
-    count = min(captions, len(dataset))
-    numbers = [k * len(dataset) // count for k in range(count)]
-    shown_numbers = {numbers[k * count // examples] for k in range(min(examples, count))}
-    hits = {name: dict.fromkeys(IMAGES, 0) for name in groups}
-    asked, examples_shown = dict.fromkeys(groups, 0), []
-    for keys in tqdm(evaluation_batches(token_lengths(table, tok, numbers), numbers, batch), desc="words", unit="batch",
-                     leave=False):
-        samples = [dataset[key] for key in keys]
-        # another picture: of a row half the table away, so not this caption's own
-        others = [dataset[0, int(table.row_of.searchsorted((s["row"] + len(table) // 2) % len(table)))] for s in samples]
-        inputs = pad_batch(samples, tok.pad_id, multiple=1)
-        ids = inputs["ids"].to(device)
-        right, other = (picture_batch(c, [s["image"] for s in some], device) for some in (samples, others))
-        shown = dict(zip(IMAGES, (right, other, right | {"image": torch.zeros_like(right["image"])})))
-        guesses = {name: reconstruct(model, see(model, pictures), ids).tolist() for name, pictures in shown.items()}
-        for b, sample in enumerate(samples):
-            for word, positions in words_of(sample, tok):
-                group = group_of.get(word)
-                if group is None or c.objective in ("ar", "prefix") and positions[0] == 1:
-                    continue                                # (the first word has no guess from the left)
-                asked[group] += 1
-                for name in IMAGES:
-                    hits[group][name] += all(guesses[name][b][i] == sample["ids"][i] for i in positions)
-            if sample["index"] in shown_numbers:
-                (path, row), (other_path, other_row) = table.place(sample["row"]), table.place(others[b]["row"])
-                examples_shown.append({"file": path, "row": row, "other_file": other_path, "other_row": other_row,
-                                       "tokens": [tok.decode([t]) for t in sample["ids"][1:-1]],
-                                       "guesses": {name: [tok.decode([t]) for t in guesses[name][b][1:len(sample["ids"]) - 1]]
-                                                   for name in IMAGES}})
-    return {"accuracy": {g: {n: hits[g][n] / max(1, asked[g]) for n in IMAGES} for g in groups}, "words": asked,
-            "examples": examples_shown}
+def vqa(args):
+    run = Evaluation(args, "vqa")
+    run.need_head("vqa")
+    answers = run.model.answer_list or run.task_class.answers(run.settings)
+    if len(answers) != run.config.answers:
+        raise ValueError(f"{args.checkpoint}: chooses from {run.config.answers} answers, the answer list has {len(answers)}")
+    details = [run.table.details(i) for i in range(len(run.table.row_of))]
+    if len({d["question_id"] for d in details}) != len(details):
+        raise ValueError(f"{', '.join(run.table.paths)}: some question ids come more than once, so no results file is valid")
+    path = Path(args.annotations or annotations_path(run))
+    annotations = json.loads(path.read_text()) if path.is_file() else None
+    columns, chosen = {}, None
+    for name, blank in headings(args):
+        labels = run.each(lambda batch, _: task_logits(run.model, batch).argmax(-1).tolist(), f"vqa, {name}", blank=blank)
+        said = {details[i]["question_id"]: answers[label] for i, label in labels.items()}       # each question once
+        if chosen is None:
+            chosen = said
+            run.write(f"vqa_{args.split}_results.json", [{"question_id": q, "answer": a} for q, a in said.items()])
+        if annotations:
+            scores = vqa_accuracy(said, annotations)
+            columns[name] = {kind: scores[kind] / 100 for kind in ("overall", "yes/no", "number", "other")}
+        elif any(d["labels"] for d in details):
+            scores = [dict(zip(d["labels"], d["scores"])).get(labels[i], 0.0) for i, d in enumerate(details)]
+            columns[name] = {"overall": sum(scores) / len(scores)}
+    if columns:
+        run.report(f"vqa {args.split}", columns, f"{len(details):,} questions; " + (
+            f"official accuracy by {path}" if annotations else "mean soft score of the Arrow file's labels"))
+    shown = [(i, chosen[details[i]["question_id"]], [answers[label] for label in details[i]["labels"]])
+             for i in spread(len(details), args.examples)]
+    run.sheet(f"VQA, {args.split}", [(i, answer, " / ".join(true[:3]), answer in true, {}) for i, answer, true in shown])
 
+
+def annotations_path(run):
+    """Where prepare.py puts the annotations of a split, in the official layout."""
+    name = (run.settings.datasets or data.known_datasets(run.settings.data, "vqa"))[0]
+    if name in data.FILES["vqa"]:
+        return Path(run.settings.data) / f"{name}_annotations_{ {'val': 'rest_val', 'all-val': 'val'}.get(run.split, run.split)}.json"
+    return Path(run.settings.data) / f"{name}_vqa_annotations_{run.split}.json"
+
+
+def nlvr2(args):
+    run = Evaluation(args, "nlvr2")
+    run.need_head("nlvr2")
+    details = [run.table.details(i) for i in range(len(run.table.row_of))]
+    examples = [{"identifier": d["identifier"], "label": str(bool(d["label"]))} for d in details]
+    known, subsets, official = {e["identifier"] for e in examples}, {}, {"val": "dev", "test": "test1"}.get(args.split)
+    for part in ("balanced", "unbalanced"):
+        path = Path(args.data) / f"nlvr2_{part}_{official}.json"
+        names = set(json.loads(path.read_text())) if path.is_file() else set()
+        subsets |= {part: names} if names and names <= known else {}
+    columns, chosen = {}, None
+    for name, blank in headings(args, "right images"):
+        labels = run.each(lambda batch, _: task_logits(run.model, batch).argmax(-1).tolist(), f"nlvr2, {name}", blank=blank)
+        said = {examples[i]["identifier"]: str(bool(label)) for i, label in labels.items()}
+        columns[name] = nlvr2_scores(said, examples, subsets)
+        if chosen is None:
+            chosen = said
+            run.write(f"nlvr2_{args.split}_predictions.csv", "".join(f"{key},{value}\n" for key, value in said.items()))
+    run.report(f"nlvr2 {args.split}", columns, f"{len(details):,} statements")
+    shown = [(i, chosen[examples[i]["identifier"]], examples[i]["label"]) for i in spread(len(details), args.examples)]
+    run.sheet(f"NLVR2, {args.split}", [(i, answer, true, answer == true, {}) for i, answer, true in shown])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captioning.
+
+def caption(args):
+    run = Evaluation(args, "caption")
+    firsts = np.flatnonzero(np.diff(run.table.row_of, prepend=-1)).tolist()         # the first caption of every image
+    names = [run.table.cell("image_id", int(run.table.row_of[i])).as_py() for i in firsts]
+    ids = dict(zip(firsts, (int(name) if name.isdecimal() else name for name in names)))
+    if len(set(ids.values())) != len(firsts):
+        raise ValueError(f"{', '.join(run.table.paths)}: some image ids come more than once, so no results file is valid")
+    references, of_row = {}, {int(run.table.row_of[i]): name for i, name in ids.items()}
+    for i, row in enumerate(run.table.row_of.tolist()):
+        references.setdefault(of_row[row], []).append(run.table.text(i))
+    scenes = toy_scenes(args.data)
+    how = dict(max_tokens=args.max_tokens, beams=args.beams, length_penalty=args.length_penalty, no_repeat=args.no_repeat)
+
+    def describe(batch, numbers):
+        sampling = dict(top_p=args.top_p, temperature=args.temperature, seeds=[[args.seed, i] for i in numbers])
+        return single.write_captions(run.model, see(run.model, batch), **how, **(sampling if args.top_p else {}))
+
+    columns, chosen = {}, None
+    for name, blank in headings(args):
+        said = {ids[i]: text for i, text in run.each(describe, f"captions, {name}", firsts, blank).items()}
+        scores = caption_scores(said, references, official=args.official)
+        scores.pop("per_image", None)
+        columns[name] = scores | ({"true of the scene": sum(true_of(scenes, *pair) for pair in said.items()) / len(said)}
+                                  if scenes else {})
+        if chosen is None:
+            chosen = said
+            run.write(f"captions_{args.split}_results.json", [{"image_id": i, "caption": text} for i, text in said.items()])
+    run.report(f"captions {args.split}", columns, f"{len(firsts):,} images, {len(run.table.row_of):,} references")
+    shown = [firsts[k] for k in spread(len(firsts), args.examples)]
+    run.sheet(f"Captions, {args.split}", [(i, chosen[ids[i]], "", not scenes or true_of(scenes, ids[i], chosen[ids[i]]),
+                                           {"text": ""}) for i in shown])
+
+
+def toy_scenes(directory):
+    """The scenes of the toy world, where the data are its: what is drawn there is known, so captions can be checked."""
+    path = Path(directory) / "toy_scenes.jsonl"
+    if not path.is_file():
+        return None
+    import toy
+    return toy.load_scenes(path)
+
+
+def true_of(scenes, image_id, text):
+    import toy
+    return bool(toy.is_true(text.rstrip("."), scenes[str(image_id)]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Retrieval.
+
+def retrieval(args):
+    run = Evaluation(args, "retrieval")
+    if run.config.head != "retrieval" and not run.config.itm:
+        raise ValueError(f"{args.checkpoint}: neither fine-tuned for retrieval nor pretrained with image-text matching (--itm)")
+
+    def gallery(table, images, captions):
+        """-> the Gallery of a table's first images with so many captions each (0: all), and the image of each caption."""
+        rows = np.unique(table.row_of)[:images or None]
+        place = np.arange(len(table.row_of)) - np.searchsorted(table.row_of, table.row_of)      # in its image's list
+        numbers = np.flatnonzero((table.row_of <= rows[-1]) & (place < (captions or 10 ** 9)))
+        dataset = run.task.dataset(table, train=False)
+        return Gallery(run.model, dataset, rows, numbers.tolist(), run.device), np.searchsorted(rows, table.row_of[numbers])
+
+    shown, image_of = gallery(run.table, args.images, args.captions)
+    candidates = shortlist(shown, *gallery(run.table_of("train"), 1500, 2), args.top, run.rank > 0) if args.top else None
+    # The scores are a file, so that an interrupted run goes on; its name says of what they are.
+    size = len(shown.rows), len(shown.numbers)
+    stamp = int(Path(args.checkpoint).stat().st_mtime)
+    path = run.out / f"scores_{args.split}_{size[0]}x{size[1]}_{'all' if not args.top else f'top{args.top}'}_{stamp}.npy"
+    if run.rank == 0 and not path.is_file():
+        fresh = path.with_suffix(".partial")
+        np.lib.format.open_memmap(fresh, "w+", np.float32, size)[:] = np.nan
+        fresh.replace(path)
+    if run.world > 1:
+        dist.barrier()
+    scores = np.lib.format.open_memmap(path, "r+")
+    fill_scores(shown, scores, range(run.rank, size[0], run.world), candidates, args.batch_size, run.rank > 0)
+    scores.flush()
+    if run.world > 1:
+        dist.barrier()
+    if run.rank == 0:
+        how = "every pair was scored" if not args.top else f"APPROXIMATE: a cheap score chose the {args.top} likeliest of " \
+            f"each, so only {100 * candidates.mean():.1f} % of the pairs were scored"
+        run.report(f"retrieval {args.split}", {"recall": recall_at_k(scores, image_of)},
+                   f"{size[0]:,} images x {size[1]:,} captions; {how}. ir: the image of a text, tr: a text of an image")
+        found = [(k, int(scores[:, k].argmax())) for k in spread(size[1], args.examples)]
+        run.sheet(f"Retrieval, {args.split}: the image found for a text", [
+            (shown.numbers[k], "", "", best == image_of[k], dict(zip(("file", "row"), run.table.place(int(shown.rows[best])))))
+            for k, best in found])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a pretrained model reads from its pictures.
 
 def words(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -120,34 +324,6 @@ def words(args):
     out = Path(args.out or Path(args.checkpoint).with_name("words.json"))
     out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {out}")
-
-
-@torch.no_grad()
-def alignments(model, table, numbers, device):
-    """ViLT's optimal transport of some captions' words to the patches of their pictures, and of another picture.
-
-    -> [{file, row, tokens, grid [h, w], plan [token][patch] (the share of each patch in the token's mass),
-        distance, other_distance}]
-    """
-    c, tok = model.config, model.tokenizer
-    dataset = CaptionDataset(table, tok, shape_of(c), c.max_tokens, train=False)
-    samples = [dataset[0, i] for i in numbers]
-    ids = pad_batch(samples, tok.pad_id, multiple=1)["ids"].to(device)
-    text, found = model.encode_text(ids), []
-    for pictures in (samples, samples[1:] + samples[:1]):
-        visual = see(model, picture_batch(c, [s["image"] for s in pictures], device))
-        found.append(model.align(visual, text, model.fuse(visual, text), ids == c.sep_id))
-    (distance, plan), (other, _) = found
-    shares = (plan / plan.sum(1, keepdim=True).clamp(min=1e-9)).transpose(1, 2)                     # (B, L, K)
-    result = []
-    for b, sample in enumerate(samples):
-        path, row = table.place(sample["row"])
-        h, w = (side // c.patch_size for side in sample["image"].shape[1:])
-        n = len(sample["ids"]) - 1
-        result.append({"file": path, "row": row, "tokens": [tok.decode([t]) for t in sample["ids"][1:n]], "grid": [h, w],
-                       "plan": [[round(share, 4) for share in line] for line in shares[b, 1:n, :h * w].tolist()],
-                       "distance": distance[b].item(), "other_distance": other[b].item()})
-    return result
 
 
 def align(args):
@@ -173,31 +349,130 @@ def print_table(split, result):
         print(f"{group:<12}" + "".join(f"{100 * row[name]:>13.1f} %" for name in IMAGES) + f"{result['words'][group]:>9}")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Single pictures.
+
+def ask(args):
+    model = open_model(args)
+    if model.config.head != "vqa" or not model.answer_list:
+        raise ValueError(f"{args.checkpoint}: a model with head {model.config.head}; questions are answered by one fine-tuned "
+                         f"with --task vqa, whose checkpoint carries its answer list")
+    for answer, share in single.ask(model, args.image, args.question, args.k):
+        print(f"{100 * share:5.1f} %  {answer}")
+
+
+def describe(args):
+    model = open_model(args)
+    how = dict(max_tokens=args.max_tokens, beams=args.beams, length_penalty=args.length_penalty, no_repeat=args.no_repeat)
+    sampling = dict(top_p=args.top_p, temperature=args.temperature, seeds=[args.seed]) if args.top_p else {}
+    with torch.no_grad():
+        print(single.write_captions(model, single.look_at(model, [args.image]), **how, **sampling)[0])
+
+
+def compare(args):
+    model = open_model(args)
+    if model.config.head != "nlvr2":
+        raise ValueError(f"{args.checkpoint}: a model with head {model.config.head}; two pictures are compared by one "
+                         f"fine-tuned with --task nlvr2")
+    share = single.compare(model, args.left, args.right, args.sentence)
+    print(f"{share > 0.5} ({100 * max(share, 1 - share):.1f} %)")
+
+
+def search(args):
+    model = open_model(args)
+    if model.config.head != "retrieval" and not model.config.itm:
+        raise ValueError(f"{args.checkpoint}: neither fine-tuned for retrieval nor pretrained with image-text matching (--itm)")
+    for path, score in single.search(model, args.text, args.images):
+        print(f"{score:8.3f}  {path}")
+
+
+def fill(args):
+    text, words = single.fill(open_model(args), args.image, args.text)
+    print(text)
+    for word, share in words:
+        print(f"{100 * share:5.1f} %  {word}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    p = commands.add_parser("words", help="accuracy of groups of words with the right, another and no image")
-    p.add_argument("checkpoint")
-    p.add_argument("--data", required=True, help="directory of Arrow files")
-    p.add_argument("--datasets", nargs="*", default=(), help="names of datasets in it; default: all that are found")
-    p.add_argument("--splits", nargs="+", default=["test", "holdout"])
-    p.add_argument("--groups", help="JSON file {group: [words]}; default DATA/toy_words.json")
-    p.add_argument("--captions", type=int, default=2000, help="at most so many captions of each split")
-    p.add_argument("--out", help="default: words.json beside the checkpoint")
-    p.set_defaults(run=words)
-    p = commands.add_parser("align", help="which patches ViLT's optimal transport carries each word to")
-    p.add_argument("checkpoint")
-    p.add_argument("--data", required=True, help="directory of Arrow files")
-    p.add_argument("--datasets", nargs="*", default=(), help="names of datasets in it; default: all that are found")
-    p.add_argument("--split", default="test")
-    p.add_argument("--captions", type=int, default=100, help="so many, evenly spread")
-    p.add_argument("--out", help="default: align.json beside the checkpoint")
-    p.set_defaults(run=align)
+
+    def command(function, says, split=None):
+        p = commands.add_parser(function.__name__, help=says, description=says,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p.add_argument("checkpoint")
+        p.add_argument("--tokenizer", help="directory of vocab.json and merges.txt, or vocab.txt; for files that carry none")
+        p.set_defaults(run=function)
+        if split:
+            p.add_argument("--data", required=True, help="directory of Arrow files")
+            p.add_argument("--datasets", nargs="*", default=(), help="names of datasets in it; default: all that are found")
+            p.add_argument("--split", default=split)
+            p.add_argument("--out", help="folder of the results; default: one beside the checkpoint")
+            p.add_argument("--batch-size", type=int, default=64, help="of one process")
+            p.add_argument("--device", default="", help="cpu, cuda; default: cuda where there is one")
+            p.add_argument("--examples", type=int, default=24, help="texts that are kept for plot.py sheet")
+            p.add_argument("--blank", action="store_true", help="ask once more with black pictures")
+        return p
+
+    def decoding(p):
+        p.add_argument("--max-tokens", type=int, default=30)
+        p.add_argument("--beams", type=int, default=1, help="1: greedy")
+        p.add_argument("--length-penalty", type=float, default=1.0, help="of beam search")
+        p.add_argument("--no-repeat", type=int, default=0, help="n-grams of this size come once at most; 0: no such rule")
+        p.add_argument("--top-p", type=float, help="sample from the likeliest words of this probability together")
+        p.add_argument("--temperature", type=float, default=1.0, help="of sampling")
+        p.add_argument("--seed", type=int, default=0, help="of sampling")
+
+    p = command(vqa, "the official VQA accuracy, and a results file", "val")
+    p.add_argument("--annotations", help="official annotations; default: those that prepare.py wrote beside the questions")
+    command(nlvr2, "NLVR2's accuracy and consistency, and a prediction file", "val")
+    p = command(caption, "BLEU, ROUGE-L and CIDEr of written captions, and a results file", "test")
+    p.add_argument("--official", action="store_true", help="METEOR and SPICE too, by pycocoevalcap, which needs Java")
+    decoding(p)
+    p = command(retrieval, "recall at 1, 5 and 10, of images and of texts", "test")
+    p.add_argument("--images", type=int, default=0, help="the first so many; 0: all")
+    p.add_argument("--captions", type=int, default=0, help="at most so many of each image; 0: all")
+    p.add_argument("--top", type=int, default=0, help="approximate: score only the so many likeliest by a cheap score")
+    for function, says in ((words, "accuracy of groups of words with the right, another and no image"),
+                           (align, "which patches ViLT's optimal transport carries each word to")):
+        p = commands.add_parser(function.__name__, help=says, description=says,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p.add_argument("checkpoint")
+        p.add_argument("--data", required=True, help="directory of Arrow files")
+        p.add_argument("--datasets", nargs="*", default=(), help="names of datasets in it; default: all that are found")
+        p.add_argument("--out", help=f"default: {function.__name__}.json beside the checkpoint")
+        p.add_argument("--captions", type=int, default=2000 if function is words else 100, help="at most so many, evenly spread")
+        p.set_defaults(run=function)
+        if function is words:
+            p.add_argument("--splits", nargs="+", default=["test", "holdout"])
+            p.add_argument("--groups", help="JSON file {group: [words]}; default DATA/toy_words.json")
+        else:
+            p.add_argument("--split", default="test")
+    p = command(ask, "answers a question about a picture")
+    p.add_argument("image")
+    p.add_argument("question")
+    p.add_argument("-k", type=int, default=5, help="so many answers")
+    p = command(describe, "writes a caption for a picture")
+    p.add_argument("image")
+    decoding(p)
+    p = command(compare, "is a sentence true of two pictures?")
+    p.add_argument("left")
+    p.add_argument("right")
+    p.add_argument("sentence")
+    p = command(search, "puts pictures in the order in which they fit a text")
+    p.add_argument("text")
+    p.add_argument("images", nargs="+")
+    p = command(fill, "fills the blanks of a text about a picture")
+    p.add_argument("image")
+    p.add_argument("text", help='such as "a <mask> dog"')
     args = parser.parse_args(argv)
     try:
         args.run(args)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"eval.py: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 OBJECTIVES = ("flm", "mlm", "ar", "prefix")
-HEADS = ("vocab", "vqa", "nlvr2", "retrieval", "none")
+TASK_HEADS = ("vqa", "nlvr2", "retrieval")
+HEADS = ("vocab", *TASK_HEADS, "none")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Config:
     corruption_rate: float = 0.0        # share of a caption hidden from each query in training; 0: the word itself only
     prediction_rate: float = 1.0        # share of the words that are predicted in training
     mask_rate: float = 0.15             # objective mlm: share of masked words
+    label_smoothing: float = 0.0        # of the words' targets (captioning)
     # what reads the outputs; only parameters that are trained exist
     head: str = "vocab"                 # vocab: words; vqa, nlvr2, retrieval: a task on the class vector; none
     answers: int = 0                    # vqa: how many answers there are to choose from
@@ -91,7 +93,12 @@ class Config:
 
     @property
     def loss_weights(self):
-        """Output -> its weight in the total loss: (L_rec + w_f L_fwd + w_r L_rev) / (1 + w_f + w_r), ITM beside it at 1."""
+        """Output -> its weight in the total loss: (L_rec + w_f L_fwd + w_r L_rev) / (1 + w_f + w_r), ITM beside it at 1.
+
+        A fine-tuned head has the only loss.
+        """
+        if self.head in TASK_HEADS:
+            return {self.head: 1.0}
         if self.objective == "flm":
             total = 1 + self.forward_weight + self.reverse_weight
             weights = {"reconstructed": 1 / total, "forward": self.forward_weight / total,
@@ -105,7 +112,7 @@ def check_head(config):
     """ValueError where a Config asks for a head that cannot be."""
     if config.head not in HEADS:
         raise ValueError(f"head {config.head!r}: one of {', '.join(HEADS)} is expected")
-    if (config.itm or config.head in ("vqa", "nlvr2", "retrieval")) and not config.pooler:
+    if (config.itm or config.head in TASK_HEADS) and not config.pooler:
         raise ValueError(f"{'itm' if config.itm else 'head ' + config.head} needs the pooler")
     if (config.head == "vqa") != (config.answers > 0):
         raise ValueError(f"head {config.head!r} with {config.answers} answers: head vqa, and no other, chooses from answers")
@@ -268,6 +275,16 @@ def predicting_rows(objective, n, prefix=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # The layers.
 
+def attend(q, k, v, mask, dropout):
+    """softmax(q k^T / sqrt(d)) v, where the mask is True."""
+    if q.device.type == "cpu" and v.dtype == torch.bfloat16:    # torch's kernel for it has a slow backward (docs/LOG.md)
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
 class Attention(nn.Module):
     """Multi-head attention of x to a memory (to itself, if the memory is x): softmax(q k^T / sqrt(d)) v.
 
@@ -295,13 +312,13 @@ class Attention(nn.Module):
         q = self.q(x).view(len(k), -1, self.heads, D // self.heads).transpose(1, 2)                 # (M, heads, B/M Q, d)
         dropout = self.dropout if self.training else 0.0
         if mask is None:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            y = attend(q, k, v, None, dropout)
         else:
             # A row that may look nowhere gets nothing. Softmax over no column would be NaN in some kernels, so such a
             # row looks everywhere first and what it saw is then taken away.
             mask = mask[:, None]                                                                    # (B, 1, Q, K)
             sighted = mask.any(-1, keepdim=True)                                                    # (B, 1, Q, 1)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~sighted, dropout_p=dropout) * sighted
+            y = attend(q, k, v, mask | ~sighted, dropout) * sighted
         return self.out(y.transpose(1, 2).reshape(B, Q, D))
 
 
@@ -330,9 +347,10 @@ class ViTBlock(nn.Module):
         self.norm2, self.mlp = nn.LayerNorm(width, eps), feed_forward(width, activation, hidden)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, mask=None):
+    def forward(self, x, mask=None, rows=None):
+        """rows: only the first so many are wanted, as of the last block where nobody reads the others."""
         y = self.norm1(x)
-        x = x + self.dropout(self.attention(y, y, mask))
+        x = x[:, :rows] + self.dropout(self.attention(y[:, :rows], y, mask))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -447,16 +465,61 @@ def task_head(config):
     return nn.Sequential(nn.Linear(inputs, 2 * D), nn.LayerNorm(2 * D), nn.GELU(), nn.Linear(2 * D, outputs))
 
 
+def see(model, batch, which=0):
+    """encode_image of a batch's pictures (of the second ones of nlvr2's pairs), with all that its collate says of them."""
+    suffix = "_1" if which else ""
+    more = {name: batch[name + suffix] for name in ("sizes", "patches") if name + suffix in batch}
+    return model.encode_image(batch["image" + suffix], which=which, **more)
+
+
+def task_logits(model, batch):
+    """What a fine-tuned head says of a batch: (B, answers) for vqa, (B, 2) for nlvr2, (captions, 1) for retrieval.
+
+    `batch` holds `image` (B, 3, H, W), for nlvr2 `image_1` too, and `ids` (B, L), for retrieval (B · captions, L): some
+    captions of each image, which is encoded once.
+    """
+    text = model.encode_text(batch["ids"], class_only=True)
+    pooled = [model.fuse(see(model, batch, which), text).pooled for which in range(2 if model.config.head == "nlvr2" else 1)]
+    return model.head(torch.cat(pooled, dim=-1))
+
+
+def task_loss(model, batch):
+    """The loss of a fine-tuned head: {head: (sum over the batch, hits)}, both scalars.
+
+    vqa: binary cross-entropy against soft targets (B, answers), summed over the answers; a hit counts as much as the
+    answer's score. nlvr2: cross-entropy against `label` (B,). retrieval: cross-entropy of each image's captions, of which
+    the first is the true one.
+    """
+    head, logits = model.config.head, task_logits(model, batch).float()
+    if head == "vqa":
+        loss = F.binary_cross_entropy_with_logits(logits, batch["targets"], reduction="sum")
+        return {head: (loss, batch["targets"].gather(1, logits.argmax(1, keepdim=True)).sum())}
+    if head == "nlvr2":
+        return {head: score(logits, batch["label"])}
+    logits = logits.view(len(batch["image"]), -1)                                                   # (B, captions)
+    return {head: score(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))}
+
+
+def score(logits, targets):
+    """Sum of the cross-entropies and number of hits: logits (N, C), targets (N,) -> two scalars."""
+    return (F.cross_entropy(logits.float(), targets, reduction="sum"),
+            (logits.argmax(-1) == targets).float().sum())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The model.
 
 @dataclass
 class Text:
-    """What `fuse` needs of a caption: all that does not depend on the image."""
+    """What `fuse` needs of captions: all that does not depend on the image. `text[index]` picks some of them."""
     streams: torch.Tensor               # (B, S, L, D): forward and reverse, or the single stream of a baseline
     mask: torch.Tensor                  # (B, S, L, L)
     queries: torch.Tensor | None        # (B, Q, D): the reconstructor's; None for the baselines
     query_mask: torch.Tensor | None     # (B, Q, S L)
+
+    def __getitem__(self, index):
+        return Text(*(part if part is None else part[index] for part in
+                      (self.streams, self.mask, self.queries, self.query_mask)))
 
     def class_only(self):
         """The same captions with the class query alone: exact, because queries never see each other."""
@@ -605,10 +668,12 @@ class FLM(nn.Module):
     def _pool(self, x):
         return torch.tanh(self.pooler(x[:, 0])) if self.config.pooler else None                     # (B, D)
 
-    # -- pretraining --------------------------------------------------------------------------------------------------
+    # -- training -----------------------------------------------------------------------------------------------------
 
     def forward(self, batch):
         """The losses of a batch: output -> (sum of the losses of its targets, number predicted right), both scalars.
+
+        Of a fine-tuned head: see `task_loss`. Of pretraining and captioning:
 
         `batch` holds `image` (B, 3, H, W) normalised, `ids` (B, L), and what `tasks.PretrainFLM` drew: for every output
         `<output>_rows`, the predicting rows as indices into (B L); `masked_ids` (mlm), `prefix` (prefix), `first` and
@@ -617,6 +682,8 @@ class FLM(nn.Module):
         Sums, not means: the mean is over the targets of the *global* batch, which only the training loop knows.
         """
         c, ids = self.config, batch["ids"]
+        if c.head in TASK_HEADS:
+            return task_loss(self, batch)
         visual = self.encode_image(batch["image"])
         text = self.encode_text(batch.get("masked_ids", ids), batch.get("first"), batch.get("last"), batch.get("prefix"))
         fused = self.fuse(visual, text)
@@ -626,7 +693,8 @@ class FLM(nn.Module):
         x = torch.cat([getattr(fused, name).flatten(0, 1).index_select(0, r) for name, r in zip(outputs, rows)])
         targets = torch.cat([ids.flatten().index_select(0, r + SHIFT[name]) for name, r in zip(outputs, rows)])
         logits = self.vocab_logits(x)                                                               # (targets, V)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        losses = F.cross_entropy(logits.float(), targets, reduction="none",
+                                 label_smoothing=c.label_smoothing if self.training else 0.0)
         right = (logits.argmax(-1) == targets).float()
         sizes = [len(r) for r in rows]
         result = {name: (loss.sum(), hits.sum())

@@ -29,7 +29,7 @@ import tokenizer
 import vilt
 import weights
 from data import GlobalBatches, evaluation_batches, token_lengths
-from tasks import MODELS, RECIPES, TASKS, normalized, task_of
+from tasks import GROUPS, MODELS, RECIPES, TASKS, UNDECAYED, normalized, task_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config: the settings below and the fields of the models' Configs, each a flag. A flag beats the recipe, the recipe the default.
@@ -37,8 +37,11 @@ from tasks import MODELS, RECIPES, TASKS, normalized, task_of
 @dataclass(frozen=True)
 class Settings:
     task: str = "pretrain"
-    recipe: str = ""                # a row of tasks.RECIPES; its values stand where no flag is given
+    recipe: str = ""                # a row of tasks.RECIPES[task]; its values stand where no flag is given
     model: str = "base-b32"         # a row of tasks.MODELS; every field of its Config is a flag too
+    load: str = ""                  # a checkpoint to start from, ours or a released one: its sizes, weights and tokenizer
+    vit: str = ""                   # a file to start the image side from: CLIP's (FLM), a ViT's (ViLT)
+    text: str = ""                  # a file to start the text side from: RoBERTa's or BERT's
     data: str = ""                  # directory of Arrow files
     datasets: tuple = ()            # names of datasets in it (coco vg sbu gcc …); none: all that are found
     tokenizer: str = ""             # directory of vocab.json + merges.txt (or vocab.txt); none: train one on the captions
@@ -46,6 +49,7 @@ class Settings:
     resume: bool = False            # go on from OUT/last.pt, if it is there
     # optimization
     steps: int = 10_000
+    epochs: float = 0.0             # in place of steps: so many passes over the data
     global_batch: int = 256         # pairs per optimizer step, over all processes
     micro_batch: int = 0            # pairs per forward pass of one process; 0: as many as its share of the global batch
     lr: float = 1e-4                # peak rate of the group "base"
@@ -59,6 +63,7 @@ class Settings:
     max_skipped: int = 10           # non-finite gradients in a row before the run stops
     # data
     max_tokens: int = 50            # longer captions are cut, and counted
+    false_captions: int = 15        # retrieval: false captions beside each image's own
     pad_to: int = 0                 # captions are padded to a multiple of this; 0: 8 on a GPU, whose kernels want it, else 1
     augment: bool = False           # RandAugment(2, 9)
     max_unreadable: float = 0.01    # share of undecodable images at which the run stops
@@ -98,16 +103,19 @@ def parse(argv):
             group.add_argument("--" + name.replace("_", "-"), default=None,
                                help=", ".join(f"{which} {value!r}" for which, value in defaults.items()), **how)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    recipe = given.get("recipe", "")
-    if recipe and recipe not in RECIPES:
-        parser.error(f"--recipe {recipe}: one of {', '.join(RECIPES)} is expected")
-    merged = RECIPES.get(recipe, {}) | given
+    task, recipe = given.get("task", Settings.task), given.get("recipe", "")
+    if task not in TASKS:
+        parser.error(f"--task {task}: one of {', '.join(TASKS)} is expected")
+    if recipe and recipe not in RECIPES[task]:
+        parser.error(f"--recipe {recipe}: one of {', '.join(RECIPES[task])} is expected for task {task}")
+    merged = RECIPES[task].get(recipe, {}) | given
+    if merged.get("epochs") and "steps" in given and "epochs" not in given:
+        merged["epochs"] = 0.0              # a flag beats the recipe
     merged["datasets"] = tuple(merged.get("datasets", ()))
-    for flag, table in (("task", TASKS), ("model", MODELS)):
-        if merged.setdefault(flag, getattr(Settings, flag)) not in table:
-            parser.error(f"--{flag} {merged[flag]}: one of {', '.join(table)} is expected")
+    if merged.setdefault("model", Settings.model) not in MODELS:
+        parser.error(f"--model {merged['model']}: one of {', '.join(MODELS)} is expected")
     for name in merged:
-        if name in config_fields and name not in sizes[type(MODELS[merged["model"]])]:
+        if name in config_fields and not merged.get("load") and name not in sizes[type(MODELS[merged["model"]])]:
             parser.error(f"--{name.replace('_', '-')}: model {merged['model']} has no such setting")
     for flag in ("data", "out"):
         if not merged.get(flag):
@@ -170,8 +178,8 @@ def split_batch(settings, world):
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizer and schedule.
 
-def parameter_groups(model, task, settings):
-    """AdamW's groups: {base, head, fusion} x {decayed, not}; every parameter in exactly one.
+def parameter_groups(model, settings):
+    """AdamW's groups: {base, head, fusion} (tasks.GROUPS) x {decayed, not}; every parameter in exactly one.
 
     Decayed are matrices (weights of linear layers, convolutions, embeddings); biases, LayerNorms, the class token and the
     grid of the image's positions are not.
@@ -179,8 +187,8 @@ def parameter_groups(model, task, settings):
     scales = {"base": 1.0, "head": settings.head_lr, "fusion": settings.fusion_lr}
     groups = {(group, decayed): [] for group in scales for decayed in (True, False)}
     for name, parameter in model.named_parameters():
-        group = next((g for g, prefixes in task.GROUPS.items() if name.startswith(prefixes)), "base")
-        groups[group, parameter.ndim >= 2 and name not in task.UNDECAYED].append(parameter)
+        group = next((g for g, prefixes in GROUPS[type(model.config)].items() if name.startswith(prefixes)), "base")
+        groups[group, parameter.ndim >= 2 and name not in UNDECAYED].append(parameter)
     assert sum(map(len, groups.values())) == len(list(model.parameters()))
     return [{"params": parameters, "scale": scales[group], "weight_decay": settings.weight_decay if decayed else 0.0}
             for (group, decayed), parameters in groups.items() if parameters]
@@ -226,7 +234,7 @@ class Sums:
 
 def to_device(batch, device, config):
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    return batch | {"image": normalized(config, batch["image"])}
+    return batch | {name: normalized(config, batch[name]) for name in ("image", "image_1") if name in batch}
 
 
 def memory_gb(device):
@@ -308,21 +316,31 @@ def train(settings, config_flags):
     precision = choose_precision(settings, device)
 
     # data
-    task_class = task_of(settings.task, MODELS[settings.model])
+    source = weights.load(settings.load) if settings.load and not saved else None
+    config = weights.config_of(saved) if saved else source.config if source else MODELS[settings.model]
+    for name in config_flags.keys() - {field.name for field in fields(config)}:
+        raise ValueError(f"--{name.replace('_', '-')}: the model of {settings.load} has no such setting")
+    task_class = task_of(settings.task, config)
     tables = {split: task_class.table(settings, split) for split in ("train", "val")}
-    tok = open_tokenizer(settings, config_flags, saved, tables["train"], rank, say)
-    config = replace(MODELS[settings.model], **config_flags)
+    tok = task_class.grow(open_tokenizer(settings, config_flags, saved, source, tables["train"], rank, say))
+    config = replace(config, **config_flags)
     config = task_class.adapt(replace(config, vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id,
-                                      sep_id=tok.sep_id, mask_id=tok.mask_id))
+                                      sep_id=tok.sep_id, mask_id=tok.mask_id), settings)
     max_tokens = min(settings.max_tokens, config.max_tokens)
     pad_to = settings.pad_to or (8 if device.type == "cuda" else 1)
     task = task_class(replace(settings, max_tokens=max_tokens, pad_to=pad_to), config, tok)
     lengths = training_lengths(tables["train"], tok, out, rank).clip(max=max_tokens)
     sampler = GlobalBatches(lengths, settings.global_batch, settings.seed)
+    if settings.epochs:
+        settings = replace(settings, steps=round(settings.epochs * sampler.steps_per_epoch))
 
     # model; everybody draws the same weights
     torch.manual_seed(settings.seed)
-    model = bare_model = weights.model_of(config).to(device)
+    model = bare_model = weights.model_of(config)
+    if not saved and (settings.load or settings.vit or settings.text):
+        del source
+        say(weights.start(model, settings.vit, settings.text, settings.load))
+    model.to(device)
     if settings.shard:
         from torch.distributed.fsdp import fully_shard
         if world == 1:
@@ -333,7 +351,7 @@ def train(settings, config_flags):
         fully_shard(model)
     if settings.compile:
         model.compile(dynamic=True)     # captions and their numbers of targets differ from batch to batch
-    groups = parameter_groups(bare_model, task, settings)
+    groups = parameter_groups(bare_model, settings)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     step, counters = 0, None
@@ -380,7 +398,8 @@ def train(settings, config_flags):
             model_state, optimizer_state = get_state_dict(
                 bare_model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
             if rank == 0:
-                contents = dict(model=model_state, config=config, task=settings.task,
+                contents = dict(answers=task_class.answers(settings) if config.head == "vqa" else None,
+                                model=model_state, config=config, task=settings.task,
                                 tokenizer_files=weights.pack_tokenizer(tok), optimizer=optimizer_state,
                                 scaler=scaler.state_dict(), step=step, settings=asdict(settings),
                                 counters=seen | dict(skipped=int(skipped)))
@@ -471,12 +490,16 @@ def report(metrics, names, prefix=""):
     return f"loss {metrics[prefix + 'loss']:.4f} | " + " ".join(map(part, names))
 
 
-def open_tokenizer(settings, config_flags, saved, table, rank, say):
+def open_tokenizer(settings, config_flags, saved, source, table, rank, say):
     """The checkpoint's tokenizer, else that of --tokenizer, else one trained on the captions (kept in OUT/tokenizer)."""
     if saved:
         return weights.unpack_tokenizer(saved["tokenizer"])
+    if source and source.tokenizer:
+        return source.tokenizer
     if settings.tokenizer:
         return tokenizer.load(settings.tokenizer)
+    if source:
+        raise ValueError(f"{settings.load} carries no tokenizer: --tokenizer DIR must name the directory of its files")
     size = config_flags.get("vocab_size", MODELS[settings.model].vocab_size)
     if size > 10_000:
         whose, files = (("BERT", "vocab.txt") if isinstance(MODELS[settings.model], vilt.Config) else

@@ -14,7 +14,7 @@ Letters: B batch, L text length, K patches (of the longest list), P image tokens
 h, w rows and columns of one picture's patches.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import flm
-from flm import TextEmbedding, ViTBlock, VocabHead, check_head, task_head
+from flm import TASK_HEADS, TextEmbedding, ViTBlock, VocabHead, check_head, score, task_head, task_loss
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)        # pixels arrive as (x - MEAN) / STD, from -1 to 1
 
@@ -78,7 +78,9 @@ class Config:
 
     @property
     def loss_weights(self):
-        """Output -> its weight in the total loss of pretraining."""
+        """Output -> its weight in the total loss; a fine-tuned head has the only one."""
+        if self.head in TASK_HEADS:
+            return {self.head: 1.0}
         weights = {"mlm": 1.0}
         if self.itm:
             weights |= {"itm": 1.0} | ({"wpa": self.wpa_weight} if self.wpa_weight else {})
@@ -181,15 +183,19 @@ class Visual:
 
 @dataclass
 class Text:
-    """What `fuse` needs of captions."""
+    """What `fuse` needs of captions. `text[index]` picks some of them."""
     tokens: torch.Tensor                # (B, L, D)
     mask: torch.Tensor                  # (B, L) bool, True = real
+    rows: int | None = None             # of the last block's output, only the first so many are wanted; None: all
+
+    def __getitem__(self, index):
+        return replace(self, tokens=self.tokens[index], mask=self.mask[index])
 
 
 @dataclass
 class Fused(flm.Fused):
     """What the model knows of pairs: `.pooled`, `.reconstructed` (B, L, D) of the words, and of the image tokens: """
-    image: torch.Tensor | None = None   # (B, P, D)
+    image: torch.Tensor | None = None   # (B, P, D); None where fewer rows were asked for
 
 
 class ViLT(nn.Module):
@@ -270,12 +276,12 @@ class ViLT(nn.Module):
     def encode_text(self, ids, class_only=False):
         """All that does not depend on the image: ids (B, L) int64, `[CLS] … [SEP]` and padding -> Text.
 
-        class_only: for models that can spare work where only the class vector is read; this one cannot.
+        class_only: only the class vector will be read, so the last block need not compute the other rows.
         """
         if ids.shape[1] > self.config.max_tokens:
             raise ValueError(f"captions of {ids.shape[1]} tokens: this model has positions for {self.config.max_tokens}")
         position = torch.arange(ids.shape[1], device=ids.device)[None]
-        return Text(self.embed(ids, position) + self.token_type[0], ids != self.config.pad_id)
+        return Text(self.embed(ids, position) + self.token_type[0], ids != self.config.pad_id, 1 if class_only else None)
 
     def fuse(self, visual, text):
         """Reads captions with their images: visual of M pictures, text of B captions, B / M neighbours each -> Fused."""
@@ -284,10 +290,10 @@ class ViLT(nn.Module):
         x = torch.cat([text.tokens, image], dim=1)                                                  # (B, L + P, D)
         mask = torch.cat([text.mask, mask], dim=1)[:, None]                                         # (B, 1, L + P)
         for block in self.blocks:
-            x = block(x, mask)
-        x = self.norm(x)
+            x = block(x, mask, text.rows if block is self.blocks[-1] else None)
+        x = self.norm(x)                                                                            # (B, rows, D)
         pooled = torch.tanh(self.pooler(x[:, 0])) if self.config.pooler else None                   # (B, D)
-        return Fused(pooled=pooled, reconstructed=x[:, :L], image=x[:, L:])
+        return Fused(pooled=pooled, reconstructed=x[:, :L], image=None if text.rows else x[:, L:])
 
     def vocab_logits(self, x):
         """Scores every token of the vocabulary: (…, D) -> (…, V)."""
@@ -304,10 +310,12 @@ class ViLT(nn.Module):
         with torch.autocast(fused.image.device.type, enabled=False):
             return transport_distance(fused.reconstructed.float(), fused.image[:, 1:].float(), words, patches)
 
-    # -- pretraining --------------------------------------------------------------------------------------------------
+    # -- training -----------------------------------------------------------------------------------------------------
 
     def forward(self, batch):
         """The losses of a batch: output -> (sum of the losses of its targets, number predicted right), both scalars.
+
+        Of a fine-tuned head: see `flm.task_loss`. Of pretraining:
 
         `batch` holds `image` (B, 3, H, W) normalised, `sizes`, `patches`, `ids` (B, L), and what `tasks.py` drew:
         `masked_ids` and `mlm_rows`, the masked words as indices into (B L); for itm `image_of` (B,), the picture that each
@@ -316,13 +324,16 @@ class ViLT(nn.Module):
         Word-patch alignment has no right and wrong: its second value is NaN.
         """
         c, ids = self.config, batch["ids"]
+        if c.head in TASK_HEADS:
+            return task_loss(self, batch)
         visual = self.encode_image(batch["image"], batch["sizes"], batch["patches"])
-        fused = self.fuse(visual, self.encode_text(batch["masked_ids"]))
+        text = self.encode_text(batch["masked_ids"])
+        fused = self.fuse(visual, replace(text, rows=ids.shape[1]))                                 # the words alone are read
         x = fused.reconstructed.flatten(0, 1).index_select(0, batch["mlm_rows"])                    # (targets, D)
         result = {"mlm": score(self.vocab_logits(x), ids.flatten().index_select(0, batch["mlm_rows"]))}
         if c.itm:
             same = batch["same_image"]
-            shown, text = visual[batch["image_of"]], self.encode_text(ids)
+            shown, text = visual[batch["image_of"]], self.encode_text(ids, class_only=not c.wpa_weight)
             fused = self.fuse(shown, text)
             result["itm"] = score(self.itm_head(fused.pooled), same.long())
             if c.wpa_weight:
@@ -342,9 +353,3 @@ class ViLT(nn.Module):
         mean = F.avg_pool2d(images * STD[0] + MEAN[0], self.config.patch_size)                      # (B, 3, rows, columns)
         colours = (mean * 255).long().clamp(0, 255).flatten(2).transpose(1, 2)                      # (B, rows columns, 3)
         return colours.gather(1, patches.clamp(min=0)[:, :, None].expand(-1, -1, 3))
-
-
-def score(logits, targets):
-    """Sum of the cross-entropies and number of hits: logits (N, V), targets (N,) -> two scalars."""
-    return (F.cross_entropy(logits.float(), targets, reduction="sum"),
-            (logits.argmax(-1) == targets).float().sum())

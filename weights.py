@@ -1,20 +1,38 @@
-"""Checkpoints: tensors and plain values, written so that a crash never leaves half a file, opened without running code.
+"""Checkpoints: opens ours and other people's, saves ours so that a crash never leaves half a file.
 
-    save("runs/toy/last.pt", model=…, config=…)        # to a temporary name, then renamed
-    model = load("runs/toy/last.pt")                    # a model in eval mode, with .task and .tokenizer
+    python weights.py info pretrain_4m.ckpt                 # what a file is, and what became of each of its tensors
+    python weights.py convert pretrain_4m.ckpt flm.pt --tokenizer roberta-base      # anything that opens -> one of ours
+    python weights.py convert runs/vqa/last.pt exported --to transformers           # a ViLT -> a folder for transformers
+    python weights.py download clip-b32                     # fetch a released file; without a name: what there is
+
+    model = load("pretrain_4m.ckpt")                        # in eval mode, with .task .tokenizer .step .answer_list .report
+    print(start(model, vit="ViT-B-32.pt", text="roberta-base"))     # begin pretraining as published
+
+No file runs code (unpickle.py), and none is taken "more or less": every tensor is accounted for in a `names.Report`, and
+what cannot be is an error that names it. Files are mapped, not read: a model's weights are pages of its file until written.
 """
 
+import argparse
+import json
 import os
 import re
+import sys
 import tempfile
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
+import download
 import flm
+import names
+import released
 import tokenizer
 import vilt
+from names import Report
+from released import Source, plain_dict
+from unpickle import open_file
 
 FORMAT = "flm-vilt-1"
 BACKBONES = {"flm": (flm.Config, flm.FLM), "vilt": (vilt.Config, vilt.ViLT)}
@@ -23,6 +41,11 @@ BACKBONES = {"flm": (flm.Config, flm.FLM), "vilt": (vilt.Config, vilt.ViLT)}
 def backbone_of(config):
     """The name of a Config's model in checkpoints."""
     return next(name for name, (config_class, _) in BACKBONES.items() if type(config) is config_class)
+
+
+def config_of(contents):
+    """The Config of a checkpoint of ours, as `read` gave it."""
+    return BACKBONES[contents["backbone"]][0](**contents["config"])     # `read` has looked at the names
 
 
 def model_of(config):
@@ -36,6 +59,7 @@ def model_of(config):
 def save(path, model, config, task, tokenizer_files, **more):
     """Writes a checkpoint: `model` a state dict, `config` a Config, `more` tensors and plain values (optimizer, step, …).
 
+    `tokenizer_files` is what pack_tokenizer gives, or None. `answers` among `more` is the list that a VQA head chooses from.
     The file appears under its name only when all of it is on the disk.
     """
     path = Path(path)
@@ -52,43 +76,34 @@ def save(path, model, config, task, tokenizer_files, **more):
 
 def read(path):
     """Opens a checkpoint of ours as a dict; ValueError in one sentence for anything else. Never runs code from it."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such checkpoint")
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint that opens safely ({str(error).splitlines()[0][:200]})") from None
+    contents = open_file(path)
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this project (its format is {FORMAT!r})")
+    missing = [key for key in ("backbone", "model", "config", "task", "tokenizer") if key not in contents]
+    if missing or contents["backbone"] not in BACKBONES:
+        raise ValueError(f"{path}: a damaged checkpoint of this project, " +
+                         (f"without {', '.join(missing)}" if missing else f"of the unknown model {contents['backbone']!r}"))
+    unknown = contents["config"].keys() - {field.name for field in fields(BACKBONES[contents["backbone"]][0])}
+    if unknown:
+        raise ValueError(f"{path}: its config has {sorted(unknown)}, which this version does not know")
     return contents
 
 
-def load(path):
-    """Opens a checkpoint -> the model in eval mode, with `.task`, `.tokenizer` and `.step` set."""
-    contents = read(path)
-    config_class, model_class = BACKBONES[contents["backbone"]]
-    known = {field.name for field in fields(config_class)}
-    unknown = set(contents["config"]) - known
-    if unknown:
-        raise ValueError(f"{path}: its config has {sorted(unknown)}, which this version does not know")
-    model = model_class(config_class(**contents["config"]))
-    load_exactly(model, contents["model"], path)
-    model.task, model.tokenizer, model.step = contents["task"], unpack_tokenizer(contents["tokenizer"]), contents["step"]
-    return model.eval()
+def load_exactly(model, state, path, called=(), assign=False):
+    """Fills a model from a state dict that must have exactly its names and shapes; otherwise one sentence says which not.
 
-
-def load_exactly(model, state, path):
-    """Fills a model from a state dict that must have exactly its names and shapes; otherwise one sentence says which not."""
-    own = model.state_dict()
-    missing, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [f"{key} {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+    called: our name -> the file's names, for that sentence. assign: the model gets these tensors, not copies.
+    """
+    own, called = model.state_dict(), dict(called)
+    theirs = lambda key: " + ".join(called.get(key) or [key])
+    missing, foreign = sorted(own.keys() - state.keys()), sorted(theirs(key) for key in state.keys() - own.keys())
+    shapes = [f"{theirs(key)} {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
               for key in own if key in state and state[key].shape != own[key].shape]
     problems = [f"{what}: {', '.join(keys[:5])}{' …' if len(keys) > 5 else ''}" for what, keys in
                 (("lacks", missing), ("has unknown", foreign), ("has other shapes", shapes)) if keys]
     if problems:
         raise ValueError(f"{path}: does not fit the model; it {'; it '.join(problems)}")
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=assign)
 
 
 def pack_tokenizer(tok):
@@ -99,6 +114,9 @@ def pack_tokenizer(tok):
 
 
 def unpack_tokenizer(files):
+    """What pack_tokenizer packed; None for a checkpoint without one."""
+    if not files:
+        return None
     with tempfile.TemporaryDirectory() as directory:
         for name, text in files.items():
             (Path(directory) / Path(name).name).write_text(text, encoding="utf-8")
@@ -106,80 +124,363 @@ def unpack_tokenizer(files):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Other people's names for the same tensors. A rule is (pattern, our name); query, key and value of one attention stand in
-# three tensors there (or in one, CLIP's) and in two here, `q` and `kv`.
+# Opening any file.
 
-_BERT_LAYER = [
-    (r"attention\.self\.query\.", "self_attention.q."), (r"attention\.self\.(key|value)\.", r"self_attention.\1."),
-    (r"attention\.output\.dense\.", "self_attention.out."), (r"attention\.output\.LayerNorm\.", "self_norm."),
-    (r"intermediate\.dense\.", "mlp.0."), (r"output\.dense\.", "mlp.2."), (r"output\.LayerNorm\.", "mlp_norm.")]
-_CROSS_LAYER = [(r"cross" + pattern, name.replace("self_", "cross_")) for pattern, name in _BERT_LAYER[:4]] + _BERT_LAYER
-_CLIP_BLOCK = [
-    (r"ln_(\d)\.", r"norm\1."), (r"attn\.in_proj_", "attention.qkv."), (r"attn\.out_proj\.", "attention.out."),
-    (r"mlp\.c_fc\.", "mlp.0."), (r"mlp\.c_proj\.", "mlp.2.")]
-_EMBEDDINGS = [
-    (r"word_embeddings\.", "word."), (r"position_embeddings\.", "position."),
-    (r"token_type_embeddings\.weight", "token_type"), (r"LayerNorm\.", "norm.")]
-_HEAD = [(r"transform\.dense\.", "dense."), (r"transform\.LayerNorm\.", "norm."), (r"decoder\.", "decoder."),
-         (r"bias$", "decoder.bias")]
-_CLIP_VISUAL = [
-    (r"class_embedding", "cls"), (r"positional_embedding", "position"), (r"conv1\.", "patch."),
-    (r"ln_(pre|post)\.", r"norm_\1.")]
+def open_source(path):
+    """Opens a file, or a folder that transformers wrote. ValueError or FileNotFoundError in a sentence."""
+    path = file = Path(path)
+    if path.is_dir():
+        file = next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"{path}: neither model.safetensors nor pytorch_model.bin is in this folder")
+    contents = open_file(file)
+    if isinstance(contents, dict) and contents.get("format") == FORMAT:
+        contents = read(file)
+        return Source(path, None, names.unwrapped(contents["model"], path), contents.get("settings", {}), contents, file.parent)
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path}: not a checkpoint of this project, nor a table of tensors: {contents!r:.80}")
+    state = next((contents[key] for key in ("state_dict", "model") if isinstance(contents.get(key), dict)), contents)
+    state = {key: tensor for key, tensor in state.items() if isinstance(key, str) and isinstance(tensor, torch.Tensor)}
+    state = names.unwrapped(state, path)
+    family = names.family_of(state)
+    if family is None:
+        what = f"{len(state)} tensors ({', '.join(list(state)[:3])}, …)" if state else "no tensors"
+        raise ValueError(f"{path}: not a checkpoint of this project nor of another that is known here; it holds {what}")
+    if family in (names.FLM, names.VILT):
+        settings = plain_dict(contents.get("hyper_parameters"))
+        settings = plain_dict(settings.get("config")) or settings
+    else:
+        settings = read_config(file.parent / "config.json")
+    return Source(path, family, state, settings, contents, file.parent)
 
-# prefix in a released FLM state dict -> (prefix here, rules for what follows). Layers are numbered after the prefix.
-FLM_NAMES = {
-    r"vit_model\.visual\.transformer\.resblocks\.(\d+)\.": (r"vit.blocks.\1.", _CLIP_BLOCK),
-    r"vit_model\.visual\.": ("vit.", _CLIP_VISUAL),
-    r"text_transformer\.embeddings\.": ("embed.", _EMBEDDINGS),
-    r"text_transformer\.encoder\.layer\.(\d+)\.": (r"text_layers.\1.", _BERT_LAYER),
-    r"cross_modal_text_layers\.(\d+)\.": (r"fusion_layers.\1.", _CROSS_LAYER),
-    r"fusion_layers_bottom\.(\d+)\.": (r"text_reconstructor.\1.", _CROSS_LAYER),
-    r"fusion_layers_top\.(\d+)\.": (r"fusion_reconstructor.\1.", _CROSS_LAYER),
-    r"cross_modal_text_transform\.": ("text_to_fusion.", []),
-    r"cross_modal_image_transform\.": ("image_to_fusion.", []),
-    r"token_type_embeddings\.weight": ("token_type", []),
-    r"token_type_embeddings_flm\.weight": ("stream_type", []),
-    r"cross_modal_text_pooler_f\.dense\.": ("pooler.", []),
-    r"(?:lm|mlm)_score\.": ("vocab_head.", _HEAD),
+
+def read_config(path):
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    return settings if isinstance(settings, dict) else {}
+
+
+def load(path, **overrides):
+    """Opens a checkpoint of a whole model -> the model in eval mode, on the CPU, whatever wrote it.
+
+    Ours; FLM's Lightning files (pretrained, VQAv2, NLVR2, captioning, retrieval; its masked and autoregressive baselines);
+    ViLT's Lightning files; transformers' ViLT, a folder or a file. overrides: fields of the Config that no file stores and
+    the rule gets wrong (the number of the ViT's heads).
+
+    The model has .task ("pretrain", "vqa", "nlvr2", "caption", "retrieval"), .tokenizer and .answer_list (None where the
+    file has none), .step, .report (a names.Report), .about (a dict: whose, recipe, data). A fine-tuned one has .head.
+    """
+    source, report = open_source(path), Report()
+    config, found, called, task = model_parts(source, report)
+    answers = tok = None
+    if source.family is None:
+        answers, tok = source.contents.get("answers"), unpack_tokenizer(source.contents["tokenizer"])
+    elif source.family is names.VILT_TRANSFORMERS:
+        config, tok = with_vocabulary(config, source.folder)
+        answers = labels(source.settings) if task == "vqa" else None
+    unknown = overrides.keys() - {field.name for field in fields(config)}
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))}: {backbone_of(config)} has no such setting")
+    with torch.device("meta"), Undrawn():   # no memory, no time is spent on weights that the file's replace
+        model = model_of(replace(config, **overrides))
+    load_exactly(model, found, path, called, assign=True)
+    model.task, model.tokenizer, model.answer_list, model.report = task, tok, answers, report
+    model.step = source.contents.get("step", source.contents.get("global_step", 0))
+    model.about = {"whose": source.family.about if source.family else "this project's",
+                   "recipe": source.settings.get("recipe") or source.settings.get("exp_name"),
+                   "data": source.settings.get("data"), "datasets": source.settings.get("datasets")}
+    return model.eval()
+
+
+class Undrawn(torch.overrides.TorchFunctionMode):
+    """Where models are made without drawing their weights. (On the meta device, normal_ alone imports 150 MB of sympy.)"""
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return arguments[0] if arguments else keywords["tensor"]
+        return function(*arguments, **(keywords or {}))
+
+
+def model_parts(source, report):
+    """A whole model -> (Config, our tensors, our name -> the file's names, task)."""
+    if source.family is names.FLM:
+        return released.flm_parts(source, report)
+    if source.family in (names.VILT, names.VILT_TRANSFORMERS):
+        return released.vilt_parts(source, report)
+    if source.family is not None:
+        raise ValueError(f"{source.path}: {source.family.about}, a part of a model: {beginning(source)}")
+    report.add("taken", source.state, file=source.path)
+    return config_of(source.contents), source.state, {name: [name] for name in source.state}, source.contents["task"]
+
+
+def beginning(source):
+    return f"train.py --{'text' if source.family is names.BERT else 'vit'} begins from it"
+
+
+def with_vocabulary(config, folder):
+    """The Config and the tokenizer of a transformers folder: vocab.txt tells the special tokens."""
+    if not (folder / "vocab.txt").is_file():
+        return config, None
+    tok = tokenizer.WordPiece.load(folder / "vocab.txt")
+    if len(tok) > config.vocab_size:
+        raise ValueError(f"{folder / 'vocab.txt'}: {len(tok)} words, but the model has {config.vocab_size}")
+    return replace(config, cls_id=tok.cls_id, pad_id=tok.pad_id, sep_id=tok.sep_id, mask_id=tok.mask_id), tok
+
+
+def labels(settings):
+    """The answers that a config.json lists, in order; None where it only numbers them."""
+    table = plain_dict(settings.get("id2label"))
+    listed = [label for _, label in sorted(table.items(), key=lambda item: int(item[0]))]
+    return listed if any(not re.fullmatch(r"LABEL_\d+", label) for label in listed) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beginning from what others trained.
+
+# Parts of our models -> why one of them may be missing in a model, or in the checkpoint that it begins from.
+PARTS = {
+    r"head\.": "the task's own head", r"vocab_head\.": "the vocabulary head", r"itm_head\.": "image-text matching",
+    r"pooler\.": "the class vector", r"patch_head\.|mask_token$": "masked patch prediction",
+    r"text_reconstructor\.|fusion_reconstructor\.|stream_type$": "the reconstructor and its streams",
 }
 
 
-def rename(key, names):
-    """A foreign tensor name -> ours, or None where `names` has no rule for it."""
-    for prefix, (ours, rules) in names.items():
-        match = re.match(prefix, key)
-        if match:
-            ours, rest = match.expand(ours), key[match.end():]
-            if not rules:
-                return ours + rest
-            for pattern, name in rules:
-                inner = re.match(pattern, rest)
-                if inner:
-                    return ours + inner.expand(name) + rest[inner.end():]
-    return None
+def part_of(name):
+    return next((why for pattern, why in PARTS.items() if re.match(pattern, name)), None)
 
 
-def from_released_flm(state):
-    """The state dict of a released FLM checkpoint -> ours.   Returns (state dict, names that have no place in the model)."""
-    found, ignored = {}, []
-    for key, tensor in state.items():
-        name = rename(key, FLM_NAMES)
-        if name is None:
-            ignored.append(key)
-        else:
-            found[name] = tensor
-    return merge_projections(found), ignored
+def start(model, vit=None, text=None, checkpoint=None):
+    """Fills a freshly drawn model, in place, with what others trained -> Report. The model may stand on any device.
+
+    vit, text: for pretraining. FLM takes CLIP's ViT, less its last block, and RoBERTa's or BERT's embeddings and first
+    layers; ViLT takes all of a ViT, and BERT's embeddings alone.
+    checkpoint: for fine-tuning, any file that `load` opens, of the same backbone; vit and text win over it.
+    Position grids are interpolated to the model's resolution; a larger vocabulary and more positions keep their fresh rows.
+    """
+    report, own, filled = Report(), model.state_dict(), set()
+    is_flm = isinstance(model.config, flm.Config)
+    for path, parts_of in ((checkpoint, checkpoint_parts), (vit, released.clip_parts if is_flm else released.vit_parts),
+                           (text, released.text_parts if is_flm else released.bert_embeddings)):
+        if not path:
+            continue
+        found, called = parts_of(open_source(path), model, report)
+        for name, tensor in found.items():
+            found[name] = tensor = adapt(name, tensor, own, called[name], report, path)
+            if name not in own or tensor.shape != own[name].shape:
+                expected = f"the model has {tuple(own[name].shape)}" if name in own else "the model has no such tensor"
+                raise ValueError(f"{path}: {called[name][0]} has the shape {tuple(tensor.shape)}; {expected}")
+        with torch.no_grad():
+            for name, tensor in found.items():
+                own[name].copy_(tensor)
+        filled |= found.keys()
+    for name in own:
+        if name not in filled:
+            if checkpoint and part_of(name) is None:
+                raise ValueError(f"{checkpoint}: has no {name}, which the model needs; are they of different sizes?")
+            report.add("fresh", [name], f"{part_of(name) or name.split('.')[0]}: drawn at random", "the model")
+    return report
 
 
-def merge_projections(found):
-    """Query, key and value tensors as others store them -> our `q` and `kv` ([key; value]), weights and biases."""
-    ours = {}
-    for name, tensor in found.items():
-        if ".key." in name:
-            ours[name.replace(".key.", ".kv.")] = torch.cat([tensor, found[name.replace(".key.", ".value.")]])
-        elif ".qkv." in name:       # CLIP's in_proj is [query; key; value]
-            q, kv = tensor.split([len(tensor) // 3, len(tensor) * 2 // 3])
-            ours[name.replace(".qkv.", ".q.")], ours[name.replace(".qkv.", ".kv.")] = q, kv
-        elif ".value." not in name:
-            ours[name] = tensor
-    return ours
+def adapt(name, tensor, own, keys, report, path):
+    """A tensor of a file, made to fit the model's where the model knows how; otherwise as it is. keys: its names there."""
+    if name not in own or tensor.shape[1:] != own[name].shape[1:] or len(tensor) == len(own[name]):
+        return tensor
+    have, want = len(tensor), len(own[name])
+    if name in ("vit.position", "position"):
+        old, new = (int((rows - 1) ** 0.5) for rows in (have, want))
+        how = "bicubic" if name == "vit.position" else "bilinear"
+        report.add("interpolated", keys, f"position grid, {old} x {old} -> {new} x {new}, {how}", path)
+        if how == "bicubic":
+            return flm.resize_positions(tensor, (new, new))
+        # ViLT stretches its grid over every picture, bilinearly and corner on corner; so does this.
+        grid = F.interpolate(tensor[1:].T.reshape(1, -1, old, old), size=(new, new), mode="bilinear", align_corners=True)
+        return torch.cat([tensor[:1], grid.flatten(2)[0].T])
+    if name == "token_type" and want == 3:
+        report.add("grown", keys, "the second image's type starts as a copy of the first's", path)
+        return torch.cat([tensor, tensor[1:]])
+    if name in ("embed.word.weight", "vocab_head.decoder.weight", "vocab_head.decoder.bias", "embed.position.weight") \
+            and want > have:
+        report.add("grown", keys, f"{want - have} rows beside the {have}: drawn at random", path)
+        return torch.cat([tensor, own[name][have:].to(tensor.device)])
+    if name in ("token_type", "embed.position.weight"):
+        report.add("taken", keys, f"its first {want} of {have} rows", path)
+        return tensor[:want]
+    return tensor
+
+
+def checkpoint_parts(source, model, report):
+    """All of a checkpoint that a model has a place for -> (our tensors, our name -> the file's names)."""
+    config, found, called, _ = model_parts(source, report)
+    c, path, own = model.config, source.path, model.state_dict()
+    if type(config) is not type(c):
+        raise ValueError(f"{path}: a checkpoint of {backbone_of(config)}, but the model is {backbone_of(c)}")
+    # What shapes do not tell: as many heads, and, if both reconstruct, layers beside the same layers.
+    alike = ["vit_heads", "text_heads", "heads"] if isinstance(c, flm.Config) else ["heads"]
+    if c.objective == config.objective == "flm":
+        alike += ["reconstructor_text_layers", "reconstructor_fusion_layers"]
+    for name in alike:
+        if getattr(config, name) != getattr(c, name):
+            raise ValueError(f"{path}: {name} {getattr(config, name)}, but the model has {getattr(c, name)}")
+    same_head = (config.head, config.answers) == (c.head, c.answers)
+    for name in list(found):
+        if part_of(name) and (name not in own or (name.startswith("head.") and not same_head)):
+            report.add("ignored", called[name], f"{part_of(name)}: the model has none, or another", path)
+            if c.head == "retrieval" and name.startswith("itm_head.") and not same_head:
+                head = name.removeprefix("itm_")        # class 1 of image-text matching = they belong together
+                found[head], called[head] = found[name][1:], called[name]
+                report.add("grown", called[head], "the ranking head starts as image-text matching's class 1", path)
+            del found[name]
+    return found, called
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ViLT for transformers.
+
+ARCHITECTURES = {"vocab": "ViltForMaskedLM", "vqa": "ViltForQuestionAnswering", "nlvr2": "ViltForImagesAndTextClassification",
+                 "retrieval": "ViltForImageAndTextRetrieval", "none": "ViltModel"}
+
+
+def export(model, folder):
+    """Writes a ViLT as transformers' save_pretrained would: config.json, the weights, vocab.txt. -> what is left out
+
+    transformers has one eps for all LayerNorms, and ours differ (Config.eps, Config.text_eps). It gets text_eps: the word
+    embeddings, which are normalised first, have the smallest numbers. Measured on a freshly drawn ViLT-B/32, that moves class
+    vector and logits by 6e-6 at most; with eps for all it would be 7e-4. (Its own copies of the released models have 1e-12.)
+    """
+    c, folder, tok = model.config, Path(folder), model.tokenizer
+    if not isinstance(c, vilt.Config):
+        raise ValueError("only a ViLT can be exported: transformers has no FLM")
+    if tok is not None and not isinstance(tok, tokenizer.WordPiece):
+        raise ValueError("transformers' ViLT reads WordPiece; this model's tokenizer is byte-level BPE")
+    backbone, heads = (names.pairs("\n".join(" ".join(line.split()[::-1]) for line in lines.splitlines()))     # ours theirs
+                       for lines in (names.TRANSFORMERS_VILT, names.TRANSFORMERS_HEADS))
+    state, left_out = {}, []
+    for name, tensor in model.state_dict().items():
+        pieces = {name: tensor}
+        if ".kv." in name:
+            pieces = {name.replace(".kv.", part): half for part, half in zip((".key.", ".value."), tensor.chunk(2))}
+        elif name in ("cls", "position"):
+            pieces = {name: tensor.view(1, -1, c.width)}
+        for piece, values in pieces.items():
+            theirs, prefix = names.rename(piece, backbone), "" if c.head == "none" else "vilt."
+            if theirs is None:
+                theirs, prefix = names.rename(piece, heads), ""
+            if theirs is None:
+                left_out.append(name)
+                continue
+            if c.head != "retrieval":           # two of their heads are one of ours: the table gives the last
+                theirs = theirs.replace("rank_output.", "classifier.")
+            state[prefix + theirs] = values.detach().cpu().clone().contiguous()
+    answers = model.answer_list or [f"LABEL_{i}" for i in range(c.answers)]
+    classes = answers if c.head == "vqa" else ["False", "True"] if c.head == "nlvr2" else ["LABEL_0", "LABEL_1"]
+    config = {
+        "architectures": [ARCHITECTURES[c.head]], "model_type": "vilt", "vocab_size": c.vocab_size, "type_vocab_size": 1,
+        "modality_type_vocab_size": len(model.token_type), "max_position_embeddings": c.max_positions, "hidden_size": c.width,
+        "num_hidden_layers": c.layers, "num_attention_heads": c.heads, "intermediate_size": c.mlp_width, "hidden_act": "gelu",
+        "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": 0.0, "initializer_range": c.init_std,
+        "layer_norm_eps": c.text_eps, "image_size": c.image_size, "patch_size": c.patch_size, "num_channels": 3,
+        "qkv_bias": True, "max_image_length": -1, "num_images": 2 if c.head == "nlvr2" else -1, "pad_token_id": c.pad_id,
+        # transformers wants to tie the vocabulary head to the embeddings; with both in the file it keeps them apart.
+        "tie_word_embeddings": False, "id2label": dict(enumerate(classes)), "label2id": {a: i for i, a in enumerate(classes)}}
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        from safetensors.torch import save_file
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    except ImportError:
+        torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if tok is not None:
+        tok.save(folder)
+    return left_out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands.
+
+def describe(path):
+    """What a file is -> lines of text."""
+    source = open_source(path)
+    if source.family not in (None, names.FLM, names.VILT, names.VILT_TRANSFORMERS):
+        count = sum(tensor.numel() for tensor in source.state.values())
+        return f"{path}\nwhose        {source.family.about}\nparameters   {count:,}\nuse          {beginning(source)}"
+    model = load(path)
+    c, about = model.config, model.about
+    if isinstance(c, flm.Config):
+        layers = (f"ViT {c.vit_layers} x {c.vit_width}, text {c.text_layers} x {c.text_width}, fusion {c.fusion_layers} x {c.width}"
+                  + (f", reconstructor {c.reconstructor_text_layers} + {c.reconstructor_fusion_layers}"
+                     if c.objective == "flm" else ""))
+    else:
+        layers = f"{c.layers} x {c.width}, feed-forward {c.mlp_width}"
+    data = ", ".join(filter(None, [about["data"], *(about["datasets"] or ())]))
+    answers = model.answer_list
+    rows = {
+        "whose": about["whose"], "model": f"{backbone_of(c)}, objective {c.objective}, head {c.head}{', itm' if c.itm else ''}",
+        "task": model.task, "step": f"{model.step:,}", "recipe": about["recipe"], "data": data, "layers": layers,
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}", "image": f"{c.image_size} pixels, patches of {c.patch_size}",
+        "answers": f"{c.answers:,}: {', '.join(answers[:5]) + ', …' if answers else 'the file has no list of them'}" if c.answers else "",
+        "tokenizer": f"{type(model.tokenizer).__name__}, {len(model.tokenizer):,} tokens" if model.tokenizer else
+                     f"none in the file; a vocabulary of {c.vocab_size:,}"}
+    return "\n".join([str(path), *(f"{name:<13}{value}" for name, value in rows.items() if value), "tensors", str(model.report)])
+
+
+def read_answers(path):
+    """A JSON list of answers, or a table {number: answer}."""
+    try:
+        answers = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if isinstance(answers, dict):
+        answers = [answers.get(str(i)) for i in range(len(answers))]
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"{path}: a JSON list of answers, or a table from 0, 1, … to answers, is expected")
+    return answers
+
+
+def convert(args):
+    model = load(args.input)
+    if args.tokenizer:
+        model.tokenizer = tokenizer.load(args.tokenizer)
+    if args.answers:
+        model.answer_list = read_answers(args.answers)
+        if len(model.answer_list) != model.config.answers:
+            raise ValueError(f"{args.answers}: {len(model.answer_list)} answers, but the model has {model.config.answers}")
+    print(model.report)
+    if args.to == "transformers":
+        left_out = export(model, args.output)
+        print(f"wrote {args.output}, all LayerNorms with eps {model.config.text_eps}" +
+              (f"; without {', '.join(left_out)}" if left_out else ""))
+        return
+    save(args.output, model.state_dict(), model.config, model.task, model.tokenizer and pack_tokenizer(model.tokenizer),
+         step=model.step, answers=model.answer_list, settings={k: v for k, v in model.about.items() if k != "whose"})
+    print(f"wrote {args.output}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    p = commands.add_parser("info", help="print what a file is")
+    p.add_argument("path")
+    p.set_defaults(run=lambda args: print(describe(args.path)))
+    p = commands.add_parser("convert", help="rewrite anything that opens as a checkpoint of ours, or a ViLT for transformers")
+    p.add_argument("input")
+    p.add_argument("output", help="a file; with --to transformers, a folder")
+    p.add_argument("--to", choices=("ours", "transformers"), default="ours")
+    p.add_argument("--tokenizer", metavar="DIR", help="folder of vocab.json and merges.txt, or vocab.txt, to travel along")
+    p.add_argument("--answers", metavar="FILE", help="JSON list of the answers that a VQA head chooses from, to travel along")
+    p.set_defaults(run=convert)
+    p = commands.add_parser("download", help="fetch released files")
+    download.add_arguments(p)
+    p.set_defaults(run=download.run)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"weights.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

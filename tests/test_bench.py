@@ -39,10 +39,10 @@ def run(arguments, tmp_path):
 def test_the_originals_way_computes_the_same_losses_as_ours(rig):
     losses = []
     with torch.no_grad():
-        for name, forward in rig.forwards.items():
-            losses.append(forward(rig.model, bench.train.to_device(rig.batches[name], rig.device, rig.config)))
-            assert rig.batches[name]["ids"].shape == (3, {"ours": 9, "original": 50}[name])
-            assert rig.batches[name]["ids"][:, :9].equal(rig.batches["ours"]["ids"])
+        for name, way in rig.ways.items():
+            losses.append(way.forward(way.model, bench.train.to_device(way.batch, rig.device, rig.config)))
+            assert way.batch["ids"].shape == (3, {"ours": 9, "original": 50}[name])
+            assert way.batch["ids"][:, :9].equal(rig.ways["ours"].batch["ids"])
     assert losses[0].keys() == losses[1].keys() == {"reconstructed", "forward", "reverse"}
     for name, (loss, hits) in losses[0].items():
         torch.testing.assert_close(losses[1][name][0], loss, rtol=1e-5, atol=1e-4)
@@ -67,13 +67,14 @@ def test_flops_of_the_originals_way_count_the_head_everywhere():
 def test_the_stopwatch_leaves_a_step_as_it_is_and_every_part_has_its_time(rig):
     def gradients(**k):
         kept = {}
-        rig.optimizer.step = lambda: kept.update({n: p.grad.clone() for n, p in rig.model.named_parameters()})
+        optimizer = rig.ways["ours"].optimizer
+        optimizer.step = lambda: kept.update({n: p.grad.clone() for n, p in rig.model.named_parameters()})
         seconds = rig.step("ours", "fp32", **k)[1]
-        del rig.optimizer.step
+        del optimizer.step
         return kept, seconds
 
     plain, _ = gradients()
-    watch = bench.Stopwatch(rig.model, rig.device)
+    watch = bench.Stopwatch(rig.model, rig.device, bench.PARTS)
     clocked, seconds = gradients(mark=watch.mark)
     watch.remove()
     assert all(clocked[name].equal(plain[name]) for name in plain)
@@ -118,6 +119,62 @@ def test_gpu_measures_on_any_device_and_says_so_where_there_is_none(tmp_path, ca
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run(["gpu"], tmp_path) is None
     assert "no CUDA device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shapes", ["mixed", "square"])
+def test_vilt_and_transformers_take_the_same_step(shapes):
+    """The same batch, loss and gradients, so what is compared is how fast the same is computed."""
+    pytest.importorskip("transformers")
+    rig = bench.ViLTRig(bench.parse(["vilt", "--preset", "vilt-toy", "--device", "cpu", "--shapes", shapes]))
+    rig.check()
+    ours, theirs = rig.ways["ours"], rig.ways["transformers"]
+    assert len(ours.batch["sizes"].unique(dim=0)) == (4 if shapes == "mixed" else 1)
+    lengths = (ours.batch["ids"] != rig.config.pad_id).sum(1).tolist()
+    assert lengths == [13, 13, 12, 10] and theirs.batch["input_ids"].equal(ours.batch["masked_ids"])
+    for way in (ours, theirs):
+        way.forward(way.model, bench.train.to_device(way.batch, rig.device, rig.config))["mlm"][0].backward()
+    for mine, yours in ((ours.model.patch.weight, theirs.model.vilt.embeddings.patch_embeddings.projection.weight),
+                        (ours.model.embed.word.weight, theirs.model.vilt.embeddings.text_embeddings.word_embeddings.weight),
+                        (ours.model.vocab_head.decoder.weight, theirs.model.mlm_score.decoder.weight)):
+        torch.testing.assert_close(mine.grad, yours.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_vilt_stops_where_the_two_models_differ(monkeypatch):
+    """A comparison of two different computations would be worth nothing."""
+    transformers = pytest.importorskip("transformers")
+    opened = transformers.ViltForMaskedLM.from_pretrained
+
+    def disturbed(folder):
+        model = opened(folder)
+        torch.nn.init.normal_(model.mlm_score.decoder.weight)
+        return model
+
+    monkeypatch.setattr(transformers.ViltForMaskedLM, "from_pretrained", disturbed)
+    with pytest.raises(SystemExit, match="bench.py: ours and transformers' do not compute the same"):
+        bench.main("vilt --preset vilt-toy --device cpu --rounds 1".split())
+
+
+def test_vilt_prints_both_and_the_share_of_the_optimal_transport(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(bench.vilt.PRESETS, "vilt-toy", flm.replace(bench.vilt.PRESETS["vilt-toy"], max_patches=10))
+    results = run("vilt --preset vilt-toy --device cpu --rounds 1 --batch-size 2".split(), tmp_path)
+    limit = ", at most 10 patches"
+    assert [(r["precision"], r["variant"]) for r in results["steps"]] == [
+        (p, name) for p in ("fp32", "bf16")
+        for name in ("ours", "transformers", bench.ALL_LOSSES, "ours" + limit, "transformers" + limit)]
+    assert all(r["step s"] > r["fwd+bwd s"] > 0 for r in results["steps"])
+    assert [r["speed-up step"] for r in results["steps"][1:5:3]] == [1, 1] and results["steps"][2]["speed-up step"] == ""
+    for table in results["parts"]:
+        seconds = {row["part"]: row["both s"] for row in table["rows"]}
+        assert all(seconds.values()) and sum(row["share %"] for row in table["rows"]) == pytest.approx(100)
+        assert ("optimal transport" in seconds) == (table["variant"] == bench.ALL_LOSSES)
+    assert "the loss of masked words in float32" in capsys.readouterr().out
+
+
+def test_vilt_without_transformers_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(bench.sys.modules, "transformers", None)
+    with pytest.raises(SystemExit, match="bench.py: vilt measures ours beside the package transformers, .* not installed"):
+        bench.main("vilt --preset vilt-toy --device cpu".split())
 
 
 def test_what_is_wrong_is_one_sentence(tmp_path):

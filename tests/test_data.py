@@ -12,7 +12,7 @@ from conftest import WORDS, picture, write_captions
 from PIL import Image
 
 import data
-from data import CAPTIONS, CaptionDataset, Captions, GlobalBatches, Writer, evaluation_batches, mask_words, pad_batch
+from data import CAPTIONS, CaptionDataset, Captions, GlobalBatches, Writer, evaluation_batches, mask_words, pad_texts
 from tokenizer import BPE
 
 
@@ -168,10 +168,10 @@ def test_long_captions_are_cut_and_counted(tmp_path, tok):
 
 
 def test_batches_are_padded_to_a_multiple():
-    samples = [{"ids": [0, 5, 2], "image": torch.zeros(3, 4, 4)}, {"ids": [0] + [6] * 8 + [2], "image": torch.ones(3, 4, 4)}]
-    assert pad_batch(samples, 1)["ids"].shape == (2, 16) and pad_batch(samples, 1, multiple=1)["ids"].shape == (2, 10)
-    assert pad_batch(samples, 1, limit=13)["ids"].shape == (2, 13)
-    assert pad_batch(samples, 1, multiple=4)["ids"].tolist()[0] == [0, 5, 2] + [1] * 9
+    texts = [[0, 5, 2], [0] + [6] * 8 + [2]]
+    assert pad_texts(texts, 1, 8).shape == (2, 16) and pad_texts(texts, 1).shape == (2, 10)
+    assert pad_texts(texts, 1, 8, limit=13).shape == (2, 13)
+    assert pad_texts(texts, 1, 4).tolist()[0] == [0, 5, 2] + [1] * 9
 
 
 # -- masking -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from test_flm import caption, tiny
 
 import eval as evaluation
 import flm
+import probe
 import weights
 from data import Captions
 from tokenizer import BPE
@@ -20,13 +21,13 @@ from tokenizer import BPE
 def test_no_guess_knows_the_word_it_guesses(objective):
     model, n = tiny(objective=objective), 9
     visual, ids = model.encode_image(torch.randn(1, 3, 24, 24)), caption(n, 12)
-    base = evaluation.reconstruct(model, visual, ids)
+    base = probe.reconstruct(model, visual, ids)
     first = 2 if objective in ("ar", "prefix") else 1
     for i in range(first, n - 1):
         for word in (50, 60, 70):
             changed = ids.clone()
             changed[0, i] = word
-            assert evaluation.reconstruct(model, visual, changed)[0, i] == base[0, i]
+            assert probe.reconstruct(model, visual, changed)[0, i] == base[0, i]
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def test_guesses_come_from_both_sides_where_the_objective_allows():
     for objective, both in (("flm", True), ("mlm", True), ("ar", False)):
         model, ids = tiny(objective=objective), caption(9, 9)
         visual = model.encode_image(torch.randn(1, 3, 24, 24))
-        guesses = {tuple(evaluation.reconstruct(model, visual, torch.cat([ids[:, :7], torch.tensor([[w, 2]])], 1))[0, 2:6].tolist())
+        guesses = {tuple(probe.reconstruct(model, visual, torch.cat([ids[:, :7], torch.tensor([[w, 2]])], 1))[0, 2:6].tolist())
                    for w in range(10, 90)}
         assert (len(guesses) > 1) == both
 
@@ -57,11 +58,11 @@ def test_every_word_of_a_group_is_asked_and_wrong_answers_do_not_count(run, monk
     table = Captions([run / "mine_caption_test.arrow"])
     model, groups = weights.load(run / "last.pt"), json.loads((run / "groups.json").read_text())
     expected = {name: sum(text.split().count(w) for text in table.texts() for w in words) for name, words in groups.items()}
-    monkeypatch.setattr(evaluation, "reconstruct", lambda model, visual, ids: ids)
+    monkeypatch.setattr(probe, "reconstruct", lambda model, visual, ids: ids)
     result = evaluation.word_table(model, table, groups, torch.device("cpu"), batch=7)
     assert result["words"] == expected
     assert all(share == 1.0 for row in result["accuracy"].values() for share in row.values())
-    monkeypatch.setattr(evaluation, "reconstruct", lambda model, visual, ids: torch.where(ids == ids.roll(1, 1), ids, 5))
+    monkeypatch.setattr(probe, "reconstruct", lambda model, visual, ids: torch.where(ids == ids.roll(1, 1), ids, 5))
     wrong = evaluation.word_table(model, table, groups, torch.device("cpu"))
     assert all(share == 0.0 for row in wrong["accuracy"].values() for share in row.values())
 
@@ -69,8 +70,8 @@ def test_every_word_of_a_group_is_asked_and_wrong_answers_do_not_count(run, monk
 def test_each_column_of_the_table_sees_its_own_image(run, monkeypatch):
     table, seen = Captions([run / "mine_caption_test.arrow"]), []
     model = weights.load(run / "last.pt")
-    monkeypatch.setattr(model, "encode_image", lambda images: seen.append(images) or images)
-    monkeypatch.setattr(evaluation, "reconstruct", lambda model, visual, ids: ids)
+    monkeypatch.setattr(model, "encode_image", lambda images, which=0: seen.append(images) or images)
+    monkeypatch.setattr(probe, "reconstruct", lambda model, visual, ids: ids)
     evaluation.word_table(model, table, {"a": ["red"]}, torch.device("cpu"), batch=50)
     right, other, none = seen
     assert right.shape == other.shape and not none.any()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import flm
+import names
 import weights
 
 TOL = 1e-5      # rounding is 3e-6, every known mistake at least 1e-5 (a wrong eps) and mostly 3e-2
@@ -94,10 +95,16 @@ def test_no_span_corruption_hides_the_word_alone():
 
 # -- against the original's recorded numbers ---------------------------------------------------------------------------
 
+def ours(recorded):
+    """The original's state dict under our names; what has no place in the models here is left out."""
+    found = {names.rename(key, names.FLM_NAMES): tensor for key, tensor in recorded.items()}
+    return names.merge_projections({name: tensor for name, tensor in found.items() if name})
+
+
 @pytest.fixture(scope="module")
 def original():
     recorded = torch.load(FIXTURE, weights_only=True)
-    state, _ = weights.from_released_flm(recorded["state_dict"])
+    state = ours(recorded["state_dict"])
     state = {k: v for k, v in state.items() if not k.startswith("vit.blocks.2.")}       # stored, never run
     model = flm.FLM(TINY)
     weights.load_exactly(model, state, "the fixture")
@@ -182,7 +189,7 @@ def total(model, results, batch):
 
 def original_training_model(recorded):
     model = OriginalQueries(replace(TINY, pooler=False))
-    state, _ = weights.from_released_flm(recorded["state_dict"])
+    state = ours(recorded["state_dict"])
     weights.load_exactly(model, {k: v for k, v in state.items() if not k.startswith(("vit.blocks.2.", "pooler."))}, "fixture")
     model.queries = recorded["inputs"]["text_all_masks_ids"]
     return model
@@ -226,7 +233,7 @@ def test_losses_without_the_leaks_equal_those_of_the_recorded_logits(original):
 
 def ours_for(name, state):
     """One of the original's tensor names -> the same part of our state dict."""
-    new = weights.rename(name, weights.FLM_NAMES)
+    new = names.rename(name, names.FLM_NAMES)
     for part, rows in ((".key.", slice(0, 1)), (".value.", slice(1, 2))):
         if part in new:
             kv = state[new.replace(part, ".kv.")]
@@ -251,11 +258,10 @@ def test_gradients_equal_the_original(original):
 
 def test_optimizer_steps_equal_the_original(original):
     import train
-    from tasks import PretrainFLM
     recorded = original[1]
     model, batch, t = original_training_model(recorded), batch_of(recorded, leaks=True), recorded["train"]
     settings = train.Settings(lr=1e-3, steps=t["optim"]["max_steps"], warmup=2 / t["optim"]["max_steps"])
-    groups = train.parameter_groups(model, PretrainFLM, settings)
+    groups = train.parameter_groups(model, settings)
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-8)
     losses, first_grads = [], None
     for step in range(3):
@@ -282,7 +288,7 @@ def test_optimizer_steps_equal_the_original(original):
 @torch.no_grad()
 def test_single_stream_objectives_equal_the_original(objective):
     recorded = torch.load(FIXTURE3, weights_only=True)["tasks"][objective]
-    state, _ = weights.from_released_flm(recorded["state_dict"])
+    state = ours(recorded["state_dict"])
     model = flm.FLM(replace(TINY, objective=objective, pooler=False))
     weights.load_exactly(model, {k: v for k, v in state.items() if k != "stream_type" and not k.startswith("vit.blocks.2.")},
                          "fixture")
@@ -413,8 +419,8 @@ def test_fewer_reconstructor_layers_stand_beside_the_last_ones():
 # -- against transformers ----------------------------------------------------------------------------------------------
 
 def bert_state(prefix, theirs, rules):
-    names = {rf"{prefix}(\d+)\.": (r"\1.", rules)}
-    return weights.merge_projections({weights.rename(k, names): v for k, v in theirs.items() if weights.rename(k, names)})
+    table = {rf"{prefix}(\d+)\.": (r"\1.", rules)}
+    return names.merge_projections({names.rename(k, table): v for k, v in theirs.items() if names.rename(k, table)})
 
 
 @pytest.mark.parametrize("width, heads, layers, length", [(32, 4, 2, 11), (24, 3, 1, 7), (40, 5, 3, 17)])
@@ -431,10 +437,10 @@ def test_text_layers_equal_transformers_roberta(width, heads, layers, length):
     real = ids != 1
     state = theirs.state_dict()
     embed = flm.TextEmbedding(97, width, 40, 0.0).eval()
-    embed.load_state_dict({weights.rename(k, {r"embeddings\.": ("", weights._EMBEDDINGS)}): v for k, v in state.items()
+    embed.load_state_dict({names.rename(k, {r"embeddings\.": ("", names.EMBEDDINGS)}): v for k, v in state.items()
                            if k.startswith("embeddings.") and not k.endswith("_ids")})
     stack = torch.nn.ModuleList(flm.Layer(width, heads, 0.0, 1e-5, self_attention=True) for _ in range(layers)).eval()
-    stack.load_state_dict(bert_state(r"encoder\.layer\.", state, weights._BERT_LAYER))
+    stack.load_state_dict(bert_state(r"encoder\.layer\.", state, names.BERT_LAYER))
     x = embed(ids, flm.roberta_positions(real))
     for layer in stack:
         x = layer(x, flm.bidirectional_mask(real))

@@ -328,7 +328,7 @@ def test_numbers_of_pictures_questions_and_pairs_are_unique_over_all_splits(fold
     images, questions = [row["image_id"] for row in vqa], [i for row in vqa for i in row["question_id"]]
     stated = [i for path in folder.glob("toy_nlvr2_*.arrow") for i in table(path)["identifier"].to_pylist()]
     assert all(len(ids) == len(set(ids)) > 100 for ids in (questions, images, stated))
-    assert "toy-train-17-0-1" in stated and "toy-dev-0-0-1" in stated
+    assert "toy_train-17-0-1" in stated and "toy_dev-0-0-1" in stated
 
 
 def test_scenes_on_disk_are_those_of_the_captions(folder):

@@ -248,8 +248,8 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(world, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda p: p.write_bytes(b"hello"), "not a checkpoint that opens safely"),
-    (lambda p: p.write_bytes(b""), "not a checkpoint that opens safely"),
+    (lambda p: p.write_bytes(b"hello"), "neither a torch nor a safetensors file"),
+    (lambda p: p.write_bytes(b""), "an empty file"),
     (lambda p: torch.save({"a": 1}, p), "not a checkpoint of this project"), (lambda p: None, "no such checkpoint")])
 def test_files_that_are_no_checkpoint_are_refused_in_a_sentence(tmp_path, make, message):
     make(tmp_path / "x.pt")
@@ -260,7 +260,7 @@ def test_files_that_are_no_checkpoint_are_refused_in_a_sentence(tmp_path, make, 
 def test_parameter_groups_follow_the_rule():
     model = flm.FLM(replace(flm.PRESETS["toy"], itm=True))
     settings = train.Settings(head_lr=7.0, fusion_lr=5.0, weight_decay=0.1)
-    group_of = {id(p): g for g in train.parameter_groups(model, tasks.PretrainFLM, settings) for p in g["params"]}
+    group_of = {id(p): g for g in train.parameter_groups(model, settings) for p in g["params"]}
     rule = {"vit.patch.weight": (1, 0.1), "vit.position": (1, 0), "vit.cls": (1, 0), "vit.norm_pre.weight": (1, 0),
             "embed.word.weight": (1, 0.1), "embed.norm.bias": (1, 0), "text_layers.0.mlp.0.bias": (1, 0), "token_type": (1, 0.1),
             "fusion_layers.1.cross_attention.kv.weight": (5, 0.1), "fusion_layers.1.cross_norm.weight": (5, 0),
@@ -286,9 +286,10 @@ def test_launchers_of_all_kinds_are_understood():
 
 
 def test_published_recipes_parse_and_resolve():
-    for name in tasks.RECIPES:
-        settings, flags = train.parse(["--recipe", name, "--data", "d", "--out", "o"])
-        flm.Config(**flags) if not flags else replace(flm.PRESETS[settings.model], **flags)
+    for task, recipes in tasks.RECIPES.items():
+        for name in recipes:
+            settings, flags = train.parse(["--task", task, "--recipe", name, "--data", "d", "--out", "o"])
+            replace(tasks.MODELS[settings.model], **flags)
     settings, flags = train.parse(["--recipe", "flm-b32", "--data", "d", "--out", "o", "--steps", "5"])
     assert (settings.steps, settings.global_batch, settings.lr, settings.warmup) == (5, 4096, 8e-5, 0.05)
     assert flags == {"image_size": 288}

@@ -1,0 +1,108 @@
+"""Answers about single pictures: `eval.py ask`, `describe`, `compare`, `search` and `fill`."""
+
+from pathlib import Path
+
+import torch
+
+import generate
+from data import decode
+from flm import see
+from probe import picture_batch
+from retrieval import fit
+from tasks import BOS, EOS, shape_of
+
+
+def open_picture(path, config):
+    """A picture file as the model sees it, uint8 (3, H, W); one sentence for what is no picture."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such picture")
+    try:
+        return decode(path.read_bytes(), shape_of(config))
+    except Exception as error:              # Pillow's readers raise what the broken bytes lead to
+        raise ValueError(f"{path}: not a picture that can be read ({error or type(error).__name__})") from None
+
+
+def look_at(model, paths):
+    """Pictures, encoded."""
+    device = next(model.parameters()).device
+    return see(model, picture_batch(model.config, [open_picture(path, model.config) for path in paths], device))
+
+
+def token_ids(model, text):
+    """One text with `<s>` and `</s>`, (1, L); one that is too long is refused."""
+    tok = model.tokenizer
+    ids = [tok.cls_id, *tok.encode(text), tok.sep_id]
+    if len(ids) > model.config.max_tokens:
+        raise ValueError(f"a text of {len(ids)} tokens; this model reads at most {model.config.max_tokens}: {text!r:.60}")
+    return torch.tensor([ids], device=next(model.parameters()).device)
+
+
+@torch.inference_mode()
+def ask(model, path, question, k=5):
+    """The k likeliest answers to a question -> [(answer, share)], shares by the sigmoid that the model was trained with."""
+    text = model.encode_text(token_ids(model, question), class_only=True)
+    shares = model.head(model.fuse(look_at(model, [path]), text).pooled)[0].sigmoid()
+    best = shares.topk(min(k, len(shares)))
+    return [(model.answer_list[i], share) for share, i in zip(best.values.tolist(), best.indices.tolist())]
+
+
+def write_captions(model, visual, max_tokens=30, seeds=None, **how):
+    """Captions of pictures already encoded -> list of strings.   how: see generate.generate"""
+    tok = model.tokenizer
+    if not {BOS, EOS} <= tok.ids.keys():
+        raise ValueError(f"a model without {BOS} and {EOS} in its vocabulary: train.py --task caption makes one that writes")
+    ids, _ = generate.generate(model, visual, [tok.ids[BOS]], [tok.ids[EOS], tok.sep_id],
+                               min(max_tokens, model.config.max_tokens - 2), seeds=seeds, **how)
+    return [tok.decode(caption, skip_special=True).strip() for caption in ids]
+
+
+@torch.inference_mode()
+def compare(model, left, right, sentence):
+    """Is the sentence true of the two pictures? -> its probability"""
+    text = model.encode_text(token_ids(model, sentence), class_only=True)
+    device = next(model.parameters()).device
+    pooled = []
+    for which, path in enumerate((left, right)):
+        batch = picture_batch(model.config, [open_picture(path, model.config)], device)
+        suffix = "_1" if which else ""
+        pooled.append(model.fuse(see(model, {name + suffix: value for name, value in batch.items()}, which), text).pooled)
+    return model.head(torch.cat(pooled, dim=-1)).softmax(-1)[0, 1].item()
+
+
+@torch.inference_mode()
+def search(model, text, paths):
+    """Pictures in the order in which they fit a text -> [(path, score)]; one is encoded at a time."""
+    encoded = model.encode_text(token_ids(model, text), class_only=True)
+    return sorted(((str(path), fit(model, look_at(model, [path]), encoded).item()) for path in paths), key=lambda p: -p[1])
+
+
+@torch.inference_mode()
+def fill(model, path, text, rounds=3):
+    """Fills every `<mask>` of a text -> (the whole text, [(word, probability)]).
+
+    FLM predicts all blanks at once, each from the words on both of its sides; where there are several, it then reads the
+    text with its own guesses in it and predicts each once more, `rounds` times in all or until nothing changes. Models of
+    objective mlm (ViLT too) see the masks themselves. ValueError for models that read from one side only.
+    """
+    tok, c, mask = model.tokenizer, model.config, model.tokenizer.tokens[model.tokenizer.mask_id]
+    if c.objective not in ("flm", "mlm") or c.head != "vocab":
+        raise ValueError(f"blanks are filled by a pretrained model of objective flm or mlm; this is {c.objective} with head {c.head}")
+    text = text.replace("<mask>", mask).replace("[MASK]", mask)
+    ids = [tok.cls_id, *tok.encode(text, specials=True), tok.sep_id]
+    blanks = [i for i, token in enumerate(ids) if token == tok.mask_id]
+    if not blanks:
+        raise ValueError(f"there is no {mask} in {text!r}")
+    visual = look_at(model, [path])
+    for _ in range(rounds if c.objective == "flm" and len(blanks) > 1 else 1):
+        before = list(ids)
+        read = torch.tensor([ids], device=next(model.parameters()).device)
+        shares = model.vocab_logits(model.fuse(visual, model.encode_text(read)).reconstructed[0, blanks]).softmax(-1)
+        shares[:, [tok.cls_id, tok.pad_id, tok.sep_id, tok.unk_id, tok.mask_id]] = 0
+        best = shares.max(-1)
+        for i, token in zip(blanks, best.indices.tolist()):
+            ids[i] = token
+        if ids == before:
+            break
+    words = [tok.decode([ids[i]]).strip() for i in blanks]
+    return tok.decode(ids[1:-1]), list(zip(words, best.values.tolist()))
