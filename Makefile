@@ -7,12 +7,33 @@ RUN    ?= runs/toy
 RECIPE ?= toy
 FLAGS  ?=
 # more flags for train.py, for example: make RUN=runs/long FLAGS='--steps 7200'
+LOAD   ?=
+# what the tasks are fine-tuned from; by default RUN, which is pretrained if it is not there yet
+TUNED  ?= $(RUN)-
+# where: TUNED followed by the task's name
 
 .DEFAULT_GOAL := all
-.PHONY: all vilt help test quick pictures masks bench clean
+TASKS  := vqa nlvr2 caption retrieval
+TOY    := $(filter toy vilt-toy,$(RECIPE))
+SPLITS ?= $(if $(TOY),holdout test,$(if $(filter vqa nlvr2,$@),val,test))
+# of the data, that a tuned model is scored on
+
+.PHONY: all $(TASKS) vilt help test quick pictures masks bench clean
 
 all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (about eight minutes)
 	@echo "pictures: docs/masks.png, $(RUN)/curves.png, $(RUN)/words.png"
+
+vqa:        ## fine-tune for visual question answering, score, show examples (five minutes each on the toy world)
+nlvr2:      ## the same for statements about two pictures
+caption:    ## the same for captioning
+retrieval:  ## the same for finding images by text and texts by image
+
+# Of the toy world's 1,000 scenes one caption each; black pictures tell what can be guessed from the text alone.
+$(TASKS): | $(if $(LOAD),$(VENV)/.installed,$(RUN)/.trained)
+	$(PY) train.py --task $@ --recipe $(RECIPE) --load $(or $(LOAD),$(RUN)/last.pt) --data $(DATA) --out $(TUNED)$@ --resume $(FLAGS)
+	for split in $(SPLITS); do $(PY) eval.py $@ $(TUNED)$@/last.pt --data $(DATA) --split $$split \
+	    $(if $(TOY),$(if $(filter retrieval,$@),--captions 1,--blank)) || exit 1; done
+	$(PY) plot.py sheet $(TUNED)$@/$@/examples.json --out $(TUNED)$@/examples.png
 
 vilt:  ## the same with ViLT, and which patches each word was carried to (in runs/vilt)
 	$(MAKE) RUN=runs/vilt RECIPE=vilt-toy runs/vilt/align.png
@@ -24,7 +45,7 @@ $(RUN)/align.png: $(RUN)/words.json
 	$(PY) plot.py align $(RUN)/align.json --out $@
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' | expand -t 12
 
 # The marker is written last: an interrupted installation is done again.
 $(VENV)/.installed: pyproject.toml

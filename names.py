@@ -1,9 +1,9 @@
-"""Other people's names for the same tensors: released FLM and ViLT files, CLIP, RoBERTa and BERT, ViT, transformers' ViLT.
+"""Other people's names for the same tensors: released FLM and ViLT, CLIP, RoBERTa and BERT, ViT, transformers' ViLT.
 
     found, called = translate(state, FLM, Report(), "pretrain_4m.ckpt")     # ours -> tensor, ours -> the file's name
 
-What others store otherwise than we do: query, key and value of one attention stand in three tensors (or in one) there and
-in two here, `q` and `kv`; one tensor may stand under several names there. `Report` says what became of each.
+What others store otherwise than we do: query, key and value of one attention stand in three tensors (or in one) there
+and in two here, `q` and `kv`; one tensor may stand under several names there. `Report` says what became of each.
 """
 
 import re
@@ -193,7 +193,7 @@ BERT_NAMES = {
 
 class Family(NamedTuple):
     about: str              # whose it is
-    sign: str               # the beginning of a name that tells it, a regular expression; the first family that fits counts
+    sign: str               # the beginning of a name that tells it, a regular expression; the first that fits counts
     names: dict
     aliases: dict = {}      # beginning of a name -> where the same tensors stand
     unused: dict = {}       # regular expression -> why no model has a place for it
@@ -203,12 +203,12 @@ CONSTANT = {r".*\.(position_ids|token_type_ids)$": "a constant"}
 
 FLM = Family(
     "FLM", r"cross_modal_text_layers\.", FLM_NAMES,
-    {"text_transformer2.": "text_transformer.", "cross_modal_text_layers_r.": "cross_modal_text_layers.",
-     "cross_modal_layers.": "cross_modal_text_layers.", "cross_modal_text_transform_r.": "cross_modal_text_transform.",
-     "cross_modal_text_transform_f.": "cross_modal_text_transform.", "fusion_token_embedding.": "text_transformer.embeddings.",
+    {"text_transformer2.": "text_transformer.", "fusion_token_embedding.": "text_transformer.embeddings.",
+     "cross_modal_text_layers_r.": "cross_modal_text_layers.", "cross_modal_layers.": "cross_modal_text_layers.",
+     "cross_modal_text_transform_r.": "cross_modal_text_transform.",
+     "cross_modal_text_transform_f.": "cross_modal_text_transform.",
      "lm_score_r.": "lm_score.", "lm_score_f.": "lm_score."},
     CONSTANT | {
-        r"fusion_token_embedding\.position_ids": "a constant",
         r"vit_model\.(?!visual\.)|vit_model\.visual\.proj$": "of CLIP's text side or its projection, never used",
         r"text_transformer\.pooler\.": "RoBERTa's own pooler, never used",
         r"cross_modal_image_pooler\.": "never used", r"lm_type_embeddings\.": "never used",
@@ -227,7 +227,8 @@ CLIP_TRANSFORMERS = Family(
     unused=CONSTANT | {r"visual_projection\.": "CLIP's projection, which comes after what is used",
                        r"text_model\.|text_projection\.|logit_scale$|logit_bias$": "CLIP's text side"})
 VIT = Family(
-    "ViT, as transformers writes it", r"(?:vit\.)?embeddings\.patch_embeddings\.", after("vit.", pairs(TRANSFORMERS_VIT)),
+    "ViT, as transformers writes it", r"(?:vit\.)?embeddings\.patch_embeddings\.",
+    after("vit.", pairs(TRANSFORMERS_VIT)),
     unused={r"(vit\.)?pooler\.|classifier\.": "ViT's head", r"embeddings\.mask_token$": "ViT's mask token"})
 TIMM = Family("ViT, as timm writes it", r"patch_embed\.proj\.", TIMM_NAMES,
               unused={r"head\.|head_drop|fc_norm\.|pre_logits\.": "ViT's head"})
@@ -263,7 +264,8 @@ def rename(key, names):
 
 def unwrapped(state, path):
     """The same tensors without what wrappers put before or into their names: `module.`, `model.`, `_orig_mod.`"""
-    result = {re.sub(r"^(?:module\.|model\.)+", "", key.replace("_orig_mod.", "")): tensor for key, tensor in state.items()}
+    result = {re.sub(r"^(?:module\.|model\.)+", "", key.replace("_orig_mod.", "")): tensor
+              for key, tensor in state.items()}
     if len(result) < len(state):
         raise ValueError(f"{path}: holds tensors whose names differ only in module., model. or _orig_mod.")
     return result
@@ -308,8 +310,9 @@ def translate(state, family, report, path, unused={}):
             if part in name and name.replace(part, other) not in found:
                 raise ValueError(f"{path}: has {called[name][0]} but not the {other.strip('.')} that belongs to it")
     ours = merge_projections(found)
-    sources = lambda name: [name, *(name.replace(".kv.", part) for part in (".key.", ".value.", ".qkv.")), name.replace(".q.", ".qkv.")]
-    return ours, {name: sum((called.get(source, []) for source in dict.fromkeys(sources(name))), []) for name in ours}
+    made_of = lambda name: [name, *(name.replace(whole, part) for whole, part in (
+        (".kv.", ".key."), (".kv.", ".value."), (".kv.", ".qkv."), (".q.", ".qkv.")) if whole in name)]
+    return ours, {name: [key for part in made_of(name) for key in called.get(part, [])] for name in ours}
 
 
 def same(a, b):

@@ -1,14 +1,16 @@
-"""Pictures: what each objective hides and predicts, how runs learn, which words a model read from its images.
+"""Pictures: what each objective hides and predicts, how runs learn, what a model reads from images and answers.
 
     python plot.py masks --out docs/masks.png                                      # the README's first picture
     python plot.py curves runs/toy runs/mlm --x seconds --out docs/curves.png      # from each run's metrics.jsonl
     python plot.py words runs/toy/words.json --out docs/words.png                  # the table of `eval.py words`
     python plot.py align runs/vilt/align.json --out docs/align.png                 # that of `eval.py align`
+    python plot.py sheet runs/vqa/vqa/examples.json --out docs/vqa.png             # the examples of eval.py's tasks
 
 Letters: n tokens of a caption (`<s>` and `</s>` included).
 """
 
 import argparse
+import functools
 import io
 import itertools
 import json
@@ -26,6 +28,8 @@ import flm
 
 matplotlib.use("Agg")                                       # files only, so no display is needed
 import matplotlib.pyplot as plt                             # noqa: E402
+from matplotlib.backends.backend_agg import RendererAgg     # noqa: E402
+from matplotlib.font_manager import FontProperties          # noqa: E402
 from matplotlib.lines import Line2D                         # noqa: E402
 from matplotlib.patches import Rectangle                    # noqa: E402
 
@@ -36,7 +40,7 @@ CLASS, HATCH = "#CFCFCF", "//////"                          # the class row read
 STYLE = {"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY, "xtick.color": INK,
          "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
          "text.parse_math": False}                          # a caption may hold dollar signs
-WIDTH = 10                                                  # inches of every picture; 150 dots each
+WIDTH, DPI = 10, 150                                        # inches of every picture, and dots of each
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,6 +255,87 @@ def draw_curve(axis, x, rows, key, color, scale=1):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What the pictures of examples share: a page in inches from the top left, where text and pictures are stacked.
+
+def read_results(path, command, complete):
+    """The JSON that an eval.py command wrote. complete: what stands in it -> whether that is all of it."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such file; {command} writes it")
+    try:
+        found = json.loads(Path(path).read_text())
+        if complete(found):
+            return found
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        pass
+    raise ValueError(f"{path}: not what {command} writes")
+
+
+def spread(items, count):
+    """At most so many of a list, evenly spread, the first and the last included."""
+    if not items:
+        return []
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))]
+
+
+def open_page(height):
+    """-> (figure, axes whose units are inches, (0, 0) at the top left)"""
+    figure = plt.figure(figsize=(WIDTH, height))
+    page = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))
+    page.axis("off")
+    return figure, page
+
+
+def inside(width, height):
+    """A shape for data.decode: the whole picture, as large as it fits in so many inches."""
+    def shape(w, h):
+        scale = DPI * min(width / w, height / h)
+        size = max(1, round(scale * w)), max(1, round(scale * h))
+        return size, size
+    return shape
+
+
+def read_picture(file, row, shape, column="image"):
+    """One row's picture in a shape, uint8 (H, W, 3). One that cannot be decoded is black, as eval.py shows it too."""
+    table = data.Table([file], [column])
+    if not 0 <= row < len(table):
+        raise ValueError(f"{file}: has {len(table)} rows, no row {row}")
+    try:
+        return data.decode(table.cell(column, row).as_buffer(), shape).permute(1, 2, 0).numpy()
+    except Exception as error:                              # Pillow's readers raise what the broken bytes lead to
+        print(f"{file} row {row}: {error or type(error).__name__}; shown as black")
+        width, height = shape(4, 3)[1]
+        return np.zeros((height, width, 3), np.uint8)
+
+
+def show(page, picture, x, y):
+    """Puts uint8 (H, W, 3) on a page, a dot a pixel, its top left corner at (x, y)."""
+    h, w = picture.shape[:2]
+    x, y = round(x * DPI) / DPI, round(y * DPI) / DPI
+    page.imshow(picture, extent=(x, x + w / DPI, y + h / DPI, y), aspect="auto")
+
+
+@functools.cache
+def text_width(text, size, weight="normal"):
+    """Inches of a line of text."""
+    return RendererAgg(1, 1, DPI).get_text_width_height_descent(text, FontProperties(size=size, weight=weight), False)[0] / DPI
+
+
+def wrap(text, width, size, weight="normal"):
+    """Text -> lines of at most `width` inches, broken between words; a word that is too long, anywhere."""
+    lines = []
+    for word in text.split():
+        if lines and text_width(f"{lines[-1]} {word}", size, weight) <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and text_width(lines[-1] + letter, size, weight) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # words: what `eval.py words` found, with some of its captions.
 
 IMAGE_COLORS = {"right image": BLUE, "another image": ORANGE, "no image": "#A0A0A0"}
@@ -258,40 +343,30 @@ LETTER, LINE = 0.602 * 8.5 / 72, 0.19                       # inches: DejaVu San
 
 
 def plot_words(args):
-    if not Path(args.words).is_file():
-        raise FileNotFoundError(f"{args.words}: there is no such file; `eval.py words` writes it")
-    try:
-        results = json.loads(Path(args.words).read_text())
-        splits = [(name, result["accuracy"], result["words"], result["examples"]) for name, result in results.items()]
-        complete = (all(set(IMAGE_COLORS) <= set(row) for _, rows, _, _ in splits for row in rows.values())
-                    and all({"file", "row", "other_row", "tokens", "guesses"} <= set(e)
-                            for *_, examples in splits for e in examples))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        complete = False
-    if not complete or not splits:
-        raise ValueError(f"{args.words}: not a table that `eval.py words` wrote")
-    # All in inches from the top left, so that text, whose size is in points, can be wrapped and stacked.
-    column = WIDTH / len(splits)
-    shown = [[examples[i] for i in np.unique(np.linspace(0, len(examples) - 1, args.examples).round().astype(int))]
-             if examples else [] for *_, examples in splits]
+    def complete(results):
+        return results and all(
+            all(set(IMAGE_COLORS) <= set(row) for row in result["accuracy"].values()) and set(result["accuracy"]) <= set(result["words"])
+            and all({"file", "row", "other_file", "other_row", "tokens", "guesses"} <= set(e) for e in result["examples"])
+            for result in results.values())
+
+    results = read_results(args.words, "`eval.py words`", complete)
+    column = WIDTH / len(results)
+    shown = [spread(result["examples"], args.examples) for result in results.values()]
     blocks = [[draw_example(None, e, 0, 0, column - 0.4) for e in some] for some in shown]          # their heights
     top = 3.7
     height = top + max(sum(heights) for heights in blocks)
-    figure = plt.figure(figsize=(WIDTH, height))
-    page = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))
-    page.axis("off")
+    figure, page = open_page(height)
     page.text(0.2, top - 0.3, "What the model took each word for.", color=GREY, va="center")
     page.text(2.75, top - 0.3, "Wrong guesses look like this.", color=VERMILLION, weight="bold", va="center")
-    for k, (split, accuracy, asked, _) in enumerate(splits):
+    for k, (split, result) in enumerate(results.items()):
         axis = figure.add_axes(((k * column + 0.6) / WIDTH, 1 - 2.75 / height, (column - 0.9) / WIDTH, 1.95 / height))
-        draw_bars(axis, split, accuracy, asked)
+        draw_bars(axis, split, result["accuracy"], result["words"])
         y = top
         for example, block in zip(shown[k], blocks[k]):
             draw_example(page, example, k * column + 0.2, y, column - 0.4)
             y += block
     figure.legend(handles=[Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in IMAGE_COLORS.items()],
                   loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1 - 0.02 / height))
-    page.set(xlim=(0, WIDTH), ylim=(height, 0))             # pictures move the limits
     save(figure, args.out)
 
 
@@ -314,23 +389,15 @@ def draw_example(page, example, x, y, width):
     side = 0.72
     tokens, top = example["tokens"], y
     y += LINE * write(page, tokens, [False] * len(tokens), x, y, width) + 0.09
-    for name, row in (("right image", example["row"]), ("another image", example["other_row"])):
+    for name, which in (("right image", ""), ("another image", "other_")):
         guesses = example["guesses"][name]
         wrong = [guess != token for guess, token in zip(guesses, tokens)]
         if page is not None:
-            page.imshow(read_picture(example["file"], row), extent=(x, x + side, y + side, y), aspect="auto")
+            show(page, read_picture(example[which + "file"], example[which + "row"], data.Square(round(side * DPI))), x, y)
             page.text(x + side + 0.15, y + 0.01, name, size=8.5, color=GREY, va="top")
         lines = write(page, guesses, wrong, x + side + 0.15, y + 0.2, width - side - 0.15)
         y += max(side, 0.2 + LINE * lines) + 0.1
     return y - top + 0.25
-
-
-def read_picture(file, row, shape=data.Square(112)):
-    """One row's picture, resized and cropped to a shape, uint8 (H, W, 3)."""
-    table = data.Table([file], ["image"])
-    if not 0 <= row < len(table):
-        raise ValueError(f"{file}: has {len(table)} rows, no row {row}")
-    return data.decode(table.cell("image", row).as_buffer(), shape).permute(1, 2, 0).numpy()
 
 
 def write(page, tokens, wrong, x, y, width):
@@ -350,57 +417,162 @@ def write(page, tokens, wrong, x, y, width):
 # ---------------------------------------------------------------------------------------------------------------------
 # align: where ViLT's optimal transport carries the words, as `eval.py align` found it (figure 4 of the ViLT paper).
 
+CELL, MAIN, WORDS_A_LINE = 0.9, 1.55, 8                     # inches of a word's picture and of the caption's
+
+
 def plot_align(args):
-    if not Path(args.align).is_file():
-        raise FileNotFoundError(f"{args.align}: there is no such file; `eval.py align` writes it")
-    try:
-        found = json.loads(Path(args.align).read_text())
-        for a in found:
-            assert np.array(a["plan"]).shape == (len(a["tokens"]), a["grid"][0] * a["grid"][1]) and {"file", "row"} <= set(a)
-    except (ValueError, TypeError, KeyError, AssertionError):
-        found = []
-    if not found:
-        raise ValueError(f"{args.align}: not what `eval.py align` writes")
-    shown = [found[k * len(found) // args.examples] for k in range(min(args.examples, len(found)))]
-    columns = 1 + min(args.words, max(len(a["tokens"]) for a in shown))
-    side = WIDTH / columns
-    rows = [side * a["grid"][0] / a["grid"][1] + 0.3 for a in shown]
-    height = sum(rows) + 0.35
-    figure = plt.figure(figsize=(WIDTH, height))
-    figure.text(0.008, 1 - 0.15 / height, "Where each word's mass is carried: brighter patches receive more of it.",
-                color=GREY, va="center")
-    y = 0.35
-    for a, row_height in zip(shown, rows):
-        h, w = a["grid"]
-        picture = read_picture(a["file"], a["row"], data.Whole(32 * min(h, w), 32))
-        picture = np.asarray(Image.fromarray(picture).resize((32 * w, 32 * h)))
-        for k, (token, plan) in enumerate([("", None), *zip(a["tokens"], a["plan"])][:columns]):
-            axis = figure.add_axes((k * side / WIDTH + 0.002, 1 - (y + row_height - 0.05) / height, side / WIDTH - 0.004,
-                                    (row_height - 0.3) / height))
-            if plan is None:
-                axis.imshow(picture)
-            else:
-                plan = np.array(plan).reshape(h, w)
-                light = np.kron(plan / max(plan.max(), 1e-9), np.ones((32, 32)))[:, :, None]
-                axis.imshow((picture * (0.12 + 0.88 * light)).astype(np.uint8))
-                axis.set_title(token.strip(), size=8.5, pad=2)
-            axis.axis("off")
-        y += row_height
+    def complete(found):
+        return found and all(np.array(a["plan"], float).shape == (len(a["tokens"]), a["grid"][0] * a["grid"][1])
+                             and {"file", "row"} <= set(a) for a in found)
+
+    shown = spread(read_results(args.align, "`eval.py align`", complete), args.examples)
+    blocks = [draw_alignment(None, a, 0, args.words) for a in shown]                                # their heights
+    figure, page = open_page(0.75 + sum(blocks))
+    page.text(0.2, 0.3, "Where each word is carried", size=13, weight="bold", va="center")
+    page.text(0.2, 0.55, "Each small picture is lit by one word: bright where optimal transport carries much of it. Below: the "
+              "share of the brightest patch.", size=9.5, color=GREY, va="center")
+    y = 0.75
+    for a, height in zip(shown, blocks):
+        draw_alignment(page, a, y, args.words)
+        y += height
     save(figure, args.out)
+
+
+def draw_alignment(page, alignment, y, words):
+    """The picture, and beside it once for each word, in the light of the word's shares of the patches.
+
+    Returns its height in inches; without a page (None) it only measures.
+    """
+    h, w = alignment["grid"]
+    main, patch = (max(1, round(DPI * side / max(h, w))) for side in (MAIN, CELL))                  # pixels of a patch
+    left, pitch, line = 0.2 + MAIN + 0.25, CELL + 0.08, h * patch / DPI + 0.5
+    tokens = alignment["tokens"][:words]
+    height = max(0.2 + h * main / DPI, line * -(-len(tokens) // WORDS_A_LINE)) + 0.15
+    if page is None:
+        return height
+
+    def picture(pixels):                                    # whole patches, as the model saw them
+        return read_picture(alignment["file"], alignment["row"], lambda *_: ((w * pixels, h * pixels),) * 2)
+
+    show(page, picture(main), 0.2, y + 0.25)
+    small = picture(patch)
+    for k, (token, shares) in enumerate(zip(tokens, alignment["plan"])):
+        x, top = left + pitch * (k % WORDS_A_LINE), y + 0.25 + line * (k // WORDS_A_LINE)
+        shares = np.array(shares).reshape(h, w)
+        light = 0.15 + 0.85 * shares / max(shares.max(), 1e-9)
+        show(page, (small * np.kron(light, np.ones((patch, patch)))[:, :, None]).astype(np.uint8), x, top)
+        middle, text = x + w * patch / DPI / 2, token.strip() or " "
+        size = min(10, 10 * CELL / text_width(text, 10))
+        page.text(middle, top - 0.06, text, size=size, ha="center", va="baseline")
+        page.text(middle, top + h * patch / DPI + 0.14, f"{100 * shares.max():.0f} %", size=8, color=GREY, ha="center",
+                  va="baseline")
+    return height
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sheet: what a fine-tuned model answered, from the examples.json of eval.py's tasks.
+
+MARGIN, GAP, TALLEST = 0.25, 0.28, 1.9                      # inches: the page's rim, between columns, the highest picture
+
+
+def plot_sheet(args):
+    def complete(found):
+        return isinstance(found["title"], str) and found["examples"] and all(
+            isinstance(e["file"], str) and isinstance(e["row"], int) and e["right"] in (True, False, None)
+            and 1 <= len(e["images"]) <= 2 and all(isinstance(t, str) for t in [*e["images"], e["text"], e["answer"], e["truth"]])
+            for e in found["examples"])
+
+    found = read_results(args.results, "an evaluation of eval.py as examples.json", complete)
+    shown = spread(found["examples"], args.examples)
+    columns = 3 if any(len(e["images"]) > 1 for e in shown) else 4
+    width = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) / columns
+    cards = [(e, [read_picture(e["file"], e["row"], inside(picture_width(e, width), TALLEST), column) for column in e["images"]])
+             for e in shown]
+    rows = [cards[i:i + columns] for i in range(0, len(cards), columns)]
+    tops = [max(len(picture) / DPI for _, pictures in row for picture in pictures) for row in rows]
+    heights = [top + max(draw_answer(None, e, 0, 0, width) for e, _ in row) for row, top in zip(rows, tops)]
+    figure, page = open_page(0.65 + sum(heights))
+    page.text(MARGIN, 0.34, found["title"], size=14, weight="bold", va="center")
+    page.text(WIDTH - MARGIN, 0.34, score_line(shown), size=11, va="center", ha="right")
+    for row, top, y in zip(rows, tops, 0.65 + np.cumsum([0, *heights])):
+        for k, (example, pictures) in enumerate(row):
+            x = MARGIN + k * (width + GAP)
+            for n, picture in enumerate(pictures):
+                box, (h, w) = picture_width(example, width), picture.shape[:2]
+                left = x + n * (width - box)
+                page.add_patch(Rectangle((left, y), box, top, color="#F1F1F1", lw=0, zorder=-1))
+                show(page, picture, left + (box - w / DPI) / 2, y + (top - h / DPI) / 2)
+            draw_answer(page, example, x, y + top, width)
+    save(figure, args.out, colors=None)
+
+
+def picture_width(example, width):
+    """Inches of each of an example's pictures, side by side."""
+    return (width - 0.06 * (len(example["images"]) - 1)) / len(example["images"])
+
+
+def score_line(examples):
+    """Of examples whose answer is known to be right or wrong, how many are right."""
+    known = [e["right"] for e in examples if e["right"] is not None]
+    return f"{sum(known)} of these {len(known)} right ({100 * sum(known) / len(known):.0f} %)" if known else ""
+
+
+def draw_answer(page, example, x, y, width):
+    """The question; below it a mark, the answer, and where that is wrong the truth.
+
+    Returns its height in inches; without a page (None) it only measures.
+    """
+    right, top = example["right"], y
+    color, said = {True: (GREEN, "right"), False: (VERMILLION, "wrong"), None: (INK, "")}[right]
+    indent = 0 if right is None else 0.27
+
+    def put(text, x, size, **style):
+        nonlocal y
+        for line in wrap(text, width - (x - left), size, style.get("weight", "normal")):
+            y += LINE
+            if page is not None:
+                page.text(x, y, line, size=size, **style)
+
+    left = x
+    y += 0.05
+    put(example["text"], x, 10)
+    y += 0.06
+    if page is not None and right is not None:
+        draw_mark(page, right, x + 0.1, y + 0.135, color)
+    put(example["answer"] or said, x + indent, 10.5, weight="bold", color=color)    # a picture may be the answer
+    if right is False and example["truth"]:
+        put(f"truth: {example['truth']}", x + indent, 9.5)
+    return y - top + 0.35
+
+
+def draw_mark(page, right, x, y, color):
+    """A tick in a disc or a cross in a square, 0.2 inches wide: forms that differ, so that it reads without colours."""
+    page.plot(x, y, "o" if right else "s", ms=13.5 if right else 12, color=color, mew=0)
+    strokes = [([-0.045, -0.012, 0.048], [0.004, 0.037, -0.035])] if right else [([-0.04, 0.04], [-0.04, 0.04]), ([-0.04, 0.04], [0.04, -0.04])]
+    for xs, ys in strokes:
+        page.plot(np.add(x, xs), np.add(y, ys), color="white", lw=1.8, solid_capstyle="round", solid_joinstyle="round")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def save(figure, path):
-    """Writes a PNG of 1500 dots' width; 256 colours, which make it half as large and look the same."""
+def save(figure, path, colors=256):
+    """Writes a PNG of 1500 dots' width; 256 colours make it half as large and look the same but in photographs (None)."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150)
+    figure.savefig(buffer, dpi=DPI)
     plt.close(figure)
     # Without k-means colours are shared out by area: a small yellow circle came out in the orange of the bars.
-    picture = Image.open(buffer).convert("RGB").quantize(256, kmeans=2, dither=Image.Dither.NONE)
+    picture = Image.open(buffer).convert("RGB")
+    if colors:
+        picture = picture.quantize(colors, kmeans=2, dither=Image.Dither.NONE)
     picture.save(path, "PNG", optimize=True)
     print(f"wrote {path}")
+
+
+def positive(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
 
 
 def main(argv=None):
@@ -425,11 +597,14 @@ def main(argv=None):
     p.add_argument("--x", default="step", choices=("step", "seconds", "samples"), help="the horizontal axis")
     p = command("words", plot_words, "docs/words.png", "the table of `eval.py words` and some of its captions")
     p.add_argument("words", metavar="WORDS_JSON", help="the words.json of a run")
-    p.add_argument("--examples", type=int, default=3, help="captions of each split")
+    p.add_argument("--examples", type=positive, default=3, help="captions of each split")
     p = command("align", plot_align, "docs/align.png", "the patches that ViLT carries each word to")
     p.add_argument("align", metavar="ALIGN_JSON", help="what `eval.py align` wrote")
-    p.add_argument("--examples", type=int, default=5, help="pictures")
-    p.add_argument("--words", type=int, default=11, help="at most so many words of each caption")
+    p.add_argument("--examples", type=positive, default=5, help="captions")
+    p.add_argument("--words", type=positive, default=2 * WORDS_A_LINE, help="at most so many words of each caption")
+    p = command("sheet", plot_sheet, "docs/sheet.png", "what a fine-tuned model answered, right or wrong")
+    p.add_argument("results", metavar="EXAMPLES_JSON", help="the examples.json of eval.py vqa, nlvr2, caption or retrieval")
+    p.add_argument("--examples", type=positive, default=12, help="at most so many, evenly spread")
     args = parser.parse_args(argv)
     try:
         with plt.rc_context(STYLE):

@@ -1,9 +1,9 @@
 """Other people's models: which Config an opened file means, and which of its tensors are which of ours.
 
 `flm_parts` and `vilt_parts` read whole models; `clip_parts`, `vit_parts`, `text_parts` and `bert_embeddings` read what
-pretraining begins from. All give (…, our name -> tensor, our name -> the file's names) and account for every tensor of the
-file. Sizes come from the tensors. The number of heads leaves no trace in them: it comes from the settings stored beside
-them, else from the rule of all these models, 64 dimensions a head.
+pretraining begins from. All give (…, our name -> tensor, our name -> the file's names) and account for every tensor of
+the file. Sizes come from the tensors. The number of heads leaves no trace in them: it comes from the settings stored
+beside them, else from the rule of all these models, 64 dimensions a head.
 """
 
 import re
@@ -56,7 +56,8 @@ def image_size_of(rows, patch_size, path):
 def first_rows(name, rows, found, called, report, path):
     """Cuts a table to the rows that the model uses."""
     if name in found and len(found[name]) > rows:
-        report.add("taken", called[name], f"its first {rows} of {len(found[name])} rows; the others are never used", path)
+        report.add("taken", called[name], f"its first {rows} of {len(found[name])} rows; the others are never used",
+                   path)
         found[name] = found[name][:rows].clone()
 
 
@@ -97,25 +98,29 @@ def flm_parts(source, report):
     patch, vit_width = size("vit.patch.weight", 2), size("vit.patch.weight")
     width, text_width = size("text_to_fusion.weight"), size("text_to_fusion.weight", 1)
     heads = stored.get("num_heads_fusion") or stored.get("num_heads") or max(1, width // 64)
+    vit_heads = plain_dict(stored.get("vit_config") or source.contents.get("vit_config")).get("heads")     # rarely there
     config = flm.Config(
         objective=objective, image_size=image_size_of(size("vit.position"), patch, path), patch_size=patch,
-        vit_width=vit_width, vit_layers=count("vit.blocks."), vit_heads=max(1, vit_width // 64),
+        vit_width=vit_width, vit_layers=count("vit.blocks."), vit_heads=vit_heads or max(1, vit_width // 64),
         vocab_size=size("embed.word.weight"), text_width=text_width, text_layers=count("text_layers."),
         text_heads=heads if text_width == width else max(1, text_width // 64),
         max_positions=size("embed.position.weight"),
         # <mask> is RoBERTa's last word; captioning adds <bos> and <eos> after it
         mask_id=words - 1 - (2 if task == "caption" and stored.get("add_new_bos_token", True) else 0),
         width=width, heads=heads, fusion_layers=count("fusion_layers."),
-        reconstructor_text_layers=count("text_reconstructor."), reconstructor_fusion_layers=count("fusion_reconstructor."),
+        reconstructor_text_layers=count("text_reconstructor."),
+        reconstructor_fusion_layers=count("fusion_reconstructor."),
         dropout=stored.get("drop_rate", 0.1), corruption_rate=stored.get("span_corruption_rate", 0.0),
-        head=task if task not in ("pretrain", "caption") else "vocab" if "vocab_head.decoder.weight" in found else "none",
+        head=(task if task not in ("pretrain", "caption") else
+              "vocab" if "vocab_head.decoder.weight" in found else "none"),
         answers=size("head.3.weight") if task == "vqa" else 0, pooler="pooler.weight" in found)
     return config, found, called, task
 
 
 def vilt_parts(source, report):
     """ViLT's own Lightning file, or transformers' ViLT -> (Config, our tensors, our name -> the file's, task)."""
-    state, stored, path, transformers = source.state, source.settings, source.path, source.family is names.VILT_TRANSFORMERS
+    state, stored, path = source.state, source.settings, source.path
+    transformers = source.family is names.VILT_TRANSFORMERS
     has = lambda *prefixes: any(key.startswith(prefixes) for key in state)
     if "classifier.weight" in state:
         raise ValueError(f"{path}: a ViltForTokenClassification, which serves no task of this project")
@@ -139,7 +144,8 @@ def vilt_parts(source, report):
     size, count = sizes(found, path)
     if "vocab_head.dense.weight" in found and "vocab_head.decoder.weight" not in found:
         found["vocab_head.decoder.weight"] = found["embed.word.weight"].clone()
-        report.add("fresh", ["vocab_head.decoder.weight"], "a copy of the word embeddings, to which transformers ties it", path)
+        report.add("fresh", ["vocab_head.decoder.weight"],
+                   "a copy of the word embeddings, to which transformers ties it", path)
     if mpp and "mask_token" not in found:
         found["mask_token"] = torch.zeros_like(found["cls"])
         report.add("fresh", ["mask_token"], "zeros: the file has none", path)
@@ -188,7 +194,8 @@ def clip_parts(source, model, report):
         ("patches", size("vit.patch.weight", 2), c.patch_size), ("width", size("vit.patch.weight"), c.vit_width),
         ("heads", stored.get("num_attention_heads", c.vit_heads), c.vit_heads)))
     if depth - 1 != c.vit_layers:
-        raise ValueError(f"{path}: a ViT of {depth} blocks, of which FLM uses {depth - 1}, but the model has {c.vit_layers}")
+        raise ValueError(f"{path}: a ViT of {depth} blocks, of which FLM uses {depth - 1}, "
+                         f"but the model has {c.vit_layers}")
     if source.family is names.CLIP_TRANSFORMERS and stored.get("hidden_act", "quick_gelu") != "quick_gelu":
         raise ValueError(f"{path}: a ViT with {stored['hidden_act']}; OpenAI's, with quick_gelu, is expected")
     return found, called
@@ -212,8 +219,8 @@ def vit_parts(source, model, report):
 def text_parts(source, model, report):
     """RoBERTa's or BERT's embeddings and first layers, for FLM.
 
-    RoBERTa counts positions from 2 (row 1 is padding's), BERT from 0: its rows are shifted by two. FLM's LayerNorms have
-    RoBERTa's eps, 1e-5; BERT's have 1e-12.
+    RoBERTa counts positions from 2 (row 1 is padding's), BERT from 0: its rows are shifted by two. FLM's LayerNorms
+    have RoBERTa's eps, 1e-5; BERT's have 1e-12.
     """
     expect(source, (names.BERT,), "RoBERTa or BERT")
     c, path = model.config, source.path

@@ -125,9 +125,10 @@ class Task:
     KIND, TABLE = "caption", Captions
 
     @classmethod
-    def adapt(cls, config, settings=None):
+    def adapt(cls, config, settings=None, answers=0):
         """The model's Config as the task needs it: only parameters that are trained exist."""
-        return replace(config, head=cls.HEAD, answers=0, pooler=True, itm=False)
+        patches = {"mpp": False} if isinstance(config, vilt.Config) else {}
+        return replace(config, head=cls.HEAD, answers=answers, pooler=True, itm=False, **patches)
 
     @staticmethod
     def grow(tok):
@@ -290,7 +291,7 @@ class VQA(Task):
 
     @classmethod
     def adapt(cls, config, settings=None):
-        return replace(config, head="vqa", answers=len(cls.answers(settings)), pooler=True, itm=False)
+        return super().adapt(config, answers=len(cls.answers(settings)))
 
     @classmethod
     def answers(cls, settings):

@@ -2,14 +2,15 @@
 
     python weights.py info pretrain_4m.ckpt                 # what a file is, and what became of each of its tensors
     python weights.py convert pretrain_4m.ckpt flm.pt --tokenizer roberta-base      # anything that opens -> one of ours
-    python weights.py convert runs/vqa/last.pt exported --to transformers           # a ViLT -> a folder for transformers
+    python weights.py convert runs/vqa/last.pt exported --to transformers           # a ViLT -> a transformers folder
     python weights.py download clip-b32                     # fetch a released file; without a name: what there is
 
-    model = load("pretrain_4m.ckpt")                        # in eval mode, with .task .tokenizer .step .answer_list .report
+    model = load("pretrain_4m.ckpt")                        # in eval mode, with .task .tokenizer .answer_list .report
     print(start(model, vit="ViT-B-32.pt", text="roberta-base"))     # begin pretraining as published
 
-No file runs code (unpickle.py), and none is taken "more or less": every tensor is accounted for in a `names.Report`, and
-what cannot be is an error that names it. Files are mapped, not read: a model's weights are pages of its file until written.
+No file runs code (unpickle.py), and none is taken "more or less": every tensor is accounted for in a `names.Report`,
+and what cannot be is an error that names it. Files are mapped, not read: until a weight is written to, it is a page of
+its file. So a file that is open must not be changed in place; `save` never does, it writes a new one under the old name.
 """
 
 import argparse
@@ -57,16 +58,16 @@ def model_of(config):
 # Our own files.
 
 def save(path, model, config, task, tokenizer_files, **more):
-    """Writes a checkpoint: `model` a state dict, `config` a Config, `more` tensors and plain values (optimizer, step, …).
+    """Writes a checkpoint: `model` a state dict, `config` a Config, `more` tensors and plain values (optimizer, …).
 
-    `tokenizer_files` is what pack_tokenizer gives, or None. `answers` among `more` is the list that a VQA head chooses from.
+    `tokenizer_files` is what pack_tokenizer gives, or None. `more` may hold `answers`, the list of a VQA head.
     The file appears under its name only when all of it is on the disk.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    contents = {"format": FORMAT, "backbone": backbone_of(config), "model": model, "config": asdict(config), "task": task,
-                "tokenizer": tokenizer_files, **more}
+    contents = {"format": FORMAT, "backbone": backbone_of(config), "model": model, "config": asdict(config),
+                "task": task, "tokenizer": tokenizer_files, **more}
     with open(partial, "wb") as file:
         torch.save(contents, file)
         file.flush()
@@ -81,8 +82,8 @@ def read(path):
         raise ValueError(f"{path}: not a checkpoint of this project (its format is {FORMAT!r})")
     missing = [key for key in ("backbone", "model", "config", "task", "tokenizer") if key not in contents]
     if missing or contents["backbone"] not in BACKBONES:
-        raise ValueError(f"{path}: a damaged checkpoint of this project, " +
-                         (f"without {', '.join(missing)}" if missing else f"of the unknown model {contents['backbone']!r}"))
+        what = f"without {', '.join(missing)}" if missing else f"of the unknown model {contents['backbone']!r}"
+        raise ValueError(f"{path}: a damaged checkpoint of this project, {what}")
     unknown = contents["config"].keys() - {field.name for field in fields(BACKBONES[contents["backbone"]][0])}
     if unknown:
         raise ValueError(f"{path}: its config has {sorted(unknown)}, which this version does not know")
@@ -90,7 +91,7 @@ def read(path):
 
 
 def load_exactly(model, state, path, called=(), assign=False):
-    """Fills a model from a state dict that must have exactly its names and shapes; otherwise one sentence says which not.
+    """Fills a model from a state dict that must have exactly its names and shapes; else one sentence says which not.
 
     called: our name -> the file's names, for that sentence. assign: the model gets these tensors, not copies.
     """
@@ -130,13 +131,15 @@ def open_source(path):
     """Opens a file, or a folder that transformers wrote. ValueError or FileNotFoundError in a sentence."""
     path = file = Path(path)
     if path.is_dir():
-        file = next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()), None)
+        files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
+        file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise FileNotFoundError(f"{path}: neither model.safetensors nor pytorch_model.bin is in this folder")
     contents = open_file(file)
     if isinstance(contents, dict) and contents.get("format") == FORMAT:
         contents = read(file)
-        return Source(path, None, names.unwrapped(contents["model"], path), contents.get("settings", {}), contents, file.parent)
+        state = names.unwrapped(contents["model"], path)
+        return Source(path, None, state, plain_dict(contents.get("settings")), contents, file.parent)
     if not isinstance(contents, dict):
         raise ValueError(f"{path}: not a checkpoint of this project, nor a table of tensors: {contents!r:.80}")
     state = next((contents[key] for key in ("state_dict", "model") if isinstance(contents.get(key), dict)), contents)
@@ -148,7 +151,7 @@ def open_source(path):
         raise ValueError(f"{path}: not a checkpoint of this project nor of another that is known here; it holds {what}")
     if family in (names.FLM, names.VILT):
         settings = plain_dict(contents.get("hyper_parameters"))
-        settings = plain_dict(settings.get("config")) or settings
+        settings = plain_dict(settings.get("config") or contents.get("config")) or settings
     else:
         settings = read_config(file.parent / "config.json")
     return Source(path, family, state, settings, contents, file.parent)
@@ -167,12 +170,12 @@ def read_config(path):
 def load(path, **overrides):
     """Opens a checkpoint of a whole model -> the model in eval mode, on the CPU, whatever wrote it.
 
-    Ours; FLM's Lightning files (pretrained, VQAv2, NLVR2, captioning, retrieval; its masked and autoregressive baselines);
-    ViLT's Lightning files; transformers' ViLT, a folder or a file. overrides: fields of the Config that no file stores and
-    the rule gets wrong (the number of the ViT's heads).
+    Ours; FLM's Lightning files (pretrained, VQAv2, NLVR2, captioning, retrieval; its masked and autoregressive
+    baselines); ViLT's Lightning files; transformers' ViLT, a folder or a file. overrides: fields of the Config that no
+    file stores and the rule gets wrong (the number of the ViT's heads).
 
-    The model has .task ("pretrain", "vqa", "nlvr2", "caption", "retrieval"), .tokenizer and .answer_list (None where the
-    file has none), .step, .report (a names.Report), .about (a dict: whose, recipe, data). A fine-tuned one has .head.
+    The model has .task ("pretrain", "vqa", "nlvr2", "caption", "retrieval"), .tokenizer and .answer_list (None where
+    the file has none), .step, .report (a names.Report), .about (whose, recipe, data). A fine-tuned one has .head.
     """
     source, report = open_source(path), Report()
     config, found, called, task = model_parts(source, report)
@@ -197,7 +200,7 @@ def load(path, **overrides):
 
 
 class Undrawn(torch.overrides.TorchFunctionMode):
-    """Where models are made without drawing their weights. (On the meta device, normal_ alone imports 150 MB of sympy.)"""
+    """Where models are made without drawing their weights. (On the meta device, normal_ alone imports 150 MB.)"""
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
@@ -259,7 +262,7 @@ def start(model, vit=None, text=None, checkpoint=None):
     vit, text: for pretraining. FLM takes CLIP's ViT, less its last block, and RoBERTa's or BERT's embeddings and first
     layers; ViLT takes all of a ViT, and BERT's embeddings alone.
     checkpoint: for fine-tuning, any file that `load` opens, of the same backbone; vit and text win over it.
-    Position grids are interpolated to the model's resolution; a larger vocabulary and more positions keep their fresh rows.
+    Position grids are interpolated to the model's resolution; a larger vocabulary keeps its fresh rows.
     """
     report, own, filled = Report(), model.state_dict(), set()
     is_flm = isinstance(model.config, flm.Config)
@@ -286,7 +289,7 @@ def start(model, vit=None, text=None, checkpoint=None):
 
 
 def adapt(name, tensor, own, keys, report, path):
-    """A tensor of a file, made to fit the model's where the model knows how; otherwise as it is. keys: its names there."""
+    """A tensor of a file, made to fit the model's where that has a meaning; else as it is. keys: its names there."""
     if name not in own or tensor.shape[1:] != own[name].shape[1:] or len(tensor) == len(own[name]):
         return tensor
     have, want = len(tensor), len(own[name])
@@ -297,7 +300,8 @@ def adapt(name, tensor, own, keys, report, path):
         if how == "bicubic":
             return flm.resize_positions(tensor, (new, new))
         # ViLT stretches its grid over every picture, bilinearly and corner on corner; so does this.
-        grid = F.interpolate(tensor[1:].T.reshape(1, -1, old, old), size=(new, new), mode="bilinear", align_corners=True)
+        grid = tensor[1:].T.reshape(1, -1, old, old)                                                # (1, D, g, g)
+        grid = F.interpolate(grid, size=(new, new), mode="bilinear", align_corners=True)
         return torch.cat([tensor[:1], grid.flatten(2)[0].T])
     if name == "token_type" and want == 3:
         report.add("grown", keys, "the second image's type starts as a copy of the first's", path)
@@ -340,24 +344,25 @@ def checkpoint_parts(source, model, report):
 # ---------------------------------------------------------------------------------------------------------------------
 # ViLT for transformers.
 
-ARCHITECTURES = {"vocab": "ViltForMaskedLM", "vqa": "ViltForQuestionAnswering", "nlvr2": "ViltForImagesAndTextClassification",
-                 "retrieval": "ViltForImageAndTextRetrieval", "none": "ViltModel"}
+ARCHITECTURES = {"none": "ViltModel", "vocab": "ViltForMaskedLM", "vqa": "ViltForQuestionAnswering",
+                 "nlvr2": "ViltForImagesAndTextClassification", "retrieval": "ViltForImageAndTextRetrieval"}
 
 
 def export(model, folder):
     """Writes a ViLT as transformers' save_pretrained would: config.json, the weights, vocab.txt. -> what is left out
 
-    transformers has one eps for all LayerNorms, and ours differ (Config.eps, Config.text_eps). It gets text_eps: the word
-    embeddings, which are normalised first, have the smallest numbers. Measured on a freshly drawn ViLT-B/32, that moves class
-    vector and logits by 6e-6 at most; with eps for all it would be 7e-4. (Its own copies of the released models have 1e-12.)
+    transformers has one eps for all LayerNorms, and ours differ (Config.eps, Config.text_eps). It gets text_eps: the
+    word embeddings, which are normalised first, have the smallest numbers. Measured on a freshly drawn ViLT-B/32, that
+    moves class vector and logits by 6e-6 at most, the image's class token by 8e-4; with eps for all it would be 7e-4
+    and 1e-3. (Its own copies of the released models have 1e-12.)
     """
-    c, folder, tok = model.config, Path(folder), model.tokenizer
+    c, folder, tok = model.config, Path(folder), getattr(model, "tokenizer", None)
     if not isinstance(c, vilt.Config):
         raise ValueError("only a ViLT can be exported: transformers has no FLM")
     if tok is not None and not isinstance(tok, tokenizer.WordPiece):
         raise ValueError("transformers' ViLT reads WordPiece; this model's tokenizer is byte-level BPE")
-    backbone, heads = (names.pairs("\n".join(" ".join(line.split()[::-1]) for line in lines.splitlines()))     # ours theirs
-                       for lines in (names.TRANSFORMERS_VILT, names.TRANSFORMERS_HEADS))
+    swap = lambda lines: "\n".join(" ".join(line.split()[::-1]) for line in lines.splitlines())
+    backbone, heads = names.pairs(swap(names.TRANSFORMERS_VILT)), names.pairs(swap(names.TRANSFORMERS_HEADS))
     state, left_out = {}, []
     for name, tensor in model.state_dict().items():
         pieces = {name: tensor}
@@ -375,17 +380,20 @@ def export(model, folder):
             if c.head != "retrieval":           # two of their heads are one of ours: the table gives the last
                 theirs = theirs.replace("rank_output.", "classifier.")
             state[prefix + theirs] = values.detach().cpu().clone().contiguous()
-    answers = model.answer_list or [f"LABEL_{i}" for i in range(c.answers)]
-    classes = answers if c.head == "vqa" else ["False", "True"] if c.head == "nlvr2" else ["LABEL_0", "LABEL_1"]
+    classes = ["False", "True"] if c.head == "nlvr2" else [f"LABEL_{i}" for i in range(c.answers or 2)]
+    if c.head == "vqa":
+        classes = getattr(model, "answer_list", None) or classes
     config = {
-        "architectures": [ARCHITECTURES[c.head]], "model_type": "vilt", "vocab_size": c.vocab_size, "type_vocab_size": 1,
-        "modality_type_vocab_size": len(model.token_type), "max_position_embeddings": c.max_positions, "hidden_size": c.width,
-        "num_hidden_layers": c.layers, "num_attention_heads": c.heads, "intermediate_size": c.mlp_width, "hidden_act": "gelu",
+        "architectures": [ARCHITECTURES[c.head]], "model_type": "vilt", "vocab_size": c.vocab_size,
+        "type_vocab_size": 1, "modality_type_vocab_size": len(model.token_type), "pad_token_id": c.pad_id,
+        "max_position_embeddings": c.max_positions, "hidden_size": c.width, "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads, "intermediate_size": c.mlp_width, "hidden_act": "gelu", "qkv_bias": True,
         "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": 0.0, "initializer_range": c.init_std,
         "layer_norm_eps": c.text_eps, "image_size": c.image_size, "patch_size": c.patch_size, "num_channels": 3,
-        "qkv_bias": True, "max_image_length": -1, "num_images": 2 if c.head == "nlvr2" else -1, "pad_token_id": c.pad_id,
+        "max_image_length": -1, "num_images": 2 if c.head == "nlvr2" else -1,
         # transformers wants to tie the vocabulary head to the embeddings; with both in the file it keeps them apart.
-        "tie_word_embeddings": False, "id2label": dict(enumerate(classes)), "label2id": {a: i for i, a in enumerate(classes)}}
+        "tie_word_embeddings": False,
+        "id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
     folder.mkdir(parents=True, exist_ok=True)
     try:
         from safetensors.torch import save_file
@@ -410,21 +418,26 @@ def describe(path):
     model = load(path)
     c, about = model.config, model.about
     if isinstance(c, flm.Config):
-        layers = (f"ViT {c.vit_layers} x {c.vit_width}, text {c.text_layers} x {c.text_width}, fusion {c.fusion_layers} x {c.width}"
-                  + (f", reconstructor {c.reconstructor_text_layers} + {c.reconstructor_fusion_layers}"
-                     if c.objective == "flm" else ""))
+        layers = (f"ViT {c.vit_layers} x {c.vit_width}, text {c.text_layers} x {c.text_width}, "
+                  f"fusion {c.fusion_layers} x {c.width}")
+        if c.objective == "flm":
+            layers += f", reconstructor {c.reconstructor_text_layers} + {c.reconstructor_fusion_layers}"
     else:
         layers = f"{c.layers} x {c.width}, feed-forward {c.mlp_width}"
     data = ", ".join(filter(None, [about["data"], *(about["datasets"] or ())]))
-    answers = model.answer_list
+    answers, tok = model.answer_list, model.tokenizer
     rows = {
-        "whose": about["whose"], "model": f"{backbone_of(c)}, objective {c.objective}, head {c.head}{', itm' if c.itm else ''}",
+        "whose": about["whose"],
+        "model": f"{backbone_of(c)}, objective {c.objective}, head {c.head}{', itm' if c.itm else ''}",
         "task": model.task, "step": f"{model.step:,}", "recipe": about["recipe"], "data": data, "layers": layers,
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}", "image": f"{c.image_size} pixels, patches of {c.patch_size}",
-        "answers": f"{c.answers:,}: {', '.join(answers[:5]) + ', …' if answers else 'the file has no list of them'}" if c.answers else "",
-        "tokenizer": f"{type(model.tokenizer).__name__}, {len(model.tokenizer):,} tokens" if model.tokenizer else
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        "image": f"{c.image_size} pixels, patches of {c.patch_size}",
+        "answers": f"{', '.join(answers[:5])}, … ({len(answers):,})" if answers else
+                   f"{c.answers:,}; the file has no list of them" if c.answers else "",
+        "tokenizer": f"{type(tok).__name__}, {len(tok):,} tokens" if tok else
                      f"none in the file; a vocabulary of {c.vocab_size:,}"}
-    return "\n".join([str(path), *(f"{name:<13}{value}" for name, value in rows.items() if value), "tensors", str(model.report)])
+    lines = [f"{name:<13}{value}" for name, value in rows.items() if value]
+    return "\n".join([str(path), *lines, "tensors", str(model.report)])
 
 
 def read_answers(path):
@@ -465,12 +478,12 @@ def main(argv=None):
     p = commands.add_parser("info", help="print what a file is")
     p.add_argument("path")
     p.set_defaults(run=lambda args: print(describe(args.path)))
-    p = commands.add_parser("convert", help="rewrite anything that opens as a checkpoint of ours, or a ViLT for transformers")
+    p = commands.add_parser("convert", help="rewrite what opens as a checkpoint of ours, or a ViLT for transformers")
     p.add_argument("input")
     p.add_argument("output", help="a file; with --to transformers, a folder")
     p.add_argument("--to", choices=("ours", "transformers"), default="ours")
-    p.add_argument("--tokenizer", metavar="DIR", help="folder of vocab.json and merges.txt, or vocab.txt, to travel along")
-    p.add_argument("--answers", metavar="FILE", help="JSON list of the answers that a VQA head chooses from, to travel along")
+    p.add_argument("--tokenizer", metavar="DIR", help="folder of vocab.json and merges.txt, or vocab.txt, to go along")
+    p.add_argument("--answers", metavar="FILE", help="JSON list of a VQA head's answers, to go along")
     p.set_defaults(run=convert)
     p = commands.add_parser("download", help="fetch released files")
     download.add_arguments(p)

@@ -41,7 +41,8 @@ def make(shape="small", images=5, seed=None):
 
 
 WAYS = {
-    "greedy": {}, "no word twice": dict(no_repeat=1), "no pair twice": dict(no_repeat=2), "a prefix": dict(prompt=[BOS, 9, 7, 9]),
+    "greedy": {}, "no word twice": dict(no_repeat=1), "no pair twice": dict(no_repeat=2),
+    "a prefix": dict(prompt=[BOS, 9, 7, 9]),
     "beams": dict(beams=3), "long beams": dict(beams=4, length_penalty=2.0, no_repeat=2, prompt=[BOS, 8]),
     "sampling": dict(top_p=0.8, seeds=[3, 1, [4, 1], 5, 9]), "hot": dict(top_p=1.0, temperature=2.0, seeds=range(5)),
 }
@@ -323,7 +324,7 @@ def test_the_last_position_is_used_and_no_further_one_asked_for():
 
 
 @pytest.mark.parametrize("more, sentence", [
-    (dict(prompt=[]), "at least one"), (dict(prompt=[BOS, 1]), "no padding"), (dict(prompt=[23]), r"0\.\.22"),
+    (dict(prompt=[]), "at least one id"), (dict(prompt=[BOS, 1]), "no padding"), (dict(prompt=[23]), r"0\.\.22"),
     (dict(max_tokens=0), "max_tokens 0"), (dict(beams=0), "beams 0"), (dict(no_repeat=-1), "no_repeat -1"),
     (dict(top_p=0.9), "one for each of the 5 images"), (dict(top_p=0.9, seeds=[1]), "one for each of the 5 images"),
     (dict(top_p=0.0, seeds=range(5)), "top_p 0.0"), (dict(top_p=0.9, seeds=range(5), temperature=0.0), "temperature 0.0"),
@@ -337,8 +338,9 @@ def test_settings_that_make_no_sense_are_one_sentence(more, sentence):
 def test_models_that_write_no_captions_are_told_how_to_make_one():
     _, visual = make()
     tiny_vilt = vilt.Config(image_size=32, patch_size=16, width=32, layers=1, heads=2, vocab_size=110)
-    for model, words in ((vilt.ViLT(tiny_vilt), "a ViLT"), (flm.FLM(replace(SMALL, objective="flm", reconstructor_text_layers=1,
-                          reconstructor_fusion_layers=1)), "objective flm"), (flm.FLM(replace(SMALL, head="none")), "head none")):
+    reconstructs = replace(SMALL, objective="flm", reconstructor_text_layers=1, reconstructor_fusion_layers=1)
+    for model, words in ((vilt.ViLT(tiny_vilt), "a ViLT"), (flm.FLM(reconstructs), "objective flm"),
+                         (flm.FLM(replace(SMALL, head="none")), "head none")):
         with pytest.raises(ValueError, match=f"train.py --task caption.*{words}"):
             write(model.eval(), visual)
     model, visual = make()

@@ -65,18 +65,20 @@ def randomise(model, scale=0.2):
 @torch.no_grad()
 def test_a_pretrained_flm_file_gives_the_recorded_features(recorded, tmp_path):
     model, I, out = open_recorded(recorded, "flm", tmp_path), recorded["flm"]["inputs"], recorded["flm"]["outputs"]
-    assert (model.task, model.step, model.tokenizer, model.answer_list, model.training) == ("pretrain", 1234, None, None, False)
+    assert (model.task, model.step, model.tokenizer, model.answer_list) == ("pretrain", 1234, None, None)
+    assert not model.training
     assert model.config.objective == "flm" and model.config.mask_id == recorded["flm"]["mask_id"]
     real = I["text_masks"].bool()
     fused = model.fuse(model.encode_image(I["image"][0]), model.encode_text(I["text_ids"], queries=I["text_all_masks_ids"]))
     torch.testing.assert_close(model.vit(I["image"][0]), out["image_embeds"], **TOL)
-    for ours, theirs in ((fused.forward, "text_feats1"), (fused.reverse, "text_feats2"), (fused.reconstructed, "text_feats")):
+    for ours, theirs in ((fused.forward, "text_feats1"), (fused.reverse, "text_feats2"),
+                         (fused.reconstructed, "text_feats")):
         torch.testing.assert_close(ours[real], out[theirs][real], **TOL)
     torch.testing.assert_close(fused.pooled, out["cls_feats"], **TOL)
-    for rows, logits, theirs in ((slice(1, None), fused.reconstructed, "flm_logits"), (slice(1, -1), fused.forward, "l2r_logits"),
-                                 (slice(2, None), fused.reverse, "r2l_logits")):
+    for rows, x, theirs in ((slice(1, None), fused.reconstructed, "flm_logits"),
+                            (slice(1, -1), fused.forward, "l2r_logits"), (slice(2, None), fused.reverse, "r2l_logits")):
         mask = real[:, rows]
-        torch.testing.assert_close(model.vocab_logits(logits[:, rows])[mask], out[theirs][mask], **TOL)
+        torch.testing.assert_close(model.vocab_logits(x[:, rows])[mask], out[theirs][mask], **TOL)
 
 
 @pytest.mark.parametrize("task", ["mlm", "ar"])
@@ -123,7 +125,7 @@ def test_a_retrieval_file_gives_the_recorded_scores(recorded, tmp_path):
     # The false texts are padded with 0, <s>, there, under a mask that hides it; here <pad> itself says what is padding.
     texts = [I[f"{text}_ids"].masked_fill(I[f"{text}_masks"] == 0, 1)
              for text in ("text", "false_text_0", "false_text_1", "false_text_2")]
-    scores = torch.cat([model.head(model.fuse(visual, model.encode_text(ids).class_only()).pooled) for ids in texts], dim=1)
+    scores = torch.cat([model.head(model.fuse(visual, model.encode_text(ids)).pooled) for ids in texts], dim=1)
     torch.testing.assert_close(scores, out["scores"], **TOL)
     every = out["recall_texts"]
     every = model.encode_text(every["text_ids"].masked_fill(every["text_masks"] == 0, 1)).class_only()
@@ -135,7 +137,8 @@ def test_a_retrieval_file_gives_the_recorded_scores(recorded, tmp_path):
 def test_a_captioning_file_gives_the_recorded_captions(recorded, tmp_path):
     """`<s> <bos>` and then a word at a time: the last row predicts the next word, </s> or <eos> stops."""
     model, r = open_recorded(recorded, "caption", tmp_path), recorded["caption"]
-    assert (model.task, model.config.objective, model.config.vocab_size, model.config.mask_id) == ("caption", "ar", 99, 96)
+    c = model.config
+    assert (model.task, c.objective, c.vocab_size, c.mask_id) == ("caption", "ar", 99, 96)
     out, visual = r["outputs"], model.encode_image(r["inputs"]["image"][0])
     ids, stopped, step = torch.tensor([[0, *r["prompt_ids"]]] * 4), torch.zeros(4, dtype=torch.bool), 0
     while not stopped.all():
@@ -143,9 +146,9 @@ def test_a_captioning_file_gives_the_recorded_captions(recorded, tmp_path):
         if step < 12:
             torch.testing.assert_close(logits[~stopped], out["step_logits"][~stopped, step], **TOL)
             assert torch.equal(logits.argmax(-1)[~stopped], out["pred_ids"][~stopped, step + 1])
-        if step == 11:      # how many words are kept where at most 12 are allowed
-            assert [len(words(row, r["stop_ids"])) for row in torch.cat([ids, logits.argmax(-1)[:, None]], 1)] == out["ava_len"].tolist()
         ids = torch.cat([ids, logits.argmax(-1)[:, None]], dim=1)
+        if step == 11:      # how many words are kept where at most 12 are allowed
+            assert [len(words(row, r["stop_ids"])) for row in ids] == out["ava_len"].tolist()
         stopped |= torch.isin(ids[:, -1], torch.tensor(r["stop_ids"]))
         step += 1
     assert [words(row, r["stop_ids"]) for row in ids] == out["captions_max30"]
@@ -162,7 +165,8 @@ def test_every_tensor_of_every_recorded_file_is_accounted_for_once(recorded, tmp
         accounted = [name for kind in ("taken", "interpolated", "grown", "ignored") for name in report.names(kind)]
         assert sorted(accounted) == sorted(recorded[task]["state_dict"]), task
         assert not report.names("fresh") and all(report.reasons("ignored")), task
-    assert "cross_modal_text_layers_r.0.output.dense.bias" in report.reasons("ignored")["the same tensors as cross_modal_text_layers"]
+    copies = report.reasons("ignored")["the same tensors as cross_modal_text_layers"]
+    assert "cross_modal_text_layers_r.0.output.dense.bias" in copies
     assert str(report).startswith("taken          194\nignored")
 
 
@@ -202,16 +206,17 @@ def test_files_with_foreign_classes_open_without_them(recorded, tmp_path, foreig
     assert model.about["recipe"] == "finetune_vqa" and model.about["datasets"] == ["vqa"]
 
 
-def test_heads_come_from_the_hyper_parameters_else_64_dimensions_each():
+def test_heads_come_from_the_stored_settings_else_64_dimensions_each():
     with torch.device("meta"):
         state = weights.model_of(flm.PRESETS["base-b32"]).state_dict()
     source = released.Source(Path("x"), names.FLM, {}, {}, {}, Path("."))
-    for stored, heads in (({}, 12), ({"num_heads": 6, "num_heads_fusion": 6}, 6)):
+    for stored, heads, vit_heads in (({}, 12, 12), ({"num_heads": 6, "num_heads_fusion": 6}, 6, 12),
+                                     ({"num_heads": 3, "vit_config": {"heads": 4}}, 3, 4)):
         source.settings = stored
         source.state = as_released({name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()})
         config, found, _, _ = released.flm_parts(source, names.Report())
-        assert (config.heads, config.text_heads, config.vit_heads) == (heads, heads, 12)
-        assert replace(config, heads=12, text_heads=12) == replace(flm.PRESETS["base-b32"], pooler=config.pooler)
+        assert (config.heads, config.text_heads, config.vit_heads) == (heads, heads, vit_heads)
+        assert replace(config, heads=12, text_heads=12, vit_heads=12) == flm.PRESETS["base-b32"]
         assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in state.items()}
 
 
@@ -327,8 +332,8 @@ def batch(patch, seed=0, pictures=((4, 3), (2, 5), (4, 5), (1, 1))):
 
 @pytest.fixture
 def in_order(monkeypatch):
-    """transformers shuffles the patches of pictures without padding; here it leaves them in order, so rows can be compared."""
-    monkeypatch.setattr(torch, "multinomial", lambda weights, count, replacement=False: torch.arange(int(count)) % len(weights))
+    """transformers shuffles the patches of pictures without padding; here it leaves them in order, to compare rows."""
+    monkeypatch.setattr(torch, "multinomial", lambda odds, count, replacement=False: torch.arange(int(count)) % len(odds))
 
 
 def compare(ours, theirs, patch, head=None, tol=1e-5):
@@ -349,8 +354,8 @@ def compare(ours, theirs, patch, head=None, tol=1e-5):
             torch.testing.assert_close(logits[keep], expected[keep], atol=tol, rtol=0)
 
 
-HEADS = {"ViltModel": ("pretrain", "none"), "ViltForMaskedLM": ("pretrain", "vocab"), "ViltForQuestionAnswering": ("vqa", "vqa"),
-         "ViltForImageAndTextRetrieval": ("retrieval", "retrieval")}
+HEADS = {"ViltModel": ("pretrain", "none"), "ViltForMaskedLM": ("pretrain", "vocab"),
+         "ViltForQuestionAnswering": ("vqa", "vqa"), "ViltForImageAndTextRetrieval": ("retrieval", "retrieval")}
 
 
 def head_of(model):
@@ -410,12 +415,15 @@ def original_vilt(state, classifier=""):
     result, width = {}, len(next(iter(state.values())).flatten()) and 36
     for key, tensor in state.items():
         key = key.removeprefix("vilt.")
-        for old, new in (("embeddings.text_embeddings.", "text_embeddings."), ("embeddings.cls_token", "transformer.cls_token"),
+        for old, new in (("embeddings.text_embeddings.", "text_embeddings."),
+                         ("embeddings.cls_token", "transformer.cls_token"),
                          ("embeddings.position_embeddings", "transformer.pos_embed"),
                          ("embeddings.patch_embeddings.projection", "transformer.patch_embed.proj"),
-                         ("embeddings.token_type_embeddings", "token_type_embeddings"), ("encoder.layer.", "transformer.blocks."),
+                         ("embeddings.token_type_embeddings", "token_type_embeddings"),
+                         ("encoder.layer.", "transformer.blocks."),
                          ("layernorm_before", "norm1"), ("layernorm_after", "norm2"), ("attention.output.dense", "attn.proj"),
-                         ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"), ("mlm_score.decoder.bias", "mlm_score.bias")):
+                         ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"),
+                         ("mlm_score.decoder.bias", "mlm_score.bias")):
             key = key if key.startswith("text_embeddings") else key.replace(old, new)
         key = "transformer.norm." + key.removeprefix("layernorm.") if key.startswith("layernorm.") else key
         result[key.replace("classifier.", classifier)] = tensor
@@ -431,7 +439,7 @@ def test_vilts_own_files_give_the_same_outputs(kind, tmp_path, in_order):
     more = dict(num_images=2, modality_type_vocab_size=3) if "Images" in kind else {}
     theirs = transformers_vilt(kind, SHAPES[0], **more)
     state = original_vilt(theirs.state_dict(), classifier="nlvr2_classifier." if more else "vqa_classifier.")
-    path = lightning(tmp_path / "vilt.ckpt", state, {"num_heads": 3, "max_image_len": 7, "drop_rate": 0.1, "image_size": 384})
+    path = lightning(tmp_path / "vilt.ckpt", state, {"num_heads": 3, "max_image_len": 7, "image_size": 384})
     ours = weights.load(path, eps=1e-12)            # transformers' eps; the original's is 1e-6
     assert weights.load(path).config.eps == 1e-6 and ours.config.max_patches == 7
     assert ours.task == HEADS.get(kind, ("nlvr2",))[0] and ours.config.itm == (ours.task == "pretrain")
@@ -475,7 +483,8 @@ def test_a_model_of_ours_runs_in_transformers(head, tmp_path, in_order):
     config = replace(vilt.PRESETS["vilt-toy"], image_size=48, vocab_size=53, max_positions=19, pad_id=0, head=head,
                      answers=6 if head == "vqa" else 0, itm=head == "vocab", layers=2)
     ours = weights.model_of(config).eval()
-    ours.tokenizer = tokenizer.WordPiece({word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog"])})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog"]
+    ours.tokenizer = tokenizer.WordPiece({piece: i for i, piece in enumerate(pieces)})
     ours.answer_list = list("abcdef") if head == "vqa" else None
     weights.export(ours, tmp_path)
     theirs = getattr(transformers, weights.ARCHITECTURES[head]).from_pretrained(tmp_path).eval()
@@ -485,8 +494,8 @@ def test_a_model_of_ours_runs_in_transformers(head, tmp_path, in_order):
             module.eps = theirs.config.layer_norm_eps if module.eps == config.eps else module.eps
     compare(ours, theirs, 16, head_of(ours))        # eps is all that differs
     again = weights.load(tmp_path)
-    assert again.tokenizer.encode("dog") == [5] and again.answer_list == ours.answer_list and again.config.itm == config.itm
-    assert again.config.mask_id == 4
+    assert again.tokenizer.encode("dog") == [5] and again.answer_list == ours.answer_list
+    assert (again.config.itm, again.config.mask_id) == (config.itm, 4)
 
 
 def test_what_transformers_cannot_express_is_said(tmp_path):
@@ -560,7 +569,8 @@ def openai_clip(theirs):
                          ("self_attn.out_proj", "attn.out_proj"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
             key = key.replace(old, new)
         if "q_proj" in key:
-            tensor = torch.cat([state[f"encoder.layers.{key.split('.')[2]}.self_attn.{p}_proj.{key.split('.')[-1]}"] for p in "qkv"])
+            layer, kind = key.split(".")[2], key.split(".")[-1]
+            tensor = torch.cat([state[f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}"] for part in "qkv"])
             key = key.replace("self_attn.q_proj.", "attn.in_proj_")
         if "_proj." not in key or "out_proj" in key or "c_proj" in key:
             renamed["visual." + key] = tensor
@@ -605,8 +615,8 @@ def test_the_position_grid_is_interpolated_to_the_runs_resolution_and_that_is_sa
 def text_model(kind, width=32, heads=4, layers=3, **more):
     import transformers
     torch.manual_seed(0)
-    config = {"Roberta": transformers.RobertaConfig, "Bert": transformers.BertConfig}[kind.split("For")[0].removesuffix("Model")]
     roberta = kind.startswith("Roberta")
+    config = transformers.RobertaConfig if roberta else transformers.BertConfig
     more = dict(intermediate_size=4 * width, type_vocab_size=1 if roberta else 2, pad_token_id=1 if roberta else 0,
                 max_position_embeddings=40 if roberta else 38) | more
     return randomise(getattr(transformers, kind)(config(
@@ -651,12 +661,13 @@ def test_vilt_begins_as_a_vit_and_berts_embeddings(kind, tmp_path):
     theirs.save_pretrained(path := tmp_path / "vit")
     if kind == "timm":
         from safetensors.torch import load_file
-        state = original_vilt({k: v for k, v in load_file(tmp_path / "vit/model.safetensors").items() if "pooler" not in k})
+        state = load_file(tmp_path / "vit/model.safetensors")
+        state = original_vilt({k: v for k, v in state.items() if "pooler" not in k})
         state = {k.removeprefix("transformer."): v for k, v in state.items() if not k.startswith(("itm", "text"))}
         torch.save(state | {"head.weight": torch.randn(5, 32)}, tmp_path / "vit.pth")
         path = tmp_path / "vit.pth"
-    config = replace(vilt.PRESETS["vilt-toy"], image_size=48, width=32, heads=4, layers=2, mlp_width=52, vocab_size=97, eps=1e-12,
-                     text_eps=1e-5, max_positions=20, pad_id=0)
+    config = replace(vilt.PRESETS["vilt-toy"], image_size=48, width=32, heads=4, layers=2, mlp_width=52, vocab_size=97,
+                     eps=1e-12, text_eps=1e-5, max_positions=20, pad_id=0)
     model = weights.model_of(config).eval()
     report = weights.start(model, vit=path, text=tmp_path / "bert")
     images = torch.randn(2, 3, 48, 48)
@@ -667,14 +678,17 @@ def test_vilt_begins_as_a_vit_and_berts_embeddings(kind, tmp_path):
         torch.testing.assert_close(model.norm(x), theirs(images).last_hidden_state, **TOL)
         ids = torch.randint(1, 97, (2, 9))
         torch.testing.assert_close(model.encode_text(ids).tokens - model.token_type[0], bert.bert.embeddings(ids), **TOL)
-    assert set(report.names("fresh")) == {n for n in model.state_dict() if n.startswith(("token_type", "pooler", "vocab", "itm"))}
+    own = ("token_type", "pooler", "vocab", "itm")
+    assert set(report.names("fresh")) == {name for name in model.state_dict() if name.startswith(own)}
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(patch_size=12), "patches 8, but the model's has 12"), (dict(vit_width=64), "width 32, but the model's has 64"),
-    (dict(vit_heads=4), "heads 2, but the model's has 4"), (dict(vit_layers=3), "3 blocks, of which FLM uses 2, but the model has 3"),
+    (dict(vit_heads=4), "heads 2, but the model's has 4"),
+    (dict(vit_layers=3), "3 blocks, of which FLM uses 2, but the model has 3"),
     (dict(text_width=64), "width 32, but the model's has 64"), (dict(text_layers=4), "layers 3, but the model's has 4"),
-    (dict(text_heads=2), "heads 4, but the model's has 2"), (dict(vocab_size=90, mask_id=4), r"\(97, 32\); the model has \(90, 32\)")])
+    (dict(text_heads=2), "heads 4, but the model's has 2"),
+    (dict(vocab_size=90, mask_id=4), r"\(97, 32\); the model has \(90, 32\)")])
 def test_parts_of_another_size_are_refused_in_a_sentence(change, message, tmp_path):
     text = not any("vit" in key or "patch" in key for key in change)
     (text_model("RobertaModel") if text else clip_vision()).save_pretrained(tmp_path)
@@ -704,7 +718,7 @@ def test_captioning_begins_from_flm_with_two_words_more(tmp_path):
     source, model = tiny_flm(), tiny_flm(objective="ar", vocab_size=99)
     randomise(source)
     fresh = {name: model.state_dict()[name][97:].clone() for name in ("embed.word.weight", "vocab_head.decoder.weight")}
-    report = weights.start(model, "", "", saved(source, tmp_path / "a.pt"))         # as train.py's flags are, when not given
+    report = weights.start(model, "", "", saved(source, tmp_path / "a.pt"))     # a flag that is not given is ""
     state = model.state_dict()
     for name, tensor in source.state_dict().items():
         if name in state and name != "stream_type":
@@ -730,7 +744,8 @@ def test_retrieval_begins_from_image_text_matching(tmp_path):
     model = tiny_flm(head="retrieval")
     report = weights.start(model, checkpoint=saved(source, tmp_path / "a.pt"))
     assert sorted(report.names("grown")) == ["itm_head.bias", "itm_head.weight"] and not report.names("fresh")
-    assert torch.equal(model.head.weight, source.itm_head.weight[1:]) and torch.equal(model.head.bias, source.itm_head.bias[1:])
+    assert torch.equal(model.head.weight, source.itm_head.weight[1:])
+    assert torch.equal(model.head.bias, source.itm_head.bias[1:])
 
 
 def test_vilt_is_fine_tuned_at_another_resolution_with_the_same_positions(tmp_path):
@@ -747,7 +762,8 @@ def test_a_released_file_begins_a_fine_tuning(recorded, tmp_path):
     path = lightning(tmp_path / "flm.ckpt", recorded["flm"]["state_dict"], recorded["flm"]["config"])
     source, model = weights.load(path), tiny_flm(head="vqa", answers=3, reconstructor_text_layers=2, vit_heads=1)
     report = weights.start(model, checkpoint=path)
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in source.state_dict().items() if not k.startswith("vocab_head."))
+    state = model.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in source.state_dict().items() if not k.startswith("vocab_head."))
     assert set(report.names("fresh")) == {name for name in model.state_dict() if name.startswith("head.")}
     accounted = sum((report.names(kind) for kind in ("taken", "interpolated", "grown", "ignored")), [])
     assert sorted(accounted) == sorted(recorded["flm"]["state_dict"])
@@ -755,8 +771,10 @@ def test_a_released_file_begins_a_fine_tuning(recorded, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (dict(fusion_layers=3), "has no fusion_layers.2"), (dict(heads=8), "heads 4, but the model has 8"),
-    (dict(reconstructor_fusion_layers=1), "reconstructor_fusion_layers 2, but the model has 1"), (dict(text_layers=1, reconstructor_text_layers=1), "text_layers.1.*no such"),
-    (dict(width=64), r"token_type has the shape \(2, 32\); the model has \(2, 64\)"), (dict(vocab_size=90, mask_id=4), r"\(97, 32\); the model has \(90, 32\)")])
+    (dict(reconstructor_fusion_layers=1), "reconstructor_fusion_layers 2, but the model has 1"),
+    (dict(text_layers=1), "text_layers.1.*no such"),
+    (dict(width=64), r"token_type has the shape \(2, 32\); the model has \(2, 64\)"),
+    (dict(vocab_size=90, mask_id=4), r"\(97, 32\); the model has \(90, 32\)")])
 def test_checkpoints_of_other_sizes_are_refused(change, message, tmp_path):
     path = saved(tiny_flm(), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=message):
@@ -767,7 +785,8 @@ def test_checkpoints_of_other_sizes_are_refused(change, message, tmp_path):
 
 # -- ours --------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("config", [flm.PRESETS["toy"], replace(vilt.PRESETS["vilt-toy"], head="vqa", answers=3, itm=False, mpp=True)])
+@pytest.mark.parametrize("config", [
+    flm.PRESETS["toy"], replace(vilt.PRESETS["vilt-toy"], head="vqa", answers=3, itm=False, mpp=True)])
 def test_what_is_saved_is_loaded(config, tmp_path):
     model = randomise(weights.model_of(config))
     tok = tokenizer.BPE.train(["a red dog"], 261)
@@ -803,9 +822,9 @@ FIRST = "cross_modal_text_layers.0."
 
 
 @pytest.mark.parametrize("key, value, message", [
-    ("cross_modal_image_layers.0.output.dense.bias", torch.zeros(32), "unknown tensor cross_modal_image_layers.0.output.dense.bias"),
+    ("cross_modal_image_layers.0.output.dense.bias", torch.zeros(32), "unknown tensor cross_modal_image_layers.0.output"),
     (FIRST + "output.dense.bias", torch.zeros(31), "should be the same tensor and differ"),
-    ("fusion_layers_top.0.output.dense.bias", torch.zeros(31), r"fusion_layers_top.0.output.dense.bias \(31,\), expected \(32,\)"),
+    ("fusion_layers_top.0.output.dense.bias", torch.zeros(31), r"_top.0.output.dense.bias \(31,\), expected \(32,\)"),
     ("fusion_layers_top.1.output.dense.bias", None, "lacks: fusion_reconstructor.1.mlp.2.bias"),
     ("fusion_layers_top.1.crossattention.self.key.bias", None, "value.bias but not the key that belongs to it"),
     ("vit_model.visual.conv1.weight", None, "not complete; vit.patch.weight"),
@@ -821,14 +840,13 @@ def test_a_tensor_that_does_not_fit_is_named(recorded, tmp_path, key, value, mes
 
 
 def test_files_of_other_kinds_are_refused_in_a_sentence(tmp_path):
-    import transformers
     from safetensors.torch import save_file
     files = {}
     clip_vision().save_pretrained(tmp_path / "clip")
     files[tmp_path / "clip"] = "CLIP, as transformers writes it, a part of a model: train.py --vit begins from it"
     text_model("RobertaModel").save_pretrained(tmp_path / "roberta")
     files[tmp_path / "roberta"] = "train.py --text begins from it"
-    randomise(transformers.ViltForTokenClassification(transformers.ViltConfig(vocab_size=53, **SHAPES[0]))).save_pretrained(tmp_path / "tc")
+    transformers_vilt("ViltForTokenClassification", SHAPES[0]).save_pretrained(tmp_path / "tc")
     files[tmp_path / "tc"] = "a ViltForTokenClassification"
     transformers_vilt("ViltModel", SHAPES[0] | {"hidden_act": "relu"}).save_pretrained(tmp_path / "relu")
     files[tmp_path / "relu"] = "hidden_act 'relu'; this ViLT has 'gelu'"
@@ -870,8 +888,8 @@ def test_info_says_what_a_file_is(recorded, tmp_path, capsys):
     tok = tokenizer.BPE.train(["a red dog"], 261)
     weights.save(tmp_path / "toy.pt", toy.state_dict(), toy.config, "pretrain", weights.pack_tokenizer(tok), step=2000,
                  settings={"recipe": "toy", "data": "data/toy", "datasets": ()})
-    for path, lines in ((vqa, ["whose        FLM", "task         vqa", "step         1,234", "answers      11: the file has no",
-                               "recipe       finetune_vqa", "taken          198"]),
+    for path, lines in ((vqa, ["whose        FLM", "task         vqa", "step         1,234", "recipe       finetune_vqa",
+                               "answers      11; the file has no list", "taken          198"]),
                         (tmp_path / "clip", ["whose        CLIP, as transformers", "train.py --vit"]),
                         (tmp_path / "toy.pt", ["whose        this project's", "recipe       toy", "data         data/toy",
                                                "step         2,000", "tokenizer    BPE, 261 tokens", "patches of 16"])):
@@ -902,13 +920,14 @@ def test_convert_writes_one_of_ours_with_tokenizer_and_answers(recorded, tmp_pat
 
 def test_convert_writes_a_vilt_for_transformers(tmp_path, capsys, in_order):
     import transformers
-    transformers_vilt("ViltForQuestionAnswering", SHAPES[0], id2label={0: "yes", 1: "no", 2: "2"}).save_pretrained(tmp_path / "a")
+    answers = {0: "yes", 1: "no", 2: "2"}
+    transformers_vilt("ViltForQuestionAnswering", SHAPES[0], id2label=answers).save_pretrained(tmp_path / "a")
     weights.main(["convert", str(tmp_path / "a"), str(tmp_path / "ours.pt")])
     weights.main(["convert", str(tmp_path / "ours.pt"), str(tmp_path / "b"), "--to", "transformers"])
     assert "all LayerNorms with eps 1e-12" in capsys.readouterr().out
-    ours, theirs = weights.load(tmp_path / "ours.pt"), transformers.ViltForQuestionAnswering.from_pretrained(tmp_path / "b").eval()
-    compare(ours, theirs, 16, head_of(ours))
-    assert ours.answer_list == ["yes", "no", "2"] and theirs.config.id2label == {0: "yes", 1: "no", 2: "2"}
+    theirs = transformers.ViltForQuestionAnswering.from_pretrained(tmp_path / "b").eval()
+    compare(ours := weights.load(tmp_path / "ours.pt"), theirs, 16, head_of(ours))
+    assert ours.answer_list == ["yes", "no", "2"] and theirs.config.id2label == answers
 
 
 def test_download_lists_what_there_is(capsys):

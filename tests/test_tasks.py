@@ -1,0 +1,388 @@
+"""The four downstream tasks: the original's recorded logits and losses, and what their batches hold.
+
+Other test files take the small world of questions, statements and captions from here.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS, picture, write_captions
+from test_flm import tiny
+from test_vilt import TINY as TINY_VILT
+from test_vilt import model_of
+
+import data
+import flm
+import tasks
+import train
+import vilt
+import weights
+from tokenizer import BPE
+
+TOL = dict(atol=1e-5, rtol=0)
+FIXTURE = Path(__file__).parent / "fixtures" / "seed3_downstream.pt"
+ANSWERS = ["yes", "no", "red", "blue", "2", "dog"]
+SIZES = ((40, 32), (24, 48), (30, 30))
+
+
+# -- a small world, and models pretrained on nothing ---------------------------------------------------------------------
+
+def write_questions(path, rows, seed, broken=()):
+    """A VQA file: up to three questions to a picture, of which some have no answer in the list -> {question id: labels}."""
+    rng, labels_of = np.random.default_rng(seed), {}
+    with data.Writer(path, data.VQA, batch_rows=3) as out:
+        for row in range(rows):
+            count = 1 + row % 3
+            labels = [rng.choice(len(ANSWERS), rng.integers(0, 4), replace=False).tolist() for _ in range(count)]
+            scores = [rng.choice([0.3, 0.6, 0.9, 1.0], len(some)).tolist() for some in labels]
+            ids = [1000 * seed + 10 * row + k for k in range(count)]
+            image = b"no picture" if row in broken else picture([seed, row], SIZES[row % len(SIZES)])
+            out.write({"image": image, "questions": [" ".join(rng.choice(WORDS, rng.integers(1, 9))) + "?" for _ in ids],
+                       "answers": [[ANSWERS[k] for k in some] for some in labels], "answer_labels": labels,
+                       "answer_scores": scores, "image_id": row, "question_id": ids, "split": "train"})
+            labels_of |= dict(zip(ids, labels))
+    return labels_of
+
+
+def write_statements(path, rows, seed, broken=()):
+    """An NLVR2 file, every second sentence about two pairs of pictures -> {identifier: label}."""
+    rng, truth = np.random.default_rng(seed), {}
+    with data.Writer(path, data.NLVR2, batch_rows=4) as out:
+        for row in range(rows):
+            identifier, answer = f"dev-{row // 2}-{row % 2}-0", str(bool(rng.integers(2)))
+            images = [picture([seed, row, k], SIZES[(row + k) % len(SIZES)]) for k in range(2)]
+            if row in broken:
+                images[1] = b"no picture"
+            out.write({"image_0": images[0], "image_1": images[1], "answers": [answer], "identifier": identifier,
+                       "questions": [" ".join(rng.choice(WORDS, rng.integers(2, 9)))]})
+            truth[identifier] = answer
+    return truth
+
+
+def write_world(root):
+    """Captions, questions and statements (dataset "mine"), a tokenizer, and a checkpoint of each kind of pretrained model."""
+    write_captions(root / "mine_caption_train.arrow", 12, sizes=SIZES)
+    write_captions(root / "mine_caption_val.arrow", 5, seed=1, sizes=SIZES)
+    write_captions(root / "mine_caption_test.arrow", 9, seed=2, captions=3, broken=(4,), batch_rows=4, sizes=SIZES)
+    write_questions(root / "mine_vqa_train.arrow", 9, 1)
+    asked = write_questions(root / "mine_vqa_val.arrow", 11, 2, broken=(3, 7))
+    (root / "mine_vqa_answers.json").write_text(json.dumps(ANSWERS))
+    people = lambda labels: [{"answer": ANSWERS[labels[k % len(labels)]] if labels else "kite"} for k in range(10)]
+    (root / "mine_vqa_annotations_val.json").write_text(json.dumps({"annotations": [
+        {"question_id": q, "answers": people(labels), "answer_type": ("other", "yes/no")[q % 2]}
+        for q, labels in asked.items()]}))
+    write_statements(root / "mine_nlvr2_train.arrow", 12, 3)
+    stated = write_statements(root / "mine_nlvr2_dev.arrow", 10, 4, broken=(6,))
+    (root / "nlvr2_balanced_dev.json").write_text(json.dumps(list(stated)[:6]))
+    tok = BPE.train([" ".join(WORDS)] * 3, 300)
+    tok.save(root / "tok")
+    special = dict(vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id, sep_id=tok.sep_id, mask_id=tok.mask_id)
+    models = {name: tiny(objective=name, itm=True, **special) for name in ("flm", "mlm", "ar")}
+    models["vilt"] = model_of(replace(TINY_VILT, **special, mpp=True))
+    for name, model in models.items():
+        weights.save(root / f"{name}.pt", model.state_dict(), model.config, "pretrain", weights.pack_tokenizer(tok))
+    return root
+
+
+def finetune(world, task, kind, out, *more):
+    """Two steps of a task from a pretrained model -> the checkpoint."""
+    train.main(["--task", task, "--load", str(world / f"{kind}.pt"), "--data", str(world), "--out", str(out), *map(str, (
+        "--device", "cpu", "--workers", 0, "--steps", 2, "--global-batch", 4, "--lr", 1e-3, "--log-every", 1, "--eval-every", 2,
+        "--max-unreadable", 1, *more))])
+    return out / "last.pt"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("tasks"))
+
+
+def task_on(world, name, kind="flm", **settings):
+    """A task as the loop would make it for a pretrained model -> task"""
+    source = weights.load(world / f"{kind}.pt")
+    settings = train.Settings(task=name, data=str(world), **{"max_tokens": 24, "pad_to": 1} | settings)
+    task_class = tasks.task_of(name, source.config)
+    tok = task_class.grow(source.tokenizer)
+    config = task_class.adapt(replace(source.config, vocab_size=len(tok)), settings)
+    return task_class(settings, config, tok)
+
+
+def collated(task, split="train", train_mode=True, count=6, epoch=0):
+    dataset = task.dataset(task.table(task.settings, split), train_mode)
+    samples = [dataset[epoch, i] for i in range(count)]
+    return samples, *task.collate(samples)
+
+
+# -- the original's recorded numbers ---------------------------------------------------------------------------------------
+
+def original(name, folder):
+    """A recorded task's Lightning file, opened -> (model, inputs, outputs)."""
+    recorded = torch.load(FIXTURE, weights_only=True)["tasks"][name]
+    torch.save({"state_dict": recorded["state_dict"], "hyper_parameters": {"config": recorded["config"]}}, folder / "x.ckpt")
+    return weights.load(folder / "x.ckpt", vit_heads=2), recorded["inputs"], recorded["outputs"]
+
+
+def samples_of(ids, pad=1, **more):
+    return [{"ids": row[row != pad].tolist()} | {name: values[i] for name, values in more.items()} for i, row in enumerate(ids)]
+
+
+def assert_losses(model, batch, expected):
+    """The mean over the batch, as the loop takes it, is the original's loss."""
+    (name, (total, hits)), = model(batch).items()
+    torch.testing.assert_close(total / len(batch["image"]), expected, **TOL)
+    return hits.item()
+
+
+@torch.no_grad()
+def test_vqa_logits_targets_and_loss_are_the_originals(tmp_path):
+    model, inputs, outputs = original("vqa", tmp_path)
+    batch = {"ids": inputs["text_ids"], "image": inputs["image"][0]}
+    samples = samples_of(batch["ids"], labels=inputs["vqa_labels"], scores=inputs["vqa_scores"])
+    assert tasks.VQA(train.Settings(), model.config, None).draw(samples, batch) == {"vqa": 4}
+    assert torch.equal(batch["targets"], outputs["vqa_targets"])
+    torch.testing.assert_close(flm.task_logits(model, batch), outputs["vqa_logits"], **TOL)
+    assert_losses(model, batch, outputs["vqa_loss"])
+
+
+@torch.no_grad()
+def test_nlvr2_logits_and_loss_are_the_originals(tmp_path):
+    model, inputs, outputs = original("nlvr2", tmp_path)
+    batch = {"ids": inputs["text_ids"], "image": inputs["image_0"][0], "image_1": inputs["image_1"][0],
+             "label": torch.tensor(inputs["answers"]).long()}
+    torch.testing.assert_close(flm.task_logits(model, batch), outputs["nlvr2_logits"], **TOL)
+    hits = assert_losses(model, batch, outputs["nlvr2_loss"])
+    assert hits == (outputs["nlvr2_logits"].argmax(1) == batch["label"]).sum()
+
+
+@torch.no_grad()
+def test_retrievals_scores_and_loss_are_the_originals(tmp_path):
+    model, inputs, outputs = original("irtr", tmp_path)
+    names = ("text", "false_text_0", "false_text_1", "false_text_2")
+    texts = [inputs[f"{name}_ids"].masked_fill(inputs[f"{name}_masks"] == 0, 1) for name in names]
+    samples = [{"ids": rows[0], "others": list(rows[1:])} for rows in zip(*texts)]          # an image's, one after the other
+    ids = torch.stack(tasks.Retrieval(train.Settings(), model.config, None).texts(samples))
+    batch = {"ids": ids, "image": inputs["image"][0]}
+    torch.testing.assert_close(flm.task_logits(model, batch).view(4, 4), outputs["scores"], **TOL)
+    hits = assert_losses(model, batch, outputs["irtr_loss"])
+    assert hits == (outputs["scores"].argmax(1) == 0).sum()
+
+
+@torch.no_grad()
+def test_captioning_learns_from_the_stream_that_does_not_know_the_next_word(tmp_path):
+    """The published command learns from the reconstructor, which has read the answer; recorded beside it is the right loss."""
+    model, inputs, outputs = original("ar_flm_backbone", tmp_path)
+    model = replaced_objective(model)
+    batch = {"ids": inputs["text_ids"], "image": inputs["image"][0]}
+    counts = tasks.Caption(train.Settings(), model.config, None).draw(samples_of(batch["ids"]), batch)
+    total, _ = model(batch)["forward"]
+    assert counts == {"forward": int((batch["ids"][:, 2:] != 1).sum())}
+    torch.testing.assert_close(total / counts["forward"], outputs["loss_if_text_feats1"], **TOL)
+
+
+def replaced_objective(model):
+    """The model as captioning adapts it: the forward stream alone."""
+    adapted = weights.model_of(tasks.Caption.adapt(model.config)).eval()
+    adapted.load_state_dict({name: model.state_dict()[name] for name in adapted.state_dict()})
+    return adapted
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------------
+
+def test_vqa_targets_are_the_soft_scores_at_their_labels(world):
+    task = task_on(world, "vqa")
+    samples, batch, notes = collated(task, count=18)
+    for sample, target in zip(samples, batch["targets"], strict=True):
+        expected = {label: np.float32(score) for label, score in zip(sample["labels"], sample["scores"])}
+        assert {i: value for i, value in enumerate(target.tolist()) if value} == pytest.approx(expected)
+    assert notes["counts"] == {"vqa": 18} and any(not s["labels"] for s in samples) and any(len(s["labels"]) > 1 for s in samples)
+
+
+def test_a_label_past_the_end_of_the_answer_list_is_named(world, tmp_path):
+    for path in world.glob("mine_vqa_t*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "mine_vqa_answers.json").write_text('["yes"]')
+    with pytest.raises(ValueError, match=r"question \d+: label \d is past the end of the answer list, which has 1 answers"):
+        collated(replace_data(task_on(world, "vqa"), tmp_path))
+    with pytest.raises(FileNotFoundError, match="no answer list"):
+        tasks.VQA.answers(train.Settings(data=str(world), datasets=("other",)))
+
+
+def replace_data(task, folder):
+    settings = replace(task.settings, data=str(folder))
+    return type(task)(settings, task.adapt(task.config, settings), task.tok)
+
+
+@pytest.mark.parametrize("kind", ["flm", "vilt"])
+def test_nlvr2_batches_hold_both_pictures_and_whether_the_statement_is_true(world, kind):
+    task = task_on(world, "nlvr2", kind)
+    samples, batch, _ = collated(task, train_mode=False)
+    table = task.table(task.settings, "train")
+    shape = tasks.shape_of(task.config)
+    for i, sample in enumerate(samples):
+        for which, name in enumerate(("image", "image_1")):
+            expected = data.decode(table.image(i, which), shape)
+            assert torch.equal(batch[name][i, :, :expected.shape[1], :expected.shape[2]], expected)
+            if kind == "vilt":
+                rows, columns = (side // 16 for side in expected.shape[1:])
+                place = batch["patches" if which == 0 else "patches_1"][i]
+                assert batch["sizes" if which == 0 else "sizes_1"][i].tolist() == [rows, columns]
+                wide = batch[name].shape[3] // 16
+                assert place[place >= 0].tolist() == [r * wide + c for r in range(rows) for c in range(columns)]
+        assert batch["label"][i] == (table.cell("answers", i)[0].as_py() == "True")
+    assert 0 < batch["label"].sum() < len(samples)
+    assert ("patches_1" in batch) == (kind == "vilt")
+
+
+def test_vilt_shows_few_patches_of_both_pictures_in_training_and_all_in_evaluation(world):
+    task = task_on(world, "nlvr2", "vilt")
+    _, trained, _ = collated(task)
+    _, evaluated, _ = collated(task, train_mode=False)
+    for name in ("patches", "patches_1"):
+        assert (trained[name] >= 0).sum(1).max() == 7 and (evaluated[name] >= 0).sum(1).max() > 7
+    assert not torch.equal(trained["patches"], trained["patches_1"])
+
+
+def test_captions_are_framed_end_with_one_full_stop_and_predict_from_bos_to_the_end(world):
+    task = task_on(world, "caption", max_tokens=38)
+    samples, batch, notes = collated(task)
+    tok, table, rows = task.tok, task.table(task.settings, "train"), set(batch["forward_rows"].tolist())
+    predicted = 0
+    for i, (sample, row) in enumerate(zip(samples, batch["ids"])):
+        ids, n = sample["ids"], len(sample["ids"])
+        assert ids[:2] == [tok.cls_id, tok.ids["<bos>"]] and ids[-2:] == [tok.ids["<eos>"], tok.sep_id]
+        assert tok.decode(ids[2:-2]) == table.text(i).rstrip(".") + "."
+        here = [r - i * len(row) for r in rows if r // len(row) == i]
+        assert sorted(here) == list(range(1, n - 1))        # <bos> says the first word, <eos> says </s>
+        predicted += n - 2
+    assert notes["counts"] == {"forward": predicted} and task.config.loss_weights == {"forward": 1.0}
+    assert [tasks.full_stop(t) for t in ("a dog", "a dog.", "a dog . ", "A. B..")] == ["a dog.", "a dog.", "a dog.", "A. B."]
+
+
+def test_a_long_caption_is_cut_before_its_end_is_put_on(world):
+    samples, _, notes = collated(task_on(world, "caption", max_tokens=7), count=24)
+    eos, sep = samples[0]["ids"][-2:]
+    assert max(len(s["ids"]) for s in samples) == 7 and notes["cut"] > 0
+    assert all(s["ids"][-2:] == [eos, sep] for s in samples)
+
+
+@pytest.mark.parametrize("kind", ["flm", "vilt"])
+def test_retrieval_batches_have_the_own_caption_first_and_then_others_new_in_every_epoch(world, kind):
+    task = task_on(world, "retrieval", kind, false_captions=5)
+    table = task.table(task.settings, "train")
+    dataset = task.dataset(table, True)
+    row_of = {}
+    for i in range(len(dataset)):
+        row_of.setdefault(tuple(dataset.tokens(i)[0]), set()).add(int(table.row_of[i]))
+    drawn = {}
+    for epoch in (0, 1, 0):
+        samples, batch, notes = collated(task, epoch=epoch)
+        texts = [tuple(row[row != 1].tolist()) for row in batch["ids"]]
+        assert len(texts) == 6 * len(samples) and len(batch["image"]) == len(samples) and notes["samples"] == 6
+        for k, sample in enumerate(samples):
+            own, *others = texts[6 * k:6 * k + 6]
+            assert own == tuple(dataset.tokens(k)[0]) and sample["row"] in row_of[own]
+            assert all(row_of[other] - {sample["row"]} for other in others)
+        assert epoch not in drawn or drawn[epoch] == texts
+        drawn[epoch] = texts
+    assert drawn[0] != drawn[1]
+
+
+def test_captions_of_one_image_alone_have_no_false_ones(world, tmp_path):
+    write_captions(tmp_path / "one_caption_train.arrow", 1, captions=3)
+    task = task_on(world, "retrieval")
+    task.settings = replace(task.settings, data=str(tmp_path))
+    with pytest.raises(ValueError, match="one_caption_train.arrow: captions of one image only, so none is false"):
+        collated(task, count=1)
+
+
+@pytest.mark.parametrize("name", ["vqa", "nlvr2", "retrieval", "caption"])
+@pytest.mark.parametrize("kind", ["flm", "mlm", "ar", "vilt"])
+def test_every_task_trains_every_parameter_it_has(world, name, kind):
+    if (name, kind) == ("caption", "vilt"):
+        with pytest.raises(ValueError, match="ViLT reads from both sides only"):
+            task_on(world, name, kind)
+        return
+    task = task_on(world, name, kind, false_captions=2)
+    _, batch, notes = collated(task)
+    torch.manual_seed(0)
+    model = weights.model_of(task.config)
+    results = model(train.to_device(batch, torch.device("cpu"), task.config))
+    assert set(results) == set(task.config.loss_weights) == set(notes["counts"])
+    sum(loss for loss, _ in results.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, kind", [("vqa", "flm"), ("nlvr2", "vilt"), ("retrieval", "mlm"), ("vqa", "ar"), ("retrieval", "vilt")])
+def test_what_a_head_says_does_not_depend_on_the_rest_of_the_batch(world, name, kind):
+    """Neither on padding, nor on other pictures' shapes, nor on whether all rows are computed or the class row alone."""
+    task = task_on(world, name, kind, false_captions=2)
+    torch.manual_seed(3)
+    model = weights.model_of(task.config).eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.2)
+    dataset = task.dataset(task.table(task.settings, "train"), False)
+    samples = [dataset[0, i] for i in range(7)]
+    ready = lambda some: train.to_device(task.collate(some)[0], torch.device("cpu"), task.config)
+    together = flm.task_logits(model, ready(samples))
+    alone = torch.cat([flm.task_logits(model, ready([sample])) for sample in samples])
+    torch.testing.assert_close(together, alone, **TOL)
+    batch = ready(samples)
+    text = model.encode_text(batch["ids"])                                     # all rows
+    pooled = [model.fuse(flm.see(model, batch, which), text).pooled for which in range(2 if name == "nlvr2" else 1)]
+    torch.testing.assert_close(model.head(torch.cat(pooled, -1)), together, **TOL)
+    assert together.std(0).min() > 1e-2         # or nothing was compared
+
+
+# -- from the pretrained model to the fine-tuned one ---------------------------------------------------------------------
+
+def test_fine_tuning_begins_from_the_pretrained_weights_and_carries_all_that_evaluation_needs(world, tmp_path, capsys):
+    checkpoint = finetune(world, "vqa", "flm", tmp_path, "--lr", 0)
+    before, after = weights.load(world / "flm.pt"), weights.load(checkpoint)
+    assert (after.task, after.answer_list, after.config.head, len(after.tokenizer)) == ("vqa", ANSWERS, "vqa", len(before.tokenizer))
+    shared = [name for name in after.state_dict() if name in before.state_dict()]
+    assert all(torch.equal(after.state_dict()[name], before.state_dict()[name]) for name in shared)
+    assert [name for name in after.state_dict() if name not in shared] == [f"head.{k}.{w}" for k in (0, 1, 3) for w in ("weight", "bias")]
+    assert "fresh" in capsys.readouterr().out
+
+
+def test_retrieval_begins_from_image_text_matching(world, tmp_path):
+    checkpoint = finetune(world, "retrieval", "flm", tmp_path, "--lr", 0, "--false-captions", 2)
+    assert torch.equal(weights.load(checkpoint).head.weight[0], weights.load(world / "flm.pt").itm_head.weight[1])
+
+
+def test_captioning_grows_the_vocabulary_by_two_and_keeps_the_others_rows(world, tmp_path):
+    after, before = weights.load(finetune(world, "caption", "flm", tmp_path, "--lr", 0)), weights.load(world / "flm.pt")
+    size = len(before.tokenizer)
+    assert [after.tokenizer.ids[token] for token in ("<bos>", "<eos>")] == [size, size + 1] and after.config.vocab_size == size + 2
+    assert torch.equal(after.embed.word.weight[:size], before.embed.word.weight)
+    assert (after.config.objective, after.config.pooler, after.config.itm) == ("ar", False, False)
+
+
+def test_captioning_a_vilt_is_refused_in_a_sentence(world, tmp_path):
+    with pytest.raises(SystemExit, match="train.py: captioning needs a model that can read from left to right"):
+        finetune(world, "caption", "vilt", tmp_path)
+
+
+def test_a_resumed_fine_tuning_equals_one_that_never_stopped(world, tmp_path):
+    for kind in ("flm", "vilt"):
+        more = "--save-every", 1, "--steps", 3, "--dropout", 0.1, "--augment"
+        whole = finetune(world, "nlvr2", kind, tmp_path / kind / "whole", *more, "--keep", 1)
+        again = tmp_path / kind / "again"
+        again.mkdir()
+        (again / "last.pt").write_bytes((whole.parent / "step_1.pt").read_bytes())
+        resumed = weights.read(finetune(world, "nlvr2", kind, again, *more, "--resume", "--keep", 1))["model"]
+        for name, tensor in weights.read(whole)["model"].items():
+            assert torch.equal(resumed[name], tensor), name
+
+
+@pytest.mark.parametrize("task", [task for task in tasks.RECIPES if task != "pretrain"])
+def test_every_recipe_can_be_asked_for(task):
+    for recipe, row in tasks.RECIPES[task].items():
+        settings, flags = train.parse(["--task", task, "--recipe", recipe, "--data", "x", "--out", "y"])
+        assert {**vars(settings), **flags}.items() >= {k: v for k, v in row.items()}.items()
+        assert isinstance(tasks.MODELS[row["model"]], vilt.Config if "vilt" in recipe else flm.Config)
