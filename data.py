@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,8 +260,10 @@ class Questions(Captions):
 
     def details(self, i):
         row = int(self.row_of[i])
-        labels, scores, ids = (self.cell(name, row)[i - self.first_of(row)].as_py() for name in self.MORE)
-        return {"labels": labels or [], "scores": scores or [], "question_id": ids}
+        place = i - self.first_of(row)
+        lists = [self.cell(name, row) for name in self.MORE]                # ViLT's test files have empty ones
+        labels, scores, question_id = (cell[place].as_py() if len(cell) else None for cell in lists)
+        return {"labels": labels or [], "scores": scores or [], "question_id": question_id}
 
 
 class Statements(Captions):
@@ -272,8 +274,10 @@ class Statements(Captions):
         row = int(self.row_of[i])
         place, count = i - self.first_of(row), len(self.cell("questions", row))
         identifier = self.cell("identifier", row).as_py()
+        # ViLT's files name the pair only; the statement's number is then its place in the row's list.
+        whole = count == 1 and identifier.count("-") >= 3
         return {"label": int(self.cell("answers", row)[place].as_py() == "True"),
-                "identifier": identifier if count == 1 else f"{identifier}-{place}"}
+                "identifier": identifier if whole else f"{identifier}-{place}"}
 
 
 def token_lengths(table, tok, numbers=None):
@@ -349,7 +353,10 @@ def decode(encoded, shape, fast=False, augment=None):
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        try:
+            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(f"in none of the formats {', '.join(FORMATS)}") from None
         if fast and image.format == "JPEG":
             scale = min(shape(*image.size)[0]) / min(image.size)
             image.draft("RGB", (int(np.ceil(image.width * scale)), int(np.ceil(image.height * scale))))

@@ -13,7 +13,9 @@ Any number of processes and any batch size give the same scores: each text is as
 
 import argparse
 import json
+import math
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,9 +47,11 @@ class Evaluation:
     def __init__(self, args, task):
         settings = Settings(task=task, data=args.data, datasets=tuple(args.datasets), micro_batch=args.batch_size,
                             device=args.device, pad_to=1, false_captions=0)
+        if args.batch_size < 1:
+            raise ValueError(f"--batch-size {args.batch_size}: at least 1 is expected")
         self.rank, self.world, self.device = set_up(settings)
         self.say = print if self.rank == 0 else lambda *a, **k: None
-        self.model, self.checkpoint, self.split = open_model(args).to(self.device), args.checkpoint, args.split
+        self.model, self.split = open_model(args, task).to(self.device), args.split
         self.config, self.tok = self.model.config, self.model.tokenizer
         self.settings = replace(settings, max_tokens=self.config.max_tokens)
         self.out = Path(args.out or Path(args.checkpoint).with_name(task))
@@ -63,11 +67,6 @@ class Evaluation:
             raise FileNotFoundError(f"{self.settings.data}: no {self.task_class.KIND} files of split {split!r}")
         return table
 
-    def need_head(self, head):
-        if self.config.head != head:
-            raise ValueError(f"{self.checkpoint}: a model with head {self.config.head}; {head} is needed, which "
-                             f"train.py --task {head} --load {self.checkpoint} makes")
-
     @torch.no_grad()
     def each(self, function, what, numbers=None, blank=False):
         """function(batch, numbers) -> a value for each of the batch -> {number: value} of all texts, on every process.
@@ -80,17 +79,27 @@ class Evaluation:
         batches = batches[self.rank::self.world]
         loader = DataLoader(self.task.dataset(self.table, train=False), batch_sampler=batches, collate_fn=self.task.collate,
                             num_workers=loader_workers(self.settings, self.device))
-        found, unreadable = {}, {}
+        found, unreadable, cut = {}, [], 0
         for keys, (batch, notes) in zip(batches, tqdm(loader, what, unit="batch", leave=False, disable=self.rank > 0)):
-            batch, here = to_device(batch, self.device, self.config), [i for _, i in keys]
             if blank:
                 batch |= {name: torch.zeros_like(batch[name]) for name in ("image", "image_1") if name in batch}
-            found |= zip(here, function(batch, here), strict=True)
-            unreadable |= dict.fromkeys(notes["unreadable"])
-        found, unreadable = self.together(found), self.together(unreadable)
-        if unreadable:
-            self.say(f"{len(unreadable)} pictures cannot be decoded and were shown as black, the first: {next(iter(unreadable))}")
+            here = [i for _, i in keys]
+            found |= zip(here, function(to_device(batch, self.device, self.config), here), strict=True)
+            unreadable, cut = unreadable + notes["unreadable"], cut + notes["cut"]
+        if not blank:
+            self.warn(unreadable, cut)
+        found = self.together(found)
         return {i: found[i] for i in sorted(found)}
+
+    def warn(self, unreadable, cut):
+        """Says what the model did not see as it is: pictures that cannot be decoded (a line each), texts that were cut."""
+        rows = self.together({line.partition(": ")[0]: line for line in unreadable})    # a picture with many texts once
+        cut = sum(self.together({self.rank: cut}).values())
+        if rows:
+            self.say(f"{len(rows)} rows have pictures that cannot be decoded and were shown as black, the first: "
+                     f"{min(rows.values())}")
+        if cut:
+            self.say(f"{cut} texts were cut to the {self.config.max_tokens} tokens that the model reads")
 
     def together(self, found):
         """The union of all processes' dicts, on each of them."""
@@ -122,16 +131,29 @@ class Evaluation:
         for i, answer, truth, right, more in examples:
             path, row = self.table.place(int(self.table.row_of[i]))
             rows.append({"file": path, "row": row, "images": list(self.table.IMAGES), "text": self.table.text(i),
-                         "answer": answer, "truth": truth, "right": bool(right)} | more)
+                         "answer": answer, "truth": truth, "right": None if right is None else bool(right)} | more)
         self.write("examples.json", {"title": title, "examples": rows})
 
 
-def open_model(args):
+def open_model(args, task=None):
+    """The checkpoint's model with its tokenizer; ValueError for one that cannot do the task."""
     model = weights.load(args.checkpoint)
-    if model.tokenizer is None:
+    c, tok = model.config, model.tokenizer
+    able = {None: True, "pretrain": c.head == "vocab", "caption": model.task == "caption",
+            "retrieval": c.head == "retrieval" or c.itm}
+    if not able.get(task, c.head == task):
+        others = " (or one pretrained with image-text matching, --itm)" if task == "retrieval" else ""
+        raise ValueError(f"{args.checkpoint}: a model of task {model.task} with head {c.head}; needed is what train.py "
+                         f"--task {task} --load {args.checkpoint} makes{others}")
+    if tok is None:
         if not args.tokenizer:
             raise ValueError(f"{args.checkpoint} carries no tokenizer: --tokenizer DIR must name the directory of its files")
-        model.tokenizer = tokenizer.load(args.tokenizer)
+        tok = model.tokenizer = tokenizer.load(args.tokenizer)
+    if model.task == "caption":             # <bos> and <eos> come last, and in a released file's tokenizer not at all
+        task_of("caption", c).grow(tok)
+    if len(tok) > c.vocab_size or model.task == "caption" and len(tok) < c.vocab_size:
+        raise ValueError(f"{args.tokenizer or args.checkpoint}: a tokenizer of {len(tok)} tokens; the model knows "
+                         f"{c.vocab_size}")
     return model
 
 
@@ -150,7 +172,6 @@ def headings(args, singular="right image"):
 
 def vqa(args):
     run = Evaluation(args, "vqa")
-    run.need_head("vqa")
     answers = run.model.answer_list or run.task_class.answers(run.settings)
     if len(answers) != run.config.answers:
         raise ValueError(f"{args.checkpoint}: chooses from {run.config.answers} answers, the answer list has {len(answers)}")
@@ -158,6 +179,8 @@ def vqa(args):
     if len({d["question_id"] for d in details}) != len(details):
         raise ValueError(f"{', '.join(run.table.paths)}: some question ids come more than once, so no results file is valid")
     path = Path(args.annotations or annotations_path(run))
+    if args.annotations and not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file of annotations")
     annotations = json.loads(path.read_text()) if path.is_file() else None
     columns, chosen = {}, None
     for name, blank in headings(args):
@@ -168,7 +191,8 @@ def vqa(args):
             run.write(f"vqa_{args.split}_results.json", [{"question_id": q, "answer": a} for q, a in said.items()])
         if annotations:
             scores = vqa_accuracy(said, annotations)
-            columns[name] = {kind: scores[kind] / 100 for kind in ("overall", "yes/no", "number", "other")}
+            columns[name] = {kind: scores[kind] / 100 for kind in ("overall", "yes/no", "number", "other")
+                             if not math.isnan(scores[kind])}               # a type of which no question is asked
         elif any(d["labels"] for d in details):
             scores = [dict(zip(d["labels"], d["scores"])).get(labels[i], 0.0) for i, d in enumerate(details)]
             columns[name] = {"overall": sum(scores) / len(scores)}
@@ -177,7 +201,7 @@ def vqa(args):
             f"official accuracy by {path}" if annotations else "mean soft score of the Arrow file's labels"))
     shown = [(i, chosen[details[i]["question_id"]], [answers[label] for label in details[i]["labels"]])
              for i in spread(len(details), args.examples)]
-    run.sheet(f"VQA, {args.split}", [(i, answer, " / ".join(true[:3]), answer in true, {}) for i, answer, true in shown])
+    run.sheet(f"VQA, {args.split}", [(i, answer, " / ".join(true[:3]), answer in true if columns else None, {}) for i, answer, true in shown])
 
 
 def annotations_path(run):
@@ -190,10 +214,11 @@ def annotations_path(run):
 
 def nlvr2(args):
     run = Evaluation(args, "nlvr2")
-    run.need_head("nlvr2")
     details = [run.table.details(i) for i in range(len(run.table.row_of))]
     examples = [{"identifier": d["identifier"], "label": str(bool(d["label"]))} for d in details]
     known, subsets, official = {e["identifier"] for e in examples}, {}, {"val": "dev", "test": "test1"}.get(args.split)
+    if len(known) != len(examples):
+        raise ValueError(f"{', '.join(run.table.paths)}: some identifiers come more than once, so no prediction file is valid")
     for part in ("balanced", "unbalanced"):
         path = Path(args.data) / f"nlvr2_{part}_{official}.json"
         names = set(json.loads(path.read_text())) if path.is_file() else set()
@@ -243,7 +268,7 @@ def caption(args):
             run.write(f"captions_{args.split}_results.json", [{"image_id": i, "caption": text} for i, text in said.items()])
     run.report(f"captions {args.split}", columns, f"{len(firsts):,} images, {len(run.table.row_of):,} references")
     shown = [firsts[k] for k in spread(len(firsts), args.examples)]
-    run.sheet(f"Captions, {args.split}", [(i, chosen[ids[i]], "", not scenes or true_of(scenes, ids[i], chosen[ids[i]]),
+    run.sheet(f"Captions, {args.split}", [(i, chosen[ids[i]], "", true_of(scenes, ids[i], chosen[ids[i]]) if scenes else None,
                                            {"text": ""}) for i in shown])
 
 
@@ -265,9 +290,10 @@ def true_of(scenes, image_id, text):
 # Retrieval.
 
 def retrieval(args):
+    for flag in ("images", "captions", "top"):
+        if getattr(args, flag) < 0:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: 0 or more is expected")
     run = Evaluation(args, "retrieval")
-    if run.config.head != "retrieval" and not run.config.itm:
-        raise ValueError(f"{args.checkpoint}: neither fine-tuned for retrieval nor pretrained with image-text matching (--itm)")
 
     def gallery(table, images, captions):
         """-> the Gallery of a table's first images with so many captions each (0: all), and the image of each caption."""
@@ -279,10 +305,12 @@ def retrieval(args):
 
     shown, image_of = gallery(run.table, args.images, args.captions)
     candidates = shortlist(shown, *gallery(run.table_of("train"), 1500, 2), args.top, run.rank > 0) if args.top else None
-    # The scores are a file, so that an interrupted run goes on; its name says of what they are.
+    # The scores are a file, so that an interrupted run goes on; its name says of what they are: other weights or other
+    # data, other name.
     size = len(shown.rows), len(shown.numbers)
-    stamp = int(Path(args.checkpoint).stat().st_mtime)
-    path = run.out / f"scores_{args.split}_{size[0]}x{size[1]}_{'all' if not args.top else f'top{args.top}'}_{stamp}.npy"
+    sources = [(Path(p).name, Path(p).stat().st_mtime_ns) for p in (args.checkpoint, *run.table.paths)]
+    stamp = zlib.crc32(repr(sources).encode())
+    path = run.out / f"scores_{args.split}_{size[0]}x{size[1]}_{f'top{args.top}' if args.top else 'all'}_{stamp:08x}.npy"
     if run.rank == 0 and not path.is_file():
         fresh = path.with_suffix(".partial")
         np.lib.format.open_memmap(fresh, "w+", np.float32, size)[:] = np.nan
@@ -292,8 +320,7 @@ def retrieval(args):
     scores = np.lib.format.open_memmap(path, "r+")
     fill_scores(shown, scores, range(run.rank, size[0], run.world), candidates, args.batch_size, run.rank > 0)
     scores.flush()
-    if run.world > 1:
-        dist.barrier()
+    run.warn(shown.unreadable, shown.cut if run.rank == 0 else 0)       # (all read all captions); all wait for all here
     if run.rank == 0:
         how = "every pair was scored" if not args.top else f"APPROXIMATE: a cheap score chose the {args.top} likeliest of " \
             f"each, so only {100 * candidates.mean():.1f} % of the pairs were scored"
@@ -310,7 +337,7 @@ def retrieval(args):
 
 def words(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = weights.load(args.checkpoint).to(device)
+    model = open_model(args, "pretrain").to(device)
     groups_path = Path(args.groups or Path(args.data) / "toy_words.json")
     if not groups_path.is_file():
         raise FileNotFoundError(f"{groups_path}: a JSON file {{group: [words]}} is expected here (--groups names another)")
@@ -328,7 +355,7 @@ def words(args):
 
 def align(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = weights.load(args.checkpoint).to(device)
+    model = open_model(args).to(device)
     if not isinstance(model, vilt.ViLT):
         raise ValueError(f"{args.checkpoint}: word-patch alignment is ViLT's; this is another model")
     table = Captions(find_files(args.data, args.datasets, args.split))
@@ -353,16 +380,15 @@ def print_table(split, result):
 # Single pictures.
 
 def ask(args):
-    model = open_model(args)
-    if model.config.head != "vqa" or not model.answer_list:
-        raise ValueError(f"{args.checkpoint}: a model with head {model.config.head}; questions are answered by one fine-tuned "
-                         f"with --task vqa, whose checkpoint carries its answer list")
+    model = open_model(args, "vqa")
+    if not model.answer_list:
+        raise ValueError(f"{args.checkpoint} carries no answer list: weights.py convert --answers FILE puts one in")
     for answer, share in single.ask(model, args.image, args.question, args.k):
         print(f"{100 * share:5.1f} %  {answer}")
 
 
 def describe(args):
-    model = open_model(args)
+    model = open_model(args, "caption")
     how = dict(max_tokens=args.max_tokens, beams=args.beams, length_penalty=args.length_penalty, no_repeat=args.no_repeat)
     sampling = dict(top_p=args.top_p, temperature=args.temperature, seeds=[args.seed]) if args.top_p else {}
     with torch.no_grad():
@@ -370,18 +396,13 @@ def describe(args):
 
 
 def compare(args):
-    model = open_model(args)
-    if model.config.head != "nlvr2":
-        raise ValueError(f"{args.checkpoint}: a model with head {model.config.head}; two pictures are compared by one "
-                         f"fine-tuned with --task nlvr2")
+    model = open_model(args, "nlvr2")
     share = single.compare(model, args.left, args.right, args.sentence)
     print(f"{share > 0.5} ({100 * max(share, 1 - share):.1f} %)")
 
 
 def search(args):
-    model = open_model(args)
-    if model.config.head != "retrieval" and not model.config.itm:
-        raise ValueError(f"{args.checkpoint}: neither fine-tuned for retrieval nor pretrained with image-text matching (--itm)")
+    model = open_model(args, "retrieval")
     for path, score in single.search(model, args.text, args.images):
         print(f"{score:8.3f}  {path}")
 
@@ -411,7 +432,8 @@ def main(argv=None):
             p.add_argument("--batch-size", type=int, default=64, help="of one process")
             p.add_argument("--device", default="", help="cpu, cuda; default: cuda where there is one")
             p.add_argument("--examples", type=int, default=24, help="texts that are kept for plot.py sheet")
-            p.add_argument("--blank", action="store_true", help="ask once more with black pictures")
+            if function is not retrieval:
+                p.add_argument("--blank", action="store_true", help="ask once more with black pictures")
         return p
 
     def decoding(p):
@@ -435,14 +457,11 @@ def main(argv=None):
     p.add_argument("--top", type=int, default=0, help="approximate: score only the so many likeliest by a cheap score")
     for function, says in ((words, "accuracy of groups of words with the right, another and no image"),
                            (align, "which patches ViLT's optimal transport carries each word to")):
-        p = commands.add_parser(function.__name__, help=says, description=says,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        p.add_argument("checkpoint")
+        p = command(function, says)
         p.add_argument("--data", required=True, help="directory of Arrow files")
         p.add_argument("--datasets", nargs="*", default=(), help="names of datasets in it; default: all that are found")
         p.add_argument("--out", help=f"default: {function.__name__}.json beside the checkpoint")
         p.add_argument("--captions", type=int, default=2000 if function is words else 100, help="at most so many, evenly spread")
-        p.set_defaults(run=function)
         if function is words:
             p.add_argument("--splits", nargs="+", default=["test", "holdout"])
             p.add_argument("--groups", help="JSON file {group: [words]}; default DATA/toy_words.json")

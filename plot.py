@@ -210,8 +210,8 @@ def horizontal(run, rows, x):
 def accuracy_key(key, rows):
     """The accuracy that belongs to a loss; to the total loss, that of the objective's main output. Or None."""
     names = {name.removeprefix("val_") for row in rows for name in row}
-    wanted = [key.replace("_loss", "_accuracy")] if "_loss" in key else ["reconstructed_accuracy", "forward_accuracy", "mlm_accuracy"]
-    return next((name for name in wanted if name in names), None)
+    wanted = [key.removesuffix("_loss")] if "_loss" in key else ["reconstructed", "forward", "mlm"]
+    return next((f"{name}_accuracy" for name in wanted if f"{name}_accuracy" in names), None)
 
 
 def plot_curves(args):
@@ -297,7 +297,7 @@ def inside(width, height):
 def read_picture(file, row, shape, column="image"):
     """One row's picture in a shape, uint8 (H, W, 3). One that cannot be decoded is black, as eval.py shows it too."""
     table = data.Table([file], [column])
-    if not 0 <= row < len(table):
+    if not (isinstance(row, int) and 0 <= row < len(table)):
         raise ValueError(f"{file}: has {len(table)} rows, no row {row}")
     try:
         return data.decode(table.cell(column, row).as_buffer(), shape).permute(1, 2, 0).numpy()
@@ -317,7 +317,8 @@ def show(page, picture, x, y):
 @functools.cache
 def text_width(text, size, weight="normal"):
     """Inches of a line of text."""
-    return RendererAgg(1, 1, DPI).get_text_width_height_descent(text, FontProperties(size=size, weight=weight), False)[0] / DPI
+    font = FontProperties(size=size, weight=weight)
+    return RendererAgg(1, 1, DPI).get_text_width_height_descent(text, font, ismath=False)[0] / DPI
 
 
 def wrap(text, width, size, weight="normal"):
@@ -345,8 +346,10 @@ LETTER, LINE = 0.602 * 8.5 / 72, 0.19                       # inches: DejaVu San
 def plot_words(args):
     def complete(results):
         return results and all(
-            all(set(IMAGE_COLORS) <= set(row) for row in result["accuracy"].values()) and set(result["accuracy"]) <= set(result["words"])
-            and all({"file", "row", "other_file", "other_row", "tokens", "guesses"} <= set(e) for e in result["examples"])
+            all(set(IMAGE_COLORS) <= set(row) for row in result["accuracy"].values())
+            and set(result["accuracy"]) <= set(result["words"])
+            and all({"file", "row", "other_file", "other_row", "tokens", "guesses"} <= set(e)
+                    for e in result["examples"])
             for result in results.values())
 
     results = read_results(args.words, "`eval.py words`", complete)
@@ -393,7 +396,8 @@ def draw_example(page, example, x, y, width):
         guesses = example["guesses"][name]
         wrong = [guess != token for guess, token in zip(guesses, tokens)]
         if page is not None:
-            show(page, read_picture(example[which + "file"], example[which + "row"], data.Square(round(side * DPI))), x, y)
+            shape = data.Square(round(side * DPI))
+            show(page, read_picture(example[f"{which}file"], example[f"{which}row"], shape), x, y)
             page.text(x + side + 0.15, y + 0.01, name, size=8.5, color=GREY, va="top")
         lines = write(page, guesses, wrong, x + side + 0.15, y + 0.2, width - side - 0.15)
         y += max(side, 0.2 + LINE * lines) + 0.1
@@ -418,6 +422,7 @@ def write(page, tokens, wrong, x, y, width):
 # align: where ViLT's optimal transport carries the words, as `eval.py align` found it (figure 4 of the ViLT paper).
 
 CELL, MAIN, WORDS_A_LINE = 0.9, 1.55, 8                     # inches of a word's picture and of the caption's
+FOG = (92, 96, 108)                                         # a grey that differs from bright and from dark pictures
 
 
 def plot_align(args):
@@ -429,22 +434,22 @@ def plot_align(args):
     blocks = [draw_alignment(None, a, 0, args.words) for a in shown]                                # their heights
     figure, page = open_page(0.75 + sum(blocks))
     page.text(0.2, 0.3, "Where each word is carried", size=13, weight="bold", va="center")
-    page.text(0.2, 0.55, "Each small picture is lit by one word: bright where optimal transport carries much of it. Below: the "
-              "share of the brightest patch.", size=9.5, color=GREY, va="center")
+    page.text(0.2, 0.55, "A picture for each word: clear where optimal transport carries much of it, else in fog. "
+              "Below: the share of the clearest patch.", size=9.5, color=GREY, va="center")
     y = 0.75
     for a, height in zip(shown, blocks):
         draw_alignment(page, a, y, args.words)
         y += height
-    save(figure, args.out)
+    save(figure, args.out, colors=None)
 
 
 def draw_alignment(page, alignment, y, words):
-    """The picture, and beside it once for each word, in the light of the word's shares of the patches.
+    """The picture, and beside it once for each word: the larger a patch's share of the word, the clearer.
 
     Returns its height in inches; without a page (None) it only measures.
     """
     h, w = alignment["grid"]
-    main, patch = (max(1, round(DPI * side / max(h, w))) for side in (MAIN, CELL))                  # pixels of a patch
+    main, patch = (max(1, int(DPI * side / max(h, w))) for side in (MAIN, CELL))                    # pixels of a patch
     left, pitch, line = 0.2 + MAIN + 0.25, CELL + 0.08, h * patch / DPI + 0.5
     tokens = alignment["tokens"][:words]
     height = max(0.2 + h * main / DPI, line * -(-len(tokens) // WORDS_A_LINE)) + 0.15
@@ -459,8 +464,8 @@ def draw_alignment(page, alignment, y, words):
     for k, (token, shares) in enumerate(zip(tokens, alignment["plan"])):
         x, top = left + pitch * (k % WORDS_A_LINE), y + 0.25 + line * (k // WORDS_A_LINE)
         shares = np.array(shares).reshape(h, w)
-        light = 0.15 + 0.85 * shares / max(shares.max(), 1e-9)
-        show(page, (small * np.kron(light, np.ones((patch, patch)))[:, :, None]).astype(np.uint8), x, top)
+        light = np.kron(0.15 + 0.85 * shares / max(shares.max(), 1e-9), np.ones((patch, patch)))[:, :, None]
+        show(page, (light * small + (1 - light) * FOG).astype(np.uint8), x, top)
         middle, text = x + w * patch / DPI / 2, token.strip() or " "
         size = min(10, 10 * CELL / text_width(text, 10))
         page.text(middle, top - 0.06, text, size=size, ha="center", va="baseline")
@@ -472,22 +477,21 @@ def draw_alignment(page, alignment, y, words):
 # ---------------------------------------------------------------------------------------------------------------------
 # sheet: what a fine-tuned model answered, from the examples.json of eval.py's tasks.
 
-MARGIN, GAP, TALLEST = 0.25, 0.28, 1.9                      # inches: the page's rim, between columns, the highest picture
+MARGIN, GAP, TALLEST = 0.25, 0.28, 2.17                     # inches: the page's rim, between columns, tallest picture
 
 
 def plot_sheet(args):
     def complete(found):
         return isinstance(found["title"], str) and found["examples"] and all(
-            isinstance(e["file"], str) and isinstance(e["row"], int) and e["right"] in (True, False, None)
-            and 1 <= len(e["images"]) <= 2 and all(isinstance(t, str) for t in [*e["images"], e["text"], e["answer"], e["truth"]])
-            for e in found["examples"])
+            {"file", "row"} <= set(e) and 1 <= len(e["images"]) <= 2 and e["right"] in (True, False, None)
+            and all(isinstance(text, str) for text in (e["text"], e["answer"], e["truth"])) for e in found["examples"])
 
-    found = read_results(args.results, "an evaluation of eval.py as examples.json", complete)
+    found = read_results(args.results, "eval.py into a task's examples.json", complete)
     shown = spread(found["examples"], args.examples)
     columns = 3 if any(len(e["images"]) > 1 for e in shown) else 4
     width = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) / columns
-    cards = [(e, [read_picture(e["file"], e["row"], inside(picture_width(e, width), TALLEST), column) for column in e["images"]])
-             for e in shown]
+    cards = [(e, [read_picture(e["file"], e["row"], inside(picture_width(e, width), TALLEST), column)
+                  for column in e["images"]]) for e in shown]
     rows = [cards[i:i + columns] for i in range(0, len(cards), columns)]
     tops = [max(len(picture) / DPI for _, pictures in row for picture in pictures) for row in rows]
     heights = [top + max(draw_answer(None, e, 0, 0, width) for e, _ in row) for row, top in zip(rows, tops)]
@@ -496,10 +500,9 @@ def plot_sheet(args):
     page.text(WIDTH - MARGIN, 0.34, score_line(shown), size=11, va="center", ha="right")
     for row, top, y in zip(rows, tops, 0.65 + np.cumsum([0, *heights])):
         for k, (example, pictures) in enumerate(row):
-            x = MARGIN + k * (width + GAP)
+            x, box = MARGIN + k * (width + GAP), picture_width(example, width)
             for n, picture in enumerate(pictures):
-                box, (h, w) = picture_width(example, width), picture.shape[:2]
-                left = x + n * (width - box)
+                left, (h, w) = x + n * (width - box), picture.shape[:2]
                 page.add_patch(Rectangle((left, y), box, top, color="#F1F1F1", lw=0, zorder=-1))
                 show(page, picture, left + (box - w / DPI) / 2, y + (top - h / DPI) / 2)
             draw_answer(page, example, x, y + top, width)
@@ -526,37 +529,37 @@ def draw_answer(page, example, x, y, width):
     color, said = {True: (GREEN, "right"), False: (VERMILLION, "wrong"), None: (INK, "")}[right]
     indent = 0 if right is None else 0.27
 
-    def put(text, x, size, **style):
+    def put(text, indent, size, weight="normal", color=INK):
         nonlocal y
-        for line in wrap(text, width - (x - left), size, style.get("weight", "normal")):
+        for line in wrap(text, width - indent, size, weight):
             y += LINE
             if page is not None:
-                page.text(x, y, line, size=size, **style)
+                page.text(x + indent, y, line, size=size, weight=weight, color=color)
 
-    left = x
     y += 0.05
-    put(example["text"], x, 10)
+    put(example["text"], 0, 10)
     y += 0.06
     if page is not None and right is not None:
         draw_mark(page, right, x + 0.1, y + 0.135, color)
-    put(example["answer"] or said, x + indent, 10.5, weight="bold", color=color)    # a picture may be the answer
+    put(example["answer"] or said, indent, 10.5, "bold", color)     # a picture can be the answer
     if right is False and example["truth"]:
-        put(f"truth: {example['truth']}", x + indent, 9.5)
+        put(f"truth: {example['truth']}", indent, 9.5)
     return y - top + 0.35
 
 
 def draw_mark(page, right, x, y, color):
     """A tick in a disc or a cross in a square, 0.2 inches wide: forms that differ, so that it reads without colours."""
     page.plot(x, y, "o" if right else "s", ms=13.5 if right else 12, color=color, mew=0)
-    strokes = [([-0.045, -0.012, 0.048], [0.004, 0.037, -0.035])] if right else [([-0.04, 0.04], [-0.04, 0.04]), ([-0.04, 0.04], [0.04, -0.04])]
-    for xs, ys in strokes:
-        page.plot(np.add(x, xs), np.add(y, ys), color="white", lw=1.8, solid_capstyle="round", solid_joinstyle="round")
+    tick, cross = [[(-0.045, 0.004), (-0.012, 0.037), (0.048, -0.035)]], [[(-0.04, -0.04), (0.04, 0.04)],
+                                                                         [(-0.04, 0.04), (0.04, -0.04)]]
+    for stroke in tick if right else cross:
+        page.plot(*np.add((x, y), stroke).T, color="white", lw=1.8, solid_capstyle="round", solid_joinstyle="round")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 def save(figure, path, colors=256):
-    """Writes a PNG of 1500 dots' width; 256 colours make it half as large and look the same but in photographs (None)."""
+    """Writes a PNG of 1500 dots' width. 256 colours make it half as large and look the same, but not in photographs."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI)
@@ -603,7 +606,7 @@ def main(argv=None):
     p.add_argument("--examples", type=positive, default=5, help="captions")
     p.add_argument("--words", type=positive, default=2 * WORDS_A_LINE, help="at most so many words of each caption")
     p = command("sheet", plot_sheet, "docs/sheet.png", "what a fine-tuned model answered, right or wrong")
-    p.add_argument("results", metavar="EXAMPLES_JSON", help="the examples.json of eval.py vqa, nlvr2, caption or retrieval")
+    p.add_argument("results", metavar="EXAMPLES_JSON", help="what `eval.py vqa`, nlvr2, caption or retrieval wrote")
     p.add_argument("--examples", type=positive, default=12, help="at most so many, evenly spread")
     args = parser.parse_args(argv)
     try:

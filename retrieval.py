@@ -29,14 +29,23 @@ class Gallery:
     """Images and captions of a split, encoded when they are wanted.
 
     rows (I,): the table's rows of the images; numbers (T,): its captions.
+    unreadable: a line for each picture so far that cannot be decoded, and is black; cut: how many captions are too long.
     """
 
     def __init__(self, model, dataset, rows, numbers, device):
         self.model, self.dataset, self.rows, self.numbers, self.device = model, dataset, rows, numbers, device
+        self.unreadable, self.cut = [], 0
 
     def image(self, i):
-        pictures, _ = self.dataset.pictures(int(self.rows[i]))
+        pictures, wrong = self.dataset.pictures(int(self.rows[i]))
+        self.unreadable += wrong
         return see(self.model, picture_batch(self.model.config, pictures, self.device))
+
+    def tokens(self):
+        """The token ids of all captions, in order."""
+        tokens = [self.dataset.tokens(i) for i in self.numbers]
+        self.cut = sum(cut for _, cut in tokens)
+        return [ids for ids, _ in tokens]
 
     def texts(self, tokens):
         ids = pad_texts(tokens, self.model.config.pad_id).to(self.device)
@@ -50,7 +59,7 @@ def fill_scores(gallery, scores, mine, candidates=None, texts_at_once=256, quiet
     scores may be a file that several processes and an interrupted run share: a row appears in it whole or not at all.
     candidates (I, T) bool: only these pairs are scored, all others get minus infinity.
     """
-    tokens = [gallery.dataset.tokens(i)[0] for i in gallery.numbers]
+    tokens = gallery.tokens()
     order = np.argsort([len(ids) for ids in tokens], kind="stable")
     chunks = [order[first:first + texts_at_once] for first in range(0, len(order), texts_at_once)]
     texts = [gallery.texts([tokens[i] for i in chunk])
@@ -78,8 +87,8 @@ def features(gallery, quiet=False):
     for i in tqdm(range(len(gallery.rows)), "image features", leave=False, disable=quiet):
         visual = gallery.image(i)
         images.append((visual if torch.is_tensor(visual) else visual.tokens)[0].double().mean(0).cpu())
-    for i in tqdm(gallery.numbers, "caption features", leave=False, disable=quiet):
-        text = gallery.texts([gallery.dataset.tokens(i)[0]])
+    for ids in tqdm(gallery.tokens(), "caption features", leave=False, disable=quiet):
+        text = gallery.texts([ids])
         tokens = text.streams.flatten(1, 2) if hasattr(text, "streams") else text.tokens            # (1, S L, D)
         texts.append(tokens[0].double().mean(0).cpu())
     return torch.stack(images), torch.stack(texts)

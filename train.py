@@ -140,7 +140,10 @@ def find_ranks(env):
 def set_up(settings):
     """Joins the process group, if there are several processes -> (rank, world size, device)."""
     rank, world, local_rank = find_ranks(os.environ)
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device {settings.device}: cpu or cuda is expected") from None
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -323,7 +326,7 @@ def train(settings, config_flags):
     task_class = task_of(settings.task, config)
     tables = {split: task_class.table(settings, split) for split in ("train", "val")}
     tok = task_class.grow(open_tokenizer(settings, config_flags, saved, source, tables["train"], rank, say))
-    config = replace(config, **config_flags)
+    config = replace(config, **{"pooler": True} | config_flags)         # the task takes away what it does not train
     config = task_class.adapt(replace(config, vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id,
                                       sep_id=tok.sep_id, mask_id=tok.mask_id), settings)
     max_tokens = min(settings.max_tokens, config.max_tokens)

@@ -67,7 +67,7 @@ def write_world(root):
     """Captions, questions and statements (dataset "mine"), a tokenizer, and a checkpoint of each kind of pretrained model."""
     write_captions(root / "mine_caption_train.arrow", 12, sizes=SIZES)
     write_captions(root / "mine_caption_val.arrow", 5, seed=1, sizes=SIZES)
-    write_captions(root / "mine_caption_test.arrow", 9, seed=2, captions=3, broken=(4,), batch_rows=4, sizes=SIZES)
+    write_captions(root / "mine_caption_test.arrow", 7, seed=2, broken=(4,), batch_rows=3, sizes=SIZES)
     write_questions(root / "mine_vqa_train.arrow", 9, 1)
     asked = write_questions(root / "mine_vqa_val.arrow", 11, 2, broken=(3, 7))
     (root / "mine_vqa_answers.json").write_text(json.dumps(ANSWERS))
@@ -89,9 +89,9 @@ def write_world(root):
 
 
 def finetune(world, task, kind, out, *more):
-    """Two steps of a task from a pretrained model -> the checkpoint."""
+    """One step of a task from a pretrained model -> the checkpoint."""
     train.main(["--task", task, "--load", str(world / f"{kind}.pt"), "--data", str(world), "--out", str(out), *map(str, (
-        "--device", "cpu", "--workers", 0, "--steps", 2, "--global-batch", 4, "--lr", 1e-3, "--log-every", 1, "--eval-every", 2,
+        "--device", "cpu", "--workers", 0, "--steps", 1, "--global-batch", 4, "--lr", 1e-3, "--eval-every", 0,
         "--max-unreadable", 1, *more))])
     return out / "last.pt"
 
@@ -198,7 +198,7 @@ def test_vqa_targets_are_the_soft_scores_at_their_labels(world):
     for sample, target in zip(samples, batch["targets"], strict=True):
         expected = {label: np.float32(score) for label, score in zip(sample["labels"], sample["scores"])}
         assert {i: value for i, value in enumerate(target.tolist()) if value} == pytest.approx(expected)
-    assert notes["counts"] == {"vqa": 18} and any(not s["labels"] for s in samples) and any(len(s["labels"]) > 1 for s in samples)
+    assert notes["counts"] == {"vqa": 18} and {0, 2} < {len(sample["labels"]) for sample in samples}
 
 
 def test_a_label_past_the_end_of_the_answer_list_is_named(world, tmp_path):
@@ -343,10 +343,11 @@ def test_what_a_head_says_does_not_depend_on_the_rest_of_the_batch(world, name, 
 def test_fine_tuning_begins_from_the_pretrained_weights_and_carries_all_that_evaluation_needs(world, tmp_path, capsys):
     checkpoint = finetune(world, "vqa", "flm", tmp_path, "--lr", 0)
     before, after = weights.load(world / "flm.pt"), weights.load(checkpoint)
-    assert (after.task, after.answer_list, after.config.head, len(after.tokenizer)) == ("vqa", ANSWERS, "vqa", len(before.tokenizer))
+    assert (after.task, after.answer_list, after.config.head) == ("vqa", ANSWERS, "vqa")
+    assert len(after.tokenizer) == len(before.tokenizer)
     shared = [name for name in after.state_dict() if name in before.state_dict()]
     assert all(torch.equal(after.state_dict()[name], before.state_dict()[name]) for name in shared)
-    assert [name for name in after.state_dict() if name not in shared] == [f"head.{k}.{w}" for k in (0, 1, 3) for w in ("weight", "bias")]
+    assert set(after.state_dict()) - set(shared) == {f"head.{k}.{w}" for k in (0, 1, 3) for w in ("weight", "bias")}
     assert "fresh" in capsys.readouterr().out
 
 
@@ -358,7 +359,8 @@ def test_retrieval_begins_from_image_text_matching(world, tmp_path):
 def test_captioning_grows_the_vocabulary_by_two_and_keeps_the_others_rows(world, tmp_path):
     after, before = weights.load(finetune(world, "caption", "flm", tmp_path, "--lr", 0)), weights.load(world / "flm.pt")
     size = len(before.tokenizer)
-    assert [after.tokenizer.ids[token] for token in ("<bos>", "<eos>")] == [size, size + 1] and after.config.vocab_size == size + 2
+    assert [after.tokenizer.ids[token] for token in ("<bos>", "<eos>")] == [size, size + 1]
+    assert after.config.vocab_size == size + 2
     assert torch.equal(after.embed.word.weight[:size], before.embed.word.weight)
     assert (after.config.objective, after.config.pooler, after.config.itm) == ("ar", False, False)
 
@@ -370,7 +372,7 @@ def test_captioning_a_vilt_is_refused_in_a_sentence(world, tmp_path):
 
 def test_a_resumed_fine_tuning_equals_one_that_never_stopped(world, tmp_path):
     for kind in ("flm", "vilt"):
-        more = "--save-every", 1, "--steps", 3, "--dropout", 0.1, "--augment"
+        more = "--save-every", 1, "--steps", 3, "--dropout", 0.1, "--eval-every", 2, "--augment"
         whole = finetune(world, "nlvr2", kind, tmp_path / kind / "whole", *more, "--keep", 1)
         again = tmp_path / kind / "again"
         again.mkdir()
