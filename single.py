@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from PIL import UnidentifiedImageError
 
 import generate
-from data import FORMATS, decode
+from data import decode
 from flm import see
 from probe import picture_batch
 from retrieval import fit
@@ -20,8 +19,6 @@ def open_picture(path, config):
         raise FileNotFoundError(f"{path}: there is no such picture")
     try:
         return decode(path.read_bytes(), shape_of(config))
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: not a picture that can be read; {', '.join(FORMATS)} are") from None
     except Exception as error:              # Pillow's readers raise what the broken bytes lead to
         raise ValueError(f"{path}: not a picture that can be read ({error or type(error).__name__})") from None
 
