@@ -82,6 +82,10 @@ bench: $(VENV)/.installed  ## how fast each part is, side by side
 	$(PY) bench.py step
 	$(PY) bench.py parts
 	$(PY) bench.py loader
+	$(PY) bench.py vilt
+	$(PY) bench.py retrieval
+	$(PY) bench.py captions
+	$(PY) bench.py tune
 
 clean:  ## remove the toy world and its run
 	rm -rf $(DATA) $(RUN)

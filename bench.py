@@ -7,6 +7,9 @@
     python bench.py loader data/coco --tokenizer DIR                  # … or on the Arrow files of a directory
     python bench.py padding data/coco/*.arrow --tokenizer DIR         # the padding in real captions' batches
     python bench.py gpu --preset base-b32 --batch 64 128 256 512      # pairs/s, memory and utilisation of a GPU
+    python bench.py captions --images 4 --tokens 20                   # captions word by word, beside the original's way
+    python bench.py retrieval --captions 64                           # an image against captions, beside the original's
+    python bench.py tune --batch 1                                    # a step of fine-tuning for it
 
 What is compared is measured in one process in turns (A B A B …), so that noise hits all alike, and of each the shortest
 time counts. Ratios hold on a busy machine too (there with `--threads 1`: two threads that share cores with other programs
@@ -19,76 +22,36 @@ import argparse
 import io
 import json
 import os
-import re
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
+import bench_tasks
 import data
 import flm
 import tokenizer
 import train
 import vilt
 import weights
+from measure import (HEAD, OPTIMIZER, REST, Rig, Way, adamw, compare, draw, in_turns, now, padding_multiple,
+                     print_table, shares, text_lengths)
 from tasks import PretrainFLM, PretrainViLT, shape_of
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring and reporting.
-
-def now(device):
-    """Seconds, once the device has done all that it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def in_turns(functions, rounds, warmup=1):
-    """{name: function} -> {name: what its calls returned}: A B A B …, the first `warmup` rounds not counted."""
-    results = {name: [] for name in functions}
-    turns = [(k, name) for k in range(-warmup, rounds) for name in functions]
-    for k, name in tqdm(turns, "measuring", leave=False, disable=None):      # a bar on terminals only
-        result = functions[name]()
-        if k >= 0:
-            results[name].append(result)
-    return results
-
-
-def print_table(rows):
-    """A list of dicts with equal keys, as aligned columns: numbers to the right, words to the left."""
-    def show(value):
-        if not isinstance(value, float):
-            return str(value)
-        return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 4}f}"
-
-    cells = [list(rows[0])] + [[show(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    words = [isinstance(value, str) for value in rows[0].values()]
-    for line in cells:
-        print("  ".join(f"{c:<{w}}" if left else f"{c:>{w}}" for c, w, left in zip(line, widths, words)).rstrip())
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A training step, ours and as the original takes it.
 
-def make_batch(config, B, n, L, seed=0):
+def make_batch(config, B, n, L):
     """A batch as tasks.PretrainFLM.collate makes it: B captions of n real tokens, padded to L, every word predicted."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.full((B, L), config.pad_id)
-    ids[:, :n] = torch.randint(5, config.vocab_size - 1, (B, n), generator=generator)       # past the special tokens
-    ids[:, 0], ids[:, n - 1] = config.cls_id, config.sep_id
-    image = torch.randint(0, 256, (B, 3, config.image_size, config.image_size), dtype=torch.uint8, generator=generator)
     rows = {f"{name}_rows": (torch.arange(B)[:, None] * L + torch.tensor(positions)).flatten()
             for name, positions in flm.predicting_rows("flm", n).items()}
-    return {"image": image, "ids": ids} | rows
+    return draw(config, B, B, n, L) | rows
 
 
 def ours(model, batch):
@@ -112,29 +75,15 @@ def everywhere(model, batch):
     return results
 
 
-@dataclass
-class Way:
-    """One way to take a step."""
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    forward: object                     # (model, batch on the device) -> {output: (sum of its losses, hits)}
-    batch: dict | None = None           # of tensors, on the host
-    counts: dict | None = None          # output -> number of its targets in the batch
-    parts: dict = field(default_factory=dict)           # what a Stopwatch tells apart: part -> names of modules
-    methods: dict = field(default_factory=dict)         # and part -> a method of the model
-
-
-class Rig:
+class FLMRig(Rig):
     """FLM's ways to take a step, "ours" and the "original"'s: the same weights, batches of other lengths."""
 
     def __init__(self, args, B):
-        self.device = train.set_up(train.Settings(device=args.device))[2]
-        self.config = PretrainFLM.adapt(flm.PRESETS[args.preset])
+        super().__init__(args, PretrainFLM.adapt(flm.PRESETS[args.preset]))
         torch.manual_seed(0)
         self.model = flm.FLM(self.config).to(self.device)
         optimizer = adamw(self.model)
-        self.pad_to = 8 if self.device.type == "cuda" else 1                                # as train.py
-        self.lengths = {"ours": -(-args.tokens // self.pad_to) * self.pad_to, "original": max(args.pad, args.tokens)}
+        self.lengths = text_lengths(args, self.device)
         self.ways = {name: Way(self.model, optimizer, forward, parts=PARTS)
                      for name, forward in (("ours", ours), ("original", everywhere))}
         self.tokens = args.tokens
@@ -147,9 +96,6 @@ class Rig:
             self.ways[name].counts = {output: len(batch[f"{output}_rows"]) for output in flm.SHIFT}
             self.ways[name].batch = self.pinned(batch)
 
-    def pinned(self, batch):
-        return {k: v.pin_memory() for k, v in batch.items()} if self.device.type == "cuda" else batch
-
     def describe(self):
         c = self.config
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -159,65 +105,10 @@ class Rig:
         print(f"forward FLOPs of a pair: {cost['ours'] / 1e9:.4g} G on real tokens, {cost['original'] / 1e9:.4g} G as the "
               f"original, a ratio of {cost['original'] / cost['ours']:.2f}\n")
 
-    def step(self, name, precision, forward=None, mark=lambda part, direction: None, now=now):
-        """One optimizer step as in train.py's loop -> seconds (of forward and backward, of the whole step)."""
-        way, weights, device = self.ways[name], self.config.loss_weights, self.device
-        began = now(device)
-        mark(REST, "forward")
-        batch = train.to_device(way.batch, device, self.config)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            results = (forward or way.forward)(way.model, batch)
-        loss = sum(weights[output] * total / way.counts[output] for output, (total, _) in results.items())
-        mark(HEAD, "backward")
-        loss.backward()
-        middle = now(device)
-        mark(OPTIMIZER, "forward")
-        norm = torch.nn.utils.get_total_norm([p.grad for p in way.model.parameters() if p.grad is not None])
-        way.optimizer.found_inf = (~torch.isfinite(norm)).float()
-        way.optimizer.step()
-        way.optimizer.zero_grad(set_to_none=True)
-        mark(REST, "forward")
-        return middle - began, now(device) - began
-
-    def clocked(self, name, precision):
-        """A step under the stopwatch -> {(part, direction): seconds}"""
-        way = self.ways[name]
-        watch = Stopwatch(way.model, self.device, way.parts, way.methods)
-        self.step(name, precision, mark=watch.mark)
-        watch.remove()
-        return dict(watch.seconds)
-
-
-def adamw(model):
-    """A rate of 0 costs the same arithmetic, and all that is compared is measured on the same weights."""
-    return torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-
-
-def compare(seconds, B, references):
-    """Prints and returns a row per way to take a step: of its rounds the shortest.
-
-    seconds: {(precision, name): [seconds of (forward + backward, the whole step) …]}; references: name -> the name that it
-    is compared with (none: with nothing).
-    """
-    best, rows = {key: np.min(times, axis=0) for key, times in seconds.items()}, []
-    for (precision, name), (both, whole) in best.items():
-        reference = best.get((precision, references.get(name)))
-        gain = ["", ""] if reference is None else [float(reference[0] / both), float(reference[1] / whole)]
-        rows.append({"precision": precision, "variant": name, "fwd+bwd s": float(both), "step s": float(whole),
-                     "pairs/s fwd+bwd": float(B / both), "pairs/s step": float(B / whole),
-                     "speed-up fwd+bwd": gain[0], "speed-up step": gain[1]})
-    print_table(rows)
-    print("\nthe shortest of the rounds; the speed-ups of all of them, forward + backward and step:")
-    for (precision, name), times in seconds.items():
-        if references.get(name, name) != name:
-            pairs = zip(times, seconds[precision, references[name]])
-            print(f"  {precision}, {name}: " + ", ".join(f"{r[0] / t[0]:.2f} {r[1] / t[1]:.2f}" for t, r in pairs))
-    return rows
-
 
 def step(args):
     """A training step of ours beside the original's, per precision -> rows of the table."""
-    rig = Rig(args, args.batch)
+    rig = FLMRig(args, args.batch)
     rig.describe()
     functions = {}
     for precision in args.precision:
@@ -262,85 +153,15 @@ def flops(config, n, targets=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # The parts of a step, clocked while a real step runs.
 
-HEAD, OPTIMIZER, REST = "vocabulary head + loss", "optimizer", "masks and the rest"
 # part -> the names of its modules
 PARTS = {"ViT": "vit|image_to_fusion", "embeddings": "embed", "text layers": r"text_layers\.\d+",
          "reconstructor, text side": r"text_reconstructor\.\d+", "fusion layers": r"text_to_fusion|fusion_layers\.\d+",
          "reconstructor, fusion side": r"fusion_reconstructor\.\d+", HEAD: "vocab_head"}
 
 
-class Stopwatch:
-    """Says which part is running, forwards and backwards, and adds up its seconds.
-
-    Forwards a part begins where its module is called. Backwards it begins where the gradient reaches the module's
-    output, a place marked by a node in the graph; autograd works through nodes in the reverse order of their making, so
-    a part runs to its end before the one that was called before it. So every moment belongs to exactly one part.
-    """
-
-    def __init__(self, model, device, parts, methods={}):
-        self.device, self.seconds, self.current = device, defaultdict(float), None
-        self.model, self.methods, self.hooks = model, methods, []
-        for part, names in parts.items():
-            for m in (module for name, module in model.named_modules() if re.fullmatch(names, name)):
-                self.hooks.append(m.register_forward_pre_hook(lambda *_, p=part: self.mark(p, "forward")))
-                self.hooks.append(m.register_forward_hook(lambda *a, p=part: self.leave(p, a[-1])))
-        for part, name in methods.items():
-            setattr(model, name, self.clocked(part, getattr(model, name)))      # stands before the class's own
-
-    def mark(self, part, direction):
-        time = now(self.device)
-        if self.current:
-            self.seconds[self.current] += time - self.since
-        self.current, self.since = (part, direction), time
-
-    def leave(self, part, output):
-        if part != HEAD:                            # the loss that follows the head belongs to it
-            self.mark(REST, "forward")
-        if isinstance(output, tuple):               # the gradient comes through the first
-            return Mark.apply(output[0], self, part), *output[1:]
-        return Mark.apply(output, self, part)
-
-    def clocked(self, part, method):
-        def call(*args):
-            self.mark(part, "forward")
-            return self.leave(part, method(*args))
-        return call
-
-    def remove(self):
-        for hook in self.hooks:
-            hook.remove()
-        for name in self.methods.values():
-            delattr(self.model, name)
-
-
-class Mark(torch.autograd.Function):
-    """The identity; tells a stopwatch that the gradient has come to this place."""
-
-    @staticmethod
-    def forward(ctx, x, stopwatch, part):
-        ctx.stopwatch, ctx.part = stopwatch, part
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        ctx.stopwatch.mark(ctx.part, "backward")
-        return gradient, None, None
-
-
-def shares(seconds, names):
-    """Prints and returns a row per part of one clocked step."""
-    rows, total = [], sum(seconds.values())
-    for part in names:
-        forward, backward = seconds.get((part, "forward"), 0.0), seconds.get((part, "backward"), 0.0)
-        rows.append({"part": part, "forward s": forward, "backward s": backward, "both s": forward + backward,
-                     "share %": 100 * (forward + backward) / total})
-    print_table(rows)
-    return rows
-
-
 def parts(args):
     """The share of each part of a step -> rows of the tables."""
-    rig = Rig(args, args.batch)
+    rig = FLMRig(args, args.batch)
     rig.describe()
     functions = {}
     for key in ((name, precision) for precision in args.precision for name in args.variant):
@@ -443,21 +264,21 @@ class ViLTRig(Rig):
     """ViLT's ways to take a step, ours and transformers', showing all patches and, as in training, only so many."""
 
     def __init__(self, args):
-        self.device, self.B = train.set_up(train.Settings(device=args.device))[2], args.batch
         preset = vilt.PRESETS[args.preset]
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         tok = tokenizer.WordPiece({w: i for i, w in enumerate([*special, *map(str, range(5, preset.vocab_size))])})
         # transformers has one eps for all LayerNorms.
-        self.config = c = replace(preset, eps=preset.text_eps, cls_id=tok.cls_id, pad_id=tok.pad_id, sep_id=tok.sep_id,
-                                  mask_id=tok.mask_id)
+        c = replace(preset, eps=preset.text_eps, cls_id=tok.cls_id, pad_id=tok.pad_id, sep_id=tok.sep_id,
+                    mask_id=tok.mask_id)
+        super().__init__(args, c)
         torch.manual_seed(0)
         model = vilt.ViLT(c).to(self.device)
         copy = transformers_copy(model, tok).to(self.device)
         mine, theirs = adamw(model), adamw(copy)
-        self.ways, self.references = {}, {}
+        self.references = {}
         for training in (False, True):
-            batch, counts = make_vilt_batch(c, tok, self.B, args.tokens, args.shapes, training,
-                                            pad_to=8 if self.device.type == "cuda" else 1)
+            batch, counts = make_vilt_batch(c, tok, args.batch, args.tokens, args.shapes, training,
+                                            padding_multiple(self.device))
             if training:
                 self.ways[ALL_LOSSES] = Way(model, mine, all_losses, batch, counts, VILT_PARTS,
                                             {"optimal transport": "align"} if c.wpa_weight else {})
@@ -483,28 +304,19 @@ class ViLTRig(Rig):
         print(f"{real[0]} patches, packed by both to {B} x {K} (the padded grid has {B} x {rows * columns}); vocabulary head "
               f"on {len(batch['mlm_rows'])} rows, transformers' on {B * L}")
 
-    @torch.no_grad()
-    def check(self):
-        """ValueError unless both compute the same loss in float32."""
-        losses = [float(way.forward(way.model, train.to_device(way.batch, self.device, self.config))["mlm"][0])
-                  / way.counts["mlm"] for way in (self.ways["ours"], self.ways["transformers"])]
-        if abs(losses[0] - losses[1]) > 1e-4:
-            raise ValueError(f"ours and transformers' do not compute the same: losses of {losses[0]} and {losses[1]}")
-        print(f"the loss of masked words in float32: ours {losses[0]:.6f}, transformers' {losses[1]:.6f}\n")
-
 
 def vilt_step(args):
     """A step of ViLT's masked words beside transformers' ViltForMaskedLM; a whole step of ours -> the tables."""
     rig = ViLTRig(args)
     rig.describe()
-    rig.check()
+    print("the loss of masked words in float32: {:.6f} and {:.6f}\n".format(*rig.check("mlm", "ours", "transformers")))
     steps, clocked = {}, {}
     for precision in args.precision:
         for name in rig.ways:
             steps[precision, name] = lambda n=name, p=precision: rig.step(n, p)
         for name in ("ours", "transformers", ALL_LOSSES):
             clocked[precision, name] = lambda n=name, p=precision: rig.clocked(n, p)
-    results = {"steps": compare(in_turns(steps, args.rounds), rig.B, rig.references), "parts": []}
+    results = {"steps": compare(in_turns(steps, args.rounds), args.batch, rig.references), "parts": []}
     for (precision, name), runs in in_turns(clocked, 1, warmup=0).items():
         print(f"\n{name}, {precision}: the parts of one step")
         way = rig.ways[name]
@@ -662,7 +474,7 @@ def gpu(args):
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         print("bench.py gpu: there is no CUDA device here, so there is nothing to measure; `bench.py step` runs on the CPU")
         return None
-    rig = Rig(args, args.batch[0])
+    rig = FLMRig(args, args.batch[0])
     device, cuda = rig.device, rig.device.type == "cuda"
     rig.describe()
     peak = matmul_peak(device, args.matmul)
@@ -712,7 +524,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(function, name="", presets=None, default="base-b32", rounds=3):
+    def command(function, name="", presets=None, default="base-b32", rounds=3, tokens=13, pad=True):
         p = commands.add_parser(name or function.__name__, help=function.__doc__.split(" -> ")[0], description=function.__doc__)
         p.set_defaults(function=function)
         p.add_argument("--json", type=Path, metavar="FILE", help="keep the numbers in this file")
@@ -720,9 +532,9 @@ def parse(argv):
         if presets:
             p.add_argument("--threads", type=int, help="of the CPU; 1 is the steadiest where other programs run")
             p.add_argument("--preset", choices=presets, default=default, help="default %(default)s")
-            p.add_argument("--tokens", type=int, default=13, help="real tokens of a caption (default 13, COCO's mean)")
+            p.add_argument("--tokens", type=int, default=tokens, help="of a caption (default %(default)s; COCO's mean is 13)")
             p.add_argument("--device", default="", help="cpu or cuda; default: cuda where there is one")
-        if presets is flm.PRESETS:
+        if presets is flm.PRESETS and pad:
             p.add_argument("--pad", type=int, default=50, help="length that the original pads to (default %(default)s)")
         return p
 
@@ -758,6 +570,16 @@ def parse(argv):
     p.add_argument("--steps", type=int, default=10, help="steps between two looks at the clock (default %(default)s)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     p.add_argument("--matmul", type=int, default=8192, help="side of the matrices of the peak (default %(default)s)")
+    p = command(bench_tasks.captions, presets=flm.PRESETS, tokens=20, pad=False)
+    p.add_argument("--images", type=int, default=4, help="default %(default)s")
+    p.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
+    p = command(bench_tasks.image_and_captions, "retrieval", presets=flm.PRESETS)
+    p.add_argument("--captions", type=int, default=64, help="default %(default)s")
+    p.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
+    p = command(bench_tasks.tune, presets=flm.PRESETS)
+    p.add_argument("--batch", type=int, default=1, help="images (default %(default)s)")
+    p.add_argument("--false-captions", type=int, default=15, help="beside each image's own (default %(default)s)")
+    p.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
     return parser.parse_args(argv)
 
 

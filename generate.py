@@ -203,7 +203,7 @@ def beam_search(decoder, ids, stop, max_tokens, no_repeat, beams, length_penalty
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(model, visual, prompt, stop, max_tokens=30, beams=1, length_penalty=1.0, no_repeat=0,
              top_p=None, temperature=1.0, seeds=None, cache=True):
     """Writes a caption for each of M images -> captions, M lists of token ids, and M sums of their log-probabilities.

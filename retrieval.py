@@ -52,7 +52,7 @@ class Gallery:
         return self.model.encode_text(ids, class_only=True)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fill_scores(gallery, scores, mine, candidates=None, texts_at_once=256, quiet=False):
     """Scores the images `mine` with all captions: fills those rows of scores (I, T) that still hold a NaN.
 
@@ -80,7 +80,7 @@ def fill_scores(gallery, scores, mine, candidates=None, texts_at_once=256, quiet
 # ---------------------------------------------------------------------------------------------------------------------
 # The approximate mode: a cheap score says which pairs are worth scoring.
 
-@torch.inference_mode()
+@torch.no_grad()
 def features(gallery, quiet=False):
     """The mean token of each image and of each caption, from the encoders alone.   -> (I, D), (T, D) float64"""
     images, texts = [], []

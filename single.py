@@ -38,7 +38,7 @@ def token_ids(model, text):
     return torch.tensor([ids], device=next(model.parameters()).device)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def ask(model, path, question, k=5):
     """The k likeliest answers to a question -> [(answer, share)], shares by the sigmoid that the model was trained with."""
     text = model.encode_text(token_ids(model, question), class_only=True)
@@ -57,7 +57,7 @@ def write_captions(model, visual, max_tokens=30, seeds=None, **how):
     return [tok.decode(caption, skip_special=True).strip() for caption in ids]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compare(model, left, right, sentence):
     """Is the sentence true of the two pictures? -> its probability"""
     text = model.encode_text(token_ids(model, sentence), class_only=True)
@@ -70,14 +70,14 @@ def compare(model, left, right, sentence):
     return model.head(torch.cat(pooled, dim=-1)).softmax(-1)[0, 1].item()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def search(model, text, paths):
     """Pictures in the order in which they fit a text -> [(path, score)]; one is encoded at a time."""
     encoded = model.encode_text(token_ids(model, text), class_only=True)
     return sorted(((str(path), fit(model, look_at(model, [path]), encoded).item()) for path in paths), key=lambda p: -p[1])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fill(model, path, text, rounds=3):
     """Fills every `<mask>` of a text -> (the whole text, [(word, probability)]).
 

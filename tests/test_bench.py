@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import flm
+import measure
 from tokenizer import BPE
 
 TOY = "--preset toy --device cpu --rounds 1".split()
@@ -17,7 +18,7 @@ TOY = "--preset toy --device cpu --rounds 1".split()
 
 @pytest.fixture(scope="module")
 def rig():
-    rig = bench.Rig(SimpleNamespace(device="cpu", preset="toy", tokens=9, pad=50), 3)
+    rig = bench.FLMRig(SimpleNamespace(device="cpu", preset="toy", tokens=9, pad=50), 3)
     rig.model.eval()
     return rig
 
@@ -74,7 +75,7 @@ def test_the_stopwatch_leaves_a_step_as_it_is_and_every_part_has_its_time(rig):
         return kept, seconds
 
     plain, _ = gradients()
-    watch = bench.Stopwatch(rig.model, rig.device, bench.PARTS)
+    watch = measure.Stopwatch(rig.model, rig.device, bench.PARTS)
     clocked, seconds = gradients(mark=watch.mark)
     watch.remove()
     assert all(clocked[name].equal(plain[name]) for name in plain)
@@ -126,7 +127,7 @@ def test_vilt_and_transformers_take_the_same_step(shapes):
     """The same batch, loss and gradients, so what is compared is how fast the same is computed."""
     pytest.importorskip("transformers")
     rig = bench.ViLTRig(bench.parse(["vilt", "--preset", "vilt-toy", "--device", "cpu", "--shapes", shapes]))
-    rig.check()
+    rig.check("mlm", "ours", "transformers")
     ours, theirs = rig.ways["ours"], rig.ways["transformers"]
     assert len(ours.batch["sizes"].unique(dim=0)) == (4 if shapes == "mixed" else 1)
     lengths = (ours.batch["ids"] != rig.config.pad_id).sum(1).tolist()
@@ -150,7 +151,7 @@ def test_vilt_stops_where_the_two_models_differ(monkeypatch):
         return model
 
     monkeypatch.setattr(transformers.ViltForMaskedLM, "from_pretrained", disturbed)
-    with pytest.raises(SystemExit, match="bench.py: ours and transformers' do not compute the same"):
+    with pytest.raises(SystemExit, match="bench.py: ours and transformers do not compute the same"):
         bench.main("vilt --preset vilt-toy --device cpu --rounds 1".split())
 
 
