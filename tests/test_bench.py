@@ -13,6 +13,8 @@ import flm
 import measure
 from tokenizer import BPE
 
+pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
+
 TOY = "--preset toy --device cpu --rounds 1".split()
 
 

@@ -8,6 +8,8 @@ from test_bench import TOY, run
 import bench
 import bench_tasks
 
+pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
+
 
 def rows_of(results):
     return [(row["precision"], row["variant"]) for row in results]

@@ -19,6 +19,8 @@ import pytest
 import download
 from download import FILES, File, fetch
 
+pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
+
 DATA = np.random.default_rng(0).bytes(300_000)
 OTHER = np.random.default_rng(1).bytes(300_000)
 HALF = 120_000

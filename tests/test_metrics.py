@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 import metrics
 
+pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
+
 
 def load(shared, name):
     return json.loads((shared / "fixtures" / name).read_text())

@@ -11,6 +11,8 @@ import data
 import flm
 import plot
 
+pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
+
 RED, BLUE = (250, 0, 0), (0, 0, 250)
 CHESS = "a girl plays chess".split()            # n = 6, so m = 5 tokens can be predicted: the words and </s>
 

@@ -24,6 +24,8 @@ import prepare
 import shards
 from data import CAPTIONS
 
+pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
+
 ROOT = Path(__file__).resolve().parents[1]
 COCO_SMALL = ROOT.parent / "shared" / "data" / "coco_small"
 

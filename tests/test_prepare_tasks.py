@@ -13,6 +13,8 @@ from data import NLVR2, VQA
 from prepare_tasks import answer_list, soft_labels, ten
 from test_prepare import arrow, checked, jsonl, names, picture, prepare_main, put, sentence, skipped
 
+pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
+
 
 def rows(path, schema):
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()

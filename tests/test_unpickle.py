@@ -32,6 +32,8 @@ from torch import nn
 import unpickle
 from unpickle import Foreign, open_file
 
+pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
+
 MAGIC, VERSION = 0x1950a86a20f9469cfc6c, 1001
 
 
