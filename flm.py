@@ -69,6 +69,7 @@ class Config:
     itm: bool = False                   # image-text matching beside the objective
 
     def __post_init__(self):
+        check_head(self)
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective {self.objective!r}: one of {', '.join(OBJECTIVES)} is expected")
         for width, heads in (("vit_width", "vit_heads"), ("text_width", "text_heads"), ("width", "heads")):
@@ -84,7 +85,6 @@ class Config:
         for rate in ("corruption_rate", "prediction_rate", "mask_rate"):
             if not 0 <= getattr(self, rate) <= 1:
                 raise ValueError(f"{rate} {getattr(self, rate)} is outside 0..1")
-        check_head(self)
 
     @property
     def max_tokens(self):
@@ -109,7 +109,10 @@ class Config:
 
 
 def check_head(config):
-    """ValueError where a Config asks for a head that cannot be."""
+    """ValueError where a Config asks for a head, or a size, that cannot be."""
+    for name in ("image_size", "patch_size", "vocab_size", "max_positions", "width", "heads", "vit_heads", "text_heads", "layers"):
+        if getattr(config, name, 1) < 1:
+            raise ValueError(f"{name} {getattr(config, name)}: at least 1 is expected")
     if config.head not in HEADS:
         raise ValueError(f"head {config.head!r}: one of {', '.join(HEADS)} is expected")
     if (config.itm or config.head in TASK_HEADS) and not config.pooler:
@@ -528,6 +531,11 @@ class Text:
         return replace(self, queries=self.queries[:, :1], query_mask=self.query_mask[:, :1])
 
 
+def check_pairs(visual, captions):
+    if len(captions) % len(visual):
+        raise ValueError(f"{len(captions)} captions for {len(visual)} images: each image has the same number of them")
+
+
 @dataclass
 class Fused:
     """What the model knows of image-caption pairs. Row i of an output speaks of token i + SHIFT[output]."""
@@ -640,6 +648,7 @@ class FLM(nn.Module):
     def fuse(self, visual, text):
         """Reads captions with their images: visual (M, P, D), text of B captions, B / M neighbours to an image -> Fused."""
         c = self.config
+        check_pairs(visual, text.mask)
         streams, q = self.text_to_fusion(text.streams), text.queries
         if c.objective != "flm":
             streams, _ = self._run(self.fusion_layers, (), streams + self.token_type[0], text.mask, visual=visual)

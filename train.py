@@ -128,12 +128,20 @@ def parse(argv):
 # Processes and devices.
 
 def find_ranks(env):
-    """(rank, world size, local rank) from what torchrun, OpenMPI's mpirun or SLURM's srun set; alone: (0, 1, 0)."""
+    """(rank, world size, local rank) from what torchrun, OpenMPI's mpirun or SLURM's srun set; alone: (0, 1, 0).
+
+    ValueError where one of them is set and another missing: each process would train alone, over the others' files.
+    """
     for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"),
                   ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
                   ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
-        if all(name in env for name in names):
+        there = [name in env for name in names]
+        if all(there):
             return tuple(int(env[name]) for name in names)
+        if all(there[:2]) and int(env[names[1]]) > 1 or there[0] != there[1]:
+            missing = [name for name, is_there in zip(names, there) if not is_there]
+            raise ValueError(f"{', '.join(missing)} is not set, though {names[there.index(True)]} is: a launcher sets all of "
+                             f"{', '.join(names)}")
     return 0, 1, 0
 
 
@@ -316,6 +324,9 @@ def train(settings, config_flags):
         raise ValueError(f"{checkpoint} exists: --resume goes on from it; for a new run choose another --out")
     saved = weights.read(checkpoint) if settings.resume and checkpoint.exists() else None
     micro_batch, accumulation = split_batch(settings, world)
+    for flag in ("vit", "text", "load"):
+        if getattr(settings, flag) and not Path(getattr(settings, flag)).exists():
+            raise FileNotFoundError(f"--{flag} {getattr(settings, flag)}: there is no such file")
     precision = choose_precision(settings, device)
 
     # data
@@ -331,6 +342,8 @@ def train(settings, config_flags):
                                       sep_id=tok.sep_id, mask_id=tok.mask_id), settings)
     max_tokens = min(settings.max_tokens, config.max_tokens)
     pad_to = settings.pad_to or (8 if device.type == "cuda" else 1)
+    if config.head == "vocab" and config.itm and micro_batch < 2:
+        raise ValueError("image-text matching takes its wrong pictures from the micro-batch: it must hold 2 pairs at least")
     task = task_class(replace(settings, max_tokens=max_tokens, pad_to=pad_to), config, tok)
     lengths = training_lengths(tables["train"], tok, out, rank).clip(max=max_tokens)
     sampler = GlobalBatches(lengths, settings.global_batch, settings.seed)

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import flm
-from flm import TASK_HEADS, TextEmbedding, ViTBlock, VocabHead, check_head, score, task_head, task_loss
+from flm import TASK_HEADS, TextEmbedding, ViTBlock, VocabHead, check_head, check_pairs, score, task_head, task_loss
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)        # pixels arrive as (x - MEAN) / STD, from -1 to 1
 
@@ -59,6 +59,9 @@ class Config:
     itm: bool = True                    # image-text matching
 
     def __post_init__(self):
+        check_head(self)
+        if self.max_patches < 0:
+            raise ValueError(f"max_patches {self.max_patches}: at least 0 is expected, which means all")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide by heads {self.heads}")
         if self.image_size % self.patch_size:
@@ -66,7 +69,6 @@ class Config:
         for rate in ("mask_rate", "patch_mask_rate"):
             if not 0 <= getattr(self, rate) <= 1:
                 raise ValueError(f"{rate} {getattr(self, rate)} is outside 0..1")
-        check_head(self)
 
     @property
     def objective(self):
@@ -249,6 +251,9 @@ class ViLT(nn.Module):
         (default: no padding). patches (B, K): those that are shown (default: all). which: 1 for the second image of a
         pair (nlvr2). hidden (B, K) bool: patches whose content is replaced by the mask token (masked patch prediction).
         """
+        if any(side % self.config.patch_size for side in images.shape[2:]):
+            raise ValueError(f"pictures of {images.shape[2]} x {images.shape[3]} pixels: multiples of the patch size "
+                             f"{self.config.patch_size} are expected")
         x = self.patch(images)                                                                      # (B, D, rows, columns)
         B, D, rows, columns = x.shape
         if sizes is None:
@@ -286,6 +291,7 @@ class ViLT(nn.Module):
 
     def fuse(self, visual, text):
         """Reads captions with their images: visual of M pictures, text of B captions, B / M neighbours each -> Fused."""
+        check_pairs(visual, text.mask)
         B, L = text.mask.shape
         image, mask = (part.repeat_interleave(B // len(part), dim=0) for part in (visual.tokens, visual.mask))
         x = torch.cat([text.tokens, image], dim=1)                                                  # (B, L + P, D)
