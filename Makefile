@@ -8,11 +8,13 @@ RECIPE ?= toy
 FLAGS  ?=
 # more flags for train.py, for example: make RUN=runs/long FLAGS='--steps 7200'
 LOAD   ?=
-# what the tasks are fine-tuned from; by default RUN, which is pretrained if it is not there yet
-TUNED  ?= $(RUN)-
-# where: TUNED followed by the task's name
+# what the tasks are fine-tuned from; by default RUN after some steps with image-text matching, both made if they are not there
+TUNED  ?= $(if $(TOY),$(RUN)-,runs/$(RECIPE)-)
+PROCESSES ?= 1
+# where: TUNED followed by the task's name; on so many processes of this machine
 
 .DEFAULT_GOAL := all
+RUNNER  = $(PY) $(if $(filter-out 1,$(PROCESSES)),-m torch.distributed.run --nproc_per_node $(PROCESSES))
 TASKS  := vqa nlvr2 caption retrieval
 TOY    := $(filter toy vilt-toy,$(RECIPE))
 SPLITS ?= $(if $(TOY),holdout test,$(if $(filter vqa nlvr2,$@),val,test))
@@ -28,10 +30,22 @@ nlvr2:      ## the same for statements about two pictures
 caption:    ## the same for captioning
 retrieval:  ## the same for finding images by text and texts by image
 
+$(RUN)-itm/.trained: | $(RUN)/.trained
+	$(PY) train.py --task pretrain --recipe toy-itm --load $(RUN)/last.pt --data $(DATA) --out $(RUN)-itm --resume
+	@touch $@
+
+# The toy's statements about two pictures are all comparisons; a model that has learned to answer questions learns them, one that
+# has only been pretrained does not within 25,000 statements.
+nlvr2: | $(if $(LOAD),,$(TUNED)vqa/.trained)
+$(TUNED)vqa/.trained:
+	$(MAKE) vqa
+
 # Of the toy world's 1,000 scenes one caption each; black pictures tell what can be guessed from the text alone.
-$(TASKS): | $(if $(LOAD),$(VENV)/.installed,$(RUN)/.trained)
-	$(PY) train.py --task $@ --recipe $(RECIPE) --load $(or $(LOAD),$(RUN)/last.pt) --data $(DATA) --out $(TUNED)$@ --resume $(FLAGS)
-	for split in $(SPLITS); do $(PY) eval.py $@ $(TUNED)$@/last.pt --data $(DATA) --split $$split \
+$(TASKS): | $(if $(LOAD),$(VENV)/.installed,$(RUN)-itm/.trained)
+	$(RUNNER) train.py --task $@ --recipe $(RECIPE) --load $(or $(LOAD),$(if $(filter nlvr2,$@),$(TUNED)vqa/last.pt,$(RUN)-itm/last.pt)) \
+	    --data $(DATA) --out $(TUNED)$@ --resume $(FLAGS)
+	@touch $(TUNED)$@/.trained
+	for split in $(SPLITS); do $(RUNNER) eval.py $@ $(TUNED)$@/last.pt --data $(DATA) --split $$split \
 	    $(if $(TOY),$(if $(filter retrieval,$@),--captions 1,--blank)) || exit 1; done
 	$(PY) plot.py sheet $(TUNED)$@/$@/examples.json --out $(TUNED)$@/examples.png
 

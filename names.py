@@ -157,6 +157,7 @@ TRANSFORMERS_VILT = TRANSFORMERS_VIT + """
     embeddings.text_embeddings.LayerNorm.                    embed.norm.
     embeddings.token_type_embeddings.weight                  token_type
     pooler.dense.                                            pooler.
+    embeddings.mask_token                                    mask_token
 """
 TRANSFORMERS_HEADS = """
     mlm_score.transform.dense.      vocab_head.dense.
@@ -164,6 +165,10 @@ TRANSFORMERS_HEADS = """
     mlm_score.decoder.              vocab_head.decoder.
     mlm_score.bias                  vocab_head.decoder.bias
     itm_score.fc.                   itm_head.
+    mpp_score.transform.dense.      patch_head.dense.
+    mpp_score.transform.LayerNorm.  patch_head.norm.
+    mpp_score.decoder.              patch_head.decoder.
+    mpp_score.bias                  patch_head.decoder.bias
     classifier.                     head.
     rank_output.                    head.
 """
@@ -304,12 +309,13 @@ def translate(state, family, report, path, unused={}):
             raise ValueError(f"{path}: {key} holds {tensor.dtype}, expected floating-point numbers")
         found[name], called[name] = tensor.detach(), [key]
         report.add("taken", [key], file=path)
-    found = {name: tensor.float() for name, tensor in found.items()}
     for name in found:
         for part, other in ((".key.", ".value."), (".value.", ".key.")):
             if part in name and name.replace(part, other) not in found:
                 raise ValueError(f"{path}: has {called[name][0]} but not the {other.strip('.')} that belongs to it")
     ours = merge_projections(found)
+    for name in ours:                   # one after the other: of half-precision files only one lies here twice
+        ours[name] = ours[name].float()
     made_of = lambda name: [name, *(name.replace(whole, part) for whole, part in (
         (".kv.", ".key."), (".kv.", ".value."), (".kv.", ".qkv."), (".q.", ".qkv.")) if whole in name)]
     return ours, {name: [key for part in made_of(name) for key in called.get(part, [])] for name in ours}

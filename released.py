@@ -3,11 +3,12 @@
 `flm_parts` and `vilt_parts` read whole models; `clip_parts`, `vit_parts`, `text_parts` and `bert_embeddings` read what
 pretraining begins from. All give (…, our name -> tensor, our name -> the file's names) and account for every tensor of
 the file. Sizes come from the tensors. The number of heads leaves no trace in them: it comes from the settings stored
-beside them, else from the rule of all these models, 64 dimensions a head.
+beside them, else from the rule of all these models, 64 dimensions a head; where the width is no multiple of 64,
+nothing is guessed.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch
 import flm
 import names
 import vilt
+from unpickle import shown
 
 
 @dataclass
@@ -26,6 +28,9 @@ class Source:
     settings: dict                  # the run's: a Lightning file's hyper-parameters, transformers' config.json
     contents: dict                  # all that the file holds
     folder: Path                    # where vocab.txt may lie
+    told: dict = field(default_factory=dict)        # fields of the Config that the caller knows better than the file
+    assumed: dict = field(default_factory=dict)     # numbers of heads where neither file nor rule gives one
+    spare: dict = field(default_factory=dict)       # our name -> the rows of a table that the model does not use
 
 
 def plain_dict(value):
@@ -45,6 +50,17 @@ def sizes(found, path):
     return size, count
 
 
+def checked(kind, values, tensors):
+    """A Config of these values, of a file of so many tensors; ValueError for an odd type, or a size that cannot be."""
+    for known in fields(kind):
+        value, expected = values.get(known.name, known.default), type(known.default)
+        if type(value) is not expected and not (expected is float and type(value) is int):
+            raise ValueError(f"its {known.name} is {shown(value)}; {expected.__name__} is expected")
+        if expected is int and not 0 <= value < (tensors + 1 if known.name.endswith("layers") else 2**31):
+            raise ValueError(f"its {known.name} is {value}, which cannot be")
+    return kind(**values)
+
+
 def image_size_of(rows, patch_size, path):
     """The resolution of a position table of 1 + g² rows."""
     side = int((rows - 1) ** 0.5)
@@ -53,12 +69,22 @@ def image_size_of(rows, patch_size, path):
     return side * patch_size
 
 
-def first_rows(name, rows, found, called, report, path):
-    """Cuts a table to the rows that the model uses."""
+def first_rows(name, rows, found, called, report, source):
+    """Cuts a table to the rows that the model uses; the others go to source.spare."""
     if name in found and len(found[name]) > rows:
         report.add("taken", called[name], f"its first {rows} of {len(found[name])} rows; the others are never used",
-                   path)
+                   source.path)
+        source.spare[name] = found[name][rows:].clone()
         found[name] = found[name][:rows].clone()
+
+
+def heads_of(name, width, source, *stored):
+    """A number of heads (`name` its field of the Config): the caller's, the first that is stored, or width // 64."""
+    for value in (source.told.get(name), *stored, width // 64 if width % 64 == 0 else None, source.assumed.get(name)):
+        if value is not None:
+            return value
+    raise ValueError(f"{source.path}: does not say how many heads its layers of width {width} have; "
+                     f"weights.load(path, {name}=N) tells it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,13 +123,16 @@ def flm_parts(source, report):
     size, count = sizes(found, path)
     patch, vit_width = size("vit.patch.weight", 2), size("vit.patch.weight")
     width, text_width = size("text_to_fusion.weight"), size("text_to_fusion.weight", 1)
-    heads = stored.get("num_heads_fusion") or stored.get("num_heads") or max(1, width // 64)
-    vit_heads = plain_dict(stored.get("vit_config") or source.contents.get("vit_config")).get("heads")     # rarely there
-    config = flm.Config(
+    fusion_heads = stored.get("num_heads_fusion") or stored.get("num_heads")
+    heads = heads_of("heads", width, source, fusion_heads)
+    vit = plain_dict(stored.get("vit_config") or source.contents.get("vit_config"))     # rarely there
+    vit_heads = heads_of("vit_heads", vit_width, source, vit.get("heads"), stored.get("vit_heads"),
+                         vit_width // vit["head_dim"] if vit.get("head_dim") else None)
+    config = dict(
         objective=objective, image_size=image_size_of(size("vit.position"), patch, path), patch_size=patch,
-        vit_width=vit_width, vit_layers=count("vit.blocks."), vit_heads=vit_heads or max(1, vit_width // 64),
+        vit_width=vit_width, vit_layers=count("vit.blocks."), vit_heads=vit_heads,
         vocab_size=size("embed.word.weight"), text_width=text_width, text_layers=count("text_layers."),
-        text_heads=heads if text_width == width else max(1, text_width // 64),
+        text_heads=heads_of("text_heads", text_width, source, heads if text_width == width else None),
         max_positions=size("embed.position.weight"),
         # <mask> is RoBERTa's last word; captioning adds <bos> and <eos> after it
         mask_id=words - 1 - (2 if task == "caption" and stored.get("add_new_bos_token", True) else 0),
@@ -114,7 +143,12 @@ def flm_parts(source, report):
         head=(task if task not in ("pretrain", "caption") else
               "vocab" if "vocab_head.decoder.weight" in found else "none"),
         answers=size("head.3.weight") if task == "vqa" else 0, pooler="pooler.weight" in found)
-    return config, found, called, task
+    return checked(flm.Config, config | source.told, len(found)), found, called, task
+
+
+# What a Config holds that neither tensors nor transformers' settings tell; `weights.export` writes it into config.json.
+UNSEEN = ("max_patches", "cls_id", "pad_id", "sep_id", "mask_id", "eps", "text_eps", "dropout", "init_std", "mask_rate",
+          "wpa_weight", "patch_mask_rate")
 
 
 def vilt_parts(source, report):
@@ -130,18 +164,25 @@ def vilt_parts(source, report):
     first = state.get("classifier.0.weight", torch.empty(1, 0))     # (2D, D) for vqa, (2D, 2D) for nlvr2
     task = ("vqa" if has("vqa_classifier.") or (has("classifier.") and first.shape[0] != first.shape[-1]) else
             "nlvr2" if has("nlvr2_classifier.", "classifier.") else "retrieval" if has("rank_output.") else "pretrain")
-    itm, mpp = (task == "pretrain" and has(prefix) for prefix in ("itm_score.", "mpp_score."))
+    ours = plain_dict(stored.get("flm_vilt")) if transformers else {}
+    itm, mpp = (has(f"{name}_score.") and (task == "pretrain" or ours.get(name, False)) for name in ("itm", "mpp"))
     unused = {} if mpp else {r"transformer\.mask_token$": "of masked patch prediction, which this model does not do"}
     if task != "pretrain":
-        unused[r"(mlm|itm|mpp)_score\."] = f"a head of pretraining, which task {task} does not use"
+        heads = "|".join(["mlm", *(name for name, its in (("itm", itm), ("mpp", mpp)) if not its)])
+        unused[rf"({heads})_score\."] = f"a head of pretraining, which task {task} does not use"
     found, called = names.translate(state, source.family, report, path, unused)
     for name in {"cls", "mask_token", "position"} & found.keys():   # (1, 1, D) and (1, N, D) there
         while found[name].dim() > (2 if name == "position" else 1) and len(found[name]) == 1:
             found[name] = found[name][0]
-    first_rows("embed.token_type", 1, found, called, report, path)
-    first_rows("token_type", 3 if task == "nlvr2" else 2, found, called, report, path)
+    first_rows("embed.token_type", 1, found, called, report, source)
+    first_rows("token_type", 3 if task == "nlvr2" else 2, found, called, report, source)
 
     size, count = sizes(found, path)
+    if task == "nlvr2":
+        images, labels = size("head.0.weight", 1) // size("patch.weight"), size("head.3.weight")
+        if (images, labels) != (2, 2):
+            raise ValueError(f"{path}: a classifier of {images} images a sentence into {labels} labels; "
+                             f"NLVR2, which is known here, has 2 and 2")
     if "vocab_head.dense.weight" in found and "vocab_head.decoder.weight" not in found:
         found["vocab_head.decoder.weight"] = found["embed.word.weight"].clone()
         report.add("fresh", ["vocab_head.decoder.weight"],
@@ -150,19 +191,23 @@ def vilt_parts(source, report):
         found["mask_token"] = torch.zeros_like(found["cls"])
         report.add("fresh", ["mask_token"], "zeros: the file has none", path)
     patch, width = size("patch.weight", 2), size("patch.weight")
+    heads = stored.get("num_attention_heads" if transformers else "num_heads")
     eps = stored.get("layer_norm_eps", 1e-12) if transformers else None         # one for all there
-    patches = stored.get("max_image_length" if transformers else "max_image_len", 0)
-    config = vilt.Config(
+    patches = stored.get("max_image_length" if transformers else "max_image_len") or 0
+    config = dict(
         image_size=image_size_of(size("position"), patch, path), patch_size=patch,
         max_patches=patches if patches > 0 else vilt.Config.max_patches,
         vocab_size=size("embed.word.weight"), max_positions=size("embed.position.weight"),
         pad_id=stored.get("pad_token_id") or 0, width=width, layers=count("blocks."),
-        heads=stored.get("num_attention_heads" if transformers else "num_heads") or max(1, width // 64),
+        heads=heads_of("heads", width, source, heads or None),
         mlp_width=size("blocks.0.mlp.0.weight"), eps=eps or vilt.Config.eps, text_eps=eps or vilt.Config.text_eps,
         dropout=stored.get("hidden_dropout_prob" if transformers else "drop_rate", 0.1), mpp=mpp, itm=itm,
         head=task if task != "pretrain" else "vocab" if "vocab_head.dense.weight" in found else "none",
         answers=size("head.3.weight") if task == "vqa" else 0, pooler="pooler.weight" in found)
-    return config, found, called, task
+    if "transformers_version" in stored:        # transformers wrote it again: what it has a name for is as it says
+        ours = {name: value for name, value in ours.items() if name not in ("eps", "text_eps", "dropout", "pad_id")}
+    config |= {name: ours[name] for name in UNSEEN if name in ours}
+    return checked(vilt.Config, config | source.told, len(found)), found, called, task
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,7 +278,7 @@ def text_parts(source, model, report):
         ("heads", source.settings.get("num_attention_heads", c.text_heads), c.text_heads),
         ("feed-forward", size("text_layers.0.mlp.0.weight"), 4 * c.text_width)))
     kind = source.settings.get("model_type") or ("roberta" if size("embed.token_type") == 1 else "bert")
-    first_rows("embed.token_type", 1, found, called, report, path)
+    first_rows("embed.token_type", 1, found, called, report, source)
     if kind != "roberta":
         name = "embed.position.weight"
         report.add("grown", called[name], "BERT's positions, after RoBERTa's two special ones", path)
@@ -248,5 +293,5 @@ def bert_embeddings(source, model, report):
                                     {r"(?:roberta\.|bert\.)?encoder\.": "ViLT takes BERT's embeddings alone"})
     if source.settings.get("model_type", "bert") != "bert" or sizes(found, source.path)[0]("embed.token_type") == 1:
         raise ValueError(f"{source.path}: RoBERTa; ViLT begins from BERT, whose positions count from 0")
-    first_rows("embed.token_type", 1, found, called, report, source.path)
+    first_rows("embed.token_type", 1, found, called, report, source)
     return found, called

@@ -88,6 +88,9 @@ def bytes_of(text=b"", encoding="latin1"):
     return text.encode("latin-1") if isinstance(text, str) else text
 
 
+LARGEST_BROADCAST = 2**26       # numbers of a tensor that repeats its storage (stride 0)
+
+
 def rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None, dtype=None):
     """A view of a storage; offset and strides count elements. Refuses a view that leaves its storage."""
     if type(storage) is not Storage:
@@ -98,7 +101,10 @@ def rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=Non
         raise Refused("a tensor of it has an impossible layout: size, strides and offset are no plain counts")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
     held = storage.data.nbytes() // dtype.itemsize
-    if math.prod(size) >= 2**48 or (0 not in size and last >= held):
+    if math.prod(size) > max(held, LARGEST_BROADCAST):      # a few bytes that stand for terabytes
+        raise Refused(f"a tensor of size {tuple(size)} has an impossible layout: it repeats the {held} numbers of its "
+                      f"storage too often")
+    if 0 not in size and last >= held:
         raise Refused(f"a tensor of size {tuple(size)}, strides {tuple(stride)}, offset {offset} "
                       f"leaves its storage of {held} numbers")
     tensor = torch.empty(0, dtype=dtype).set_(storage.data, offset if 0 not in size else 0, size, stride)
@@ -509,7 +515,9 @@ def open_file(path):
             raise Refused("a tar archive; only zip and pickle files of torch.save are read")
         if head.startswith(b"PK"):
             return open_zip(path)
-        if path.suffix == ".safetensors":
+        # safetensors: the length of a JSON table, then the table
+        if path.suffix == ".safetensors" or (head[8:9] == b"{" and
+                                             int.from_bytes(head[:8], "little") <= path.stat().st_size - 8):
             return open_safetensors(path)
         return open_legacy(path)
     except Refused as error:

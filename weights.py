@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -32,8 +33,8 @@ import released
 import tokenizer
 import vilt
 from names import Report
-from released import Source, plain_dict
-from unpickle import open_file
+from released import Source, checked, plain_dict
+from unpickle import open_file, shown
 
 FORMAT = "flm-vilt-1"
 BACKBONES = {"flm": (flm.Config, flm.FLM), "vilt": (vilt.Config, vilt.ViLT)}
@@ -64,15 +65,28 @@ def save(path, model, config, task, tokenizer_files, **more):
     The file appears under its name only when all of it is on the disk.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; a checkpoint is a file")
+    make_folder(path.parent)
     partial = path.with_name(path.name + ".partial")
     contents = {"format": FORMAT, "backbone": backbone_of(config), "model": model, "config": asdict(config),
                 "task": task, "tokenizer": tokenizer_files, **more}
-    with open(partial, "wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: no folder can be made here ({error.strerror})") from None
 
 
 def read(path):
@@ -81,9 +95,18 @@ def read(path):
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this project (its format is {FORMAT!r})")
     missing = [key for key in ("backbone", "model", "config", "task", "tokenizer") if key not in contents]
-    if missing or contents["backbone"] not in BACKBONES:
-        what = f"without {', '.join(missing)}" if missing else f"of the unknown model {contents['backbone']!r}"
+    if not missing and not isinstance(contents["backbone"], str) or contents.get("backbone") not in BACKBONES:
+        what = f"without {', '.join(missing)}" if missing else f"of the unknown model {shown(contents['backbone'])}"
         raise ValueError(f"{path}: a damaged checkpoint of this project, {what}")
+    for key in ("config", "model"):
+        if not isinstance(contents[key], dict) or not all(isinstance(name, str) for name in contents[key]):
+            raise ValueError(f"{path}: a damaged checkpoint of this project; its {key} is {shown(contents[key])}")
+    wrong = [name for name, tensor in contents["model"].items() if not isinstance(tensor, torch.Tensor)]
+    answers = contents.get("answers") or []
+    if wrong or not isinstance(contents["task"], str) or not isinstance(answers, (list, tuple)) or not all(
+            isinstance(answer, str) for answer in answers):
+        what = f"{wrong[0]} is no tensor" if wrong else "its task is no name, or its answers are no list of words"
+        raise ValueError(f"{path}: a damaged checkpoint of this project; {what}")
     unknown = contents["config"].keys() - {field.name for field in fields(BACKBONES[contents["backbone"]][0])}
     if unknown:
         raise ValueError(f"{path}: its config has {sorted(unknown)}, which this version does not know")
@@ -115,13 +138,18 @@ def pack_tokenizer(tok):
 
 
 def unpack_tokenizer(files):
-    """What pack_tokenizer packed; None for a checkpoint without one."""
+    """What pack_tokenizer packed; None for a checkpoint without one. ValueError if it is none."""
     if not files:
         return None
+    if not isinstance(files, dict) or not all(isinstance(part, str) for item in files.items() for part in item):
+        raise ValueError("its tokenizer is no table of files")
     with tempfile.TemporaryDirectory() as directory:
-        for name, text in files.items():
-            (Path(directory) / Path(name).name).write_text(text, encoding="utf-8")
-        return tokenizer.load(directory)
+        try:
+            for name, text in files.items():
+                (Path(directory) / Path(name).name).write_text(text, encoding="utf-8")
+            return tokenizer.load(directory)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"its tokenizer: {str(error).replace(directory, '').lstrip('/:, ')}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,17 +159,18 @@ def open_source(path):
     """Opens a file, or a folder that transformers wrote. ValueError or FileNotFoundError in a sentence."""
     path = file = Path(path)
     if path.is_dir():
-        files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
+        files = [path / (name + more) for name in ("model.safetensors", "pytorch_model.bin")
+                 for more in ("", ".index.json")]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise FileNotFoundError(f"{path}: neither model.safetensors nor pytorch_model.bin is in this folder")
-    contents = open_file(file)
+    contents = open_parts(file) if file.name.endswith(".index.json") else open_file(file)
     if isinstance(contents, dict) and contents.get("format") == FORMAT:
         contents = read(file)
         state = names.unwrapped(contents["model"], path)
         return Source(path, None, state, plain_dict(contents.get("settings")), contents, file.parent)
     if not isinstance(contents, dict):
-        raise ValueError(f"{path}: not a checkpoint of this project, nor a table of tensors: {contents!r:.80}")
+        raise ValueError(f"{path}: not a checkpoint of this project, nor a table of tensors: {shown(contents)}")
     state = next((contents[key] for key in ("state_dict", "model") if isinstance(contents.get(key), dict)), contents)
     state = {key: tensor for key, tensor in state.items() if isinstance(key, str) and isinstance(tensor, torch.Tensor)}
     state = names.unwrapped(state, path)
@@ -150,11 +179,26 @@ def open_source(path):
         what = f"{len(state)} tensors ({', '.join(list(state)[:3])}, …)" if state else "no tensors"
         raise ValueError(f"{path}: not a checkpoint of this project nor of another that is known here; it holds {what}")
     if family in (names.FLM, names.VILT):
-        settings = plain_dict(contents.get("hyper_parameters"))
-        settings = plain_dict(settings.get("config") or contents.get("config")) or settings
+        hyper = plain_dict(contents.get("hyper_parameters"))
+        settings = hyper | plain_dict(contents.get("config")) | plain_dict(hyper.get("config"))
     else:
         settings = read_config(file.parent / "config.json")
     return Source(path, family, state, settings, contents, file.parent)
+
+
+def open_parts(index):
+    """The tensors of a model that transformers cut into several files: `index` names the file of each."""
+    table = plain_dict(read_config(index).get("weight_map"))
+    if not table or not all(isinstance(name, str) for name in table.values()):
+        raise ValueError(f"{index}: has no weight_map, the table of its tensors' files")
+    contents = {}
+    for name in sorted(set(table.values())):
+        part = open_file(index.parent / Path(name).name)
+        contents |= plain_dict(part)
+    missing = sorted(table.keys() - contents.keys())
+    if missing:
+        raise ValueError(f"{index}: names {missing[0]}, which none of its files has")
+    return contents
 
 
 def read_config(path):
@@ -168,35 +212,65 @@ def read_config(path):
 
 
 def load(path, **overrides):
-    """Opens a checkpoint of a whole model -> the model in eval mode, on the CPU, whatever wrote it.
+    """Opens a checkpoint of a whole model -> the model in eval mode, on the CPU, in float32, whatever wrote it.
 
     Ours; FLM's Lightning files (pretrained, VQAv2, NLVR2, captioning, retrieval; its masked and autoregressive
     baselines); ViLT's Lightning files; transformers' ViLT, a folder or a file. overrides: fields of the Config that no
     file stores and the rule gets wrong (the number of the ViT's heads).
 
+    Memory: float32 files are mapped. What is stored in half precision is converted: that takes twice the file for the
+    model and, while it is opened, the file's own pages beside it.
+
     The model has .task ("pretrain", "vqa", "nlvr2", "caption", "retrieval"), .tokenizer and .answer_list (None where
     the file has none), .step, .report (a names.Report), .about (whose, recipe, data). A fine-tuned one has .head.
     """
     source, report = open_source(path), Report()
-    config, found, called, task = model_parts(source, report)
-    answers = tok = None
-    if source.family is None:
-        answers, tok = source.contents.get("answers"), unpack_tokenizer(source.contents["tokenizer"])
-    elif source.family is names.VILT_TRANSFORMERS:
-        config, tok = with_vocabulary(config, source.folder)
-        answers = labels(source.settings) if task == "vqa" else None
-    unknown = overrides.keys() - {field.name for field in fields(config)}
+    source.told = overrides
+    backbone = (source.contents["backbone"] if source.family is None else
+                "flm" if source.family is names.FLM else "vilt")
+    unknown = overrides.keys() - {field.name for field in fields(BACKBONES[backbone][0])}
     if unknown:
-        raise ValueError(f"{', '.join(sorted(unknown))}: {backbone_of(config)} has no such setting")
-    with torch.device("meta"), Undrawn():   # no memory, no time is spent on weights that the file's replace
-        model = model_of(replace(config, **overrides))
-    load_exactly(model, found, path, called, assign=True)
+        raise ValueError(f"{', '.join(sorted(unknown))}: {backbone} has no such setting")
+    with one_sentence(source.path):
+        config, found, called, task = model_parts(source, report)
+        answers = tok = None
+        if source.family is None:
+            answers, tok = source.contents.get("answers"), unpack_tokenizer(source.contents["tokenizer"])
+        elif source.family is names.VILT_TRANSFORMERS:
+            config, tok = with_vocabulary(config, source.folder)
+            config = replace(config, **overrides)
+            answers = labels(source.settings) if task == "vqa" else None
+        with torch.device("meta"), Undrawn():   # no memory, no time is spent on weights that the file's replace
+            model = model_of(config)
+        load_exactly(model, found, path, called, assign=True)
     model.task, model.tokenizer, model.answer_list, model.report = task, tok, answers, report
-    model.step = source.contents.get("step", source.contents.get("global_step", 0))
+    if source.family is not None:
+        model.spare_rows = source.spare         # for `export`, as is pad_token_id
+    if source.family is names.VILT_TRANSFORMERS:
+        model.pad_token_id = source.settings.get("pad_token_id", config.pad_id)
+    step = source.contents.get("step", source.contents.get("global_step", 0))
+    model.step = step if type(step) is int else 0
+    text = lambda name: value if isinstance(value := source.settings.get(name), str) else None
+    datasets = source.settings.get("datasets")
     model.about = {"whose": source.family.about if source.family else "this project's",
-                   "recipe": source.settings.get("recipe") or source.settings.get("exp_name"),
-                   "data": source.settings.get("data"), "datasets": source.settings.get("datasets")}
+                   "recipe": text("recipe") or text("exp_name"), "data": text("data"),
+                   "datasets": [name for name in datasets if isinstance(name, str)]
+                   if isinstance(datasets, (list, tuple)) else []}
     return model.eval()
+
+
+@contextmanager
+def one_sentence(path):
+    """Whatever a file's odd settings lead to becomes a ValueError that begins with its path."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: {error}") from None
+    except (TypeError, AttributeError, KeyError, ArithmeticError, RuntimeError, RecursionError, MemoryError) as error:
+        first_line = (str(error).splitlines() or [""])[0][:200]
+        raise ValueError(f"{path}: its settings describe no model ({type(error).__name__}: {first_line})") from error
 
 
 class Undrawn(torch.overrides.TorchFunctionMode):
@@ -216,8 +290,13 @@ def model_parts(source, report):
         return released.vilt_parts(source, report)
     if source.family is not None:
         raise ValueError(f"{source.path}: {source.family.about}, a part of a model: {beginning(source)}")
+    odd = next((name for name, tensor in source.state.items() if not tensor.is_floating_point()), None)
+    if odd:
+        raise ValueError(f"{source.path}: {odd} holds {source.state[odd].dtype}, expected floating-point numbers")
     report.add("taken", source.state, file=source.path)
-    return config_of(source.contents), source.state, {name: [name] for name in source.state}, source.contents["task"]
+    found = {name: tensor.float() for name, tensor in source.state.items()}
+    config = checked(BACKBONES[source.contents["backbone"]][0], source.contents["config"] | source.told, len(found))
+    return config, found, {name: [name] for name in found}, source.contents["task"]
 
 
 def beginning(source):
@@ -237,6 +316,8 @@ def with_vocabulary(config, folder):
 def labels(settings):
     """The answers that a config.json lists, in order; None where it only numbers them."""
     table = plain_dict(settings.get("id2label"))
+    if not all(re.fullmatch(r"\d+", str(number)) and isinstance(label, str) for number, label in table.items()):
+        raise ValueError("the id2label of its config.json is no table from 0, 1, … to answers")
     listed = [label for _, label in sorted(table.items(), key=lambda item: int(item[0]))]
     return listed if any(not re.fullmatch(r"LABEL_\d+", label) for label in listed) else None
 
@@ -318,8 +399,10 @@ def adapt(name, tensor, own, keys, report, path):
 
 def checkpoint_parts(source, model, report):
     """All of a checkpoint that a model has a place for -> (our tensors, our name -> the file's names)."""
-    config, found, called, _ = model_parts(source, report)
     c, path, own = model.config, source.path, model.state_dict()
+    source.assumed = {name: getattr(c, name) for name in ("vit_heads", "text_heads", "heads") if hasattr(c, name)}
+    with one_sentence(path):
+        config, found, called, _ = model_parts(source, report)
     if type(config) is not type(c):
         raise ValueError(f"{path}: a checkpoint of {backbone_of(config)}, but the model is {backbone_of(c)}")
     # What shapes do not tell: as many heads, and, if both reconstruct, layers beside the same layers.
@@ -349,7 +432,10 @@ ARCHITECTURES = {"none": "ViltModel", "vocab": "ViltForMaskedLM", "vqa": "ViltFo
 
 
 def export(model, folder):
-    """Writes a ViLT as transformers' save_pretrained would: config.json, the weights, vocab.txt. -> what is left out
+    """Writes a ViLT as transformers' save_pretrained would: config.json, weights, vocab.txt. -> what it cannot use
+
+    That is a list of names: tensors (they are in the file, and transformers passes over them), and a tokenizer that is
+    not written. `load` gives back the same model: config.json also holds our own settings, as flm_vilt.
 
     transformers has one eps for all LayerNorms, and ours differ (Config.eps, Config.text_eps). It gets text_eps: the
     word embeddings, which are normalised first, have the smallest numbers. Measured on a freshly drawn ViLT-B/32, that
@@ -359,24 +445,26 @@ def export(model, folder):
     c, folder, tok = model.config, Path(folder), getattr(model, "tokenizer", None)
     if not isinstance(c, vilt.Config):
         raise ValueError("only a ViLT can be exported: transformers has no FLM")
-    if tok is not None and not isinstance(tok, tokenizer.WordPiece):
-        raise ValueError("transformers' ViLT reads WordPiece; this model's tokenizer is byte-level BPE")
     swap = lambda lines: "\n".join(" ".join(line.split()[::-1]) for line in lines.splitlines())
     backbone, heads = names.pairs(swap(names.TRANSFORMERS_VILT)), names.pairs(swap(names.TRANSFORMERS_HEADS))
+    useless = r"itm_head\.|patch_head\.|mask_token$"
     state, left_out = {}, []
+    # BERT's embeddings have two types, of which a ViLT uses the first
+    spare = getattr(model, "spare_rows", {"embed.token_type": model.embed.token_type.detach()})
     for name, tensor in model.state_dict().items():
+        if re.match(useless, name):
+            left_out.append(name)
+        if name in spare:
+            tensor = torch.cat([tensor, spare[name].to(tensor.device)])
         pieces = {name: tensor}
         if ".kv." in name:
             pieces = {name.replace(".kv.", part): half for part, half in zip((".key.", ".value."), tensor.chunk(2))}
-        elif name in ("cls", "position"):
+        elif name in ("cls", "position", "mask_token"):
             pieces = {name: tensor.view(1, -1, c.width)}
         for piece, values in pieces.items():
             theirs, prefix = names.rename(piece, backbone), "" if c.head == "none" else "vilt."
             if theirs is None:
                 theirs, prefix = names.rename(piece, heads), ""
-            if theirs is None:
-                left_out.append(name)
-                continue
             if c.head != "retrieval":           # two of their heads are one of ours: the table gives the last
                 theirs = theirs.replace("rank_output.", "classifier.")
             state[prefix + theirs] = values.detach().cpu().clone().contiguous()
@@ -385,7 +473,9 @@ def export(model, folder):
         classes = getattr(model, "answer_list", None) or classes
     config = {
         "architectures": [ARCHITECTURES[c.head]], "model_type": "vilt", "vocab_size": c.vocab_size,
-        "type_vocab_size": 1, "modality_type_vocab_size": len(model.token_type), "pad_token_id": c.pad_id,
+        "type_vocab_size": 1 + len(spare.get("embed.token_type", ())),
+        "modality_type_vocab_size": len(model.token_type) + len(spare.get("token_type", ())),
+        "pad_token_id": getattr(model, "pad_token_id", c.pad_id),
         "max_position_embeddings": c.max_positions, "hidden_size": c.width, "num_hidden_layers": c.layers,
         "num_attention_heads": c.heads, "intermediate_size": c.mlp_width, "hidden_act": "gelu", "qkv_bias": True,
         "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": 0.0, "initializer_range": c.init_std,
@@ -393,16 +483,19 @@ def export(model, folder):
         "max_image_length": -1, "num_images": 2 if c.head == "nlvr2" else -1,
         # transformers wants to tie the vocabulary head to the embeddings; with both in the file it keeps them apart.
         "tie_word_embeddings": False,
-        "id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
-    folder.mkdir(parents=True, exist_ok=True)
+        "id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)},
+        "flm_vilt": asdict(c)}
+    make_folder(folder)
     try:
         from safetensors.torch import save_file
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     except ImportError:
         torch.save(state, folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if tok is not None:
+    if isinstance(tok, tokenizer.WordPiece):
         tok.save(folder)
+    elif tok is not None:
+        left_out.append("vocab.txt (the tokenizer is byte-level BPE)")
     return left_out
 
 
@@ -424,7 +517,7 @@ def describe(path):
             layers += f", reconstructor {c.reconstructor_text_layers} + {c.reconstructor_fusion_layers}"
     else:
         layers = f"{c.layers} x {c.width}, feed-forward {c.mlp_width}"
-    data = ", ".join(filter(None, [about["data"], *(about["datasets"] or ())]))
+    data = ", ".join(filter(None, [about["data"], *about["datasets"]]))
     answers, tok = model.answer_list, model.tokenizer
     rows = {
         "whose": about["whose"],
@@ -465,7 +558,7 @@ def convert(args):
     if args.to == "transformers":
         left_out = export(model, args.output)
         print(f"wrote {args.output}, all LayerNorms with eps {model.config.text_eps}" +
-              (f"; without {', '.join(left_out)}" if left_out else ""))
+              (f"; transformers goes without {', '.join(left_out)}" if left_out else ""))
         return
     save(args.output, model.state_dict(), model.config, model.task, model.tokenizer and pack_tokenizer(model.tokenizer),
          step=model.step, answers=model.answer_list, settings={k: v for k, v in model.about.items() if k != "whose"})
@@ -491,7 +584,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"weights.py: {error}")
 
 

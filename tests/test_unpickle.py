@@ -645,6 +645,11 @@ def test_safetensors(tmp_path):
         open_file(tmp_path / "x.safetensors")
 
 
+def test_safetensors_without_its_suffix(tmp_path):
+    pytest.importorskip("safetensors.torch").save_file({"w": torch.arange(3.)}, tmp_path / "blob")
+    assert open_file(tmp_path / "blob")["w"].tolist() == [0, 1, 2]
+
+
 def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "x.safetensors").write_bytes(b"12345678{}")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
@@ -679,6 +684,15 @@ def test_no_tensor_leaves_its_storage(layout, tmp_path):
     body = tensor_program(*layout).replace(b"K\x04tQ", b"K\x04NtQ")
     path.write_bytes(legacy([MAGIC, VERSION, {}, body, ["0"], (4).to_bytes(8, "little") + bytes(16)]))
     with pytest.raises(ValueError, match="leaves its storage|impossible layout"):
+        open_file(path)
+
+
+def test_small_tensors_may_repeat_their_storage_and_large_ones_may_not(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save(torch.ones(1).expand(3, 1000), path)
+    assert open_file(path).sum() == 3000
+    torch.save(torch.ones(1).expand(2**22, 2**22), path)
+    with pytest.raises(ValueError, match="x.pt: a tensor of size .* repeats the 1 numbers of its storage too often"):
         open_file(path)
 
 

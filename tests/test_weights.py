@@ -220,6 +220,19 @@ def test_heads_come_from_the_stored_settings_else_64_dimensions_each():
         assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in state.items()}
 
 
+@pytest.mark.parametrize("stored", [{"vit_config": {"heads": 2}}, {"vit_config": {"head_dim": 16}}, {"vit_heads": 2}])
+def test_the_vits_heads_are_read_beside_the_config_and_never_guessed(stored, recorded, tmp_path):
+    state, config = recorded["vqa"]["state_dict"], recorded["vqa"]["config"]
+    path = lightning(tmp_path / "x.ckpt", state, hyper_parameters={"config": config} | stored)
+    assert (weights.load(path).config.vit_heads, weights.load(path, vit_heads=4).config.vit_heads) == (2, 4)
+    path = lightning(tmp_path / "x.ckpt", state, config)
+    with pytest.raises(ValueError, match=r"x.ckpt: .* layers of width 32 have; weights.load\(path, vit_heads=N\) tells"):
+        weights.load(path)
+    with pytest.raises(ValueError, match=r"weights.load\(path, heads=N\) tells it"):
+        weights.load(lightning(tmp_path / "x.ckpt", state), vit_heads=2)
+    assert weights.load(path := lightning(tmp_path / "x.ckpt", state), vit_heads=2, heads=4).config.text_heads == 4
+
+
 def as_released(state):
     """Ours under the released names, spelt out by hand."""
     theirs = {}
@@ -480,7 +493,7 @@ def test_a_model_of_ours_runs_in_transformers(head, tmp_path, in_order):
     """Trained here, so with two kinds of eps and a vocabulary head that is not tied to the embeddings."""
     import transformers
     torch.manual_seed(0)
-    config = replace(vilt.PRESETS["vilt-toy"], image_size=48, vocab_size=53, max_positions=19, pad_id=0, head=head,
+    config = replace(vilt.PRESETS["vilt-toy"], image_size=48, vocab_size=53, max_positions=19, pad_id=0, init_std=0.06, head=head,
                      answers=6 if head == "vqa" else 0, itm=head == "vocab", layers=2)
     ours = weights.model_of(config).eval()
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog"]
@@ -503,11 +516,68 @@ def test_what_transformers_cannot_express_is_said(tmp_path):
     with pytest.raises(ValueError, match="only a ViLT can be exported"):
         weights.export(model, tmp_path)
     model = weights.model_of(replace(vilt.PRESETS["vilt-toy"], mpp=True))
-    model.tokenizer = model.answer_list = None
-    assert "patch_head.decoder.bias" in weights.export(model, tmp_path)
     model.tokenizer = tokenizer.BPE.train(["a dog"], 261)
-    with pytest.raises(ValueError, match="reads WordPiece"):
-        weights.export(model, tmp_path)
+    left_out = weights.export(model, tmp_path)
+    assert {"patch_head.decoder.bias", "itm_head.weight", "vocab.txt (the tokenizer is byte-level BPE)"} < set(left_out)
+    assert not (tmp_path / "vocab.txt").exists()
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(ValueError, match="no folder can be made here"):
+            weights.export(model, folder)
+
+
+@pytest.mark.parametrize("changes", [dict(mpp=True, max_patches=0), dict(head="vqa", answers=3, text_eps=1e-9),
+                                     dict(head="nlvr2", itm=False), dict(head="none", itm=False, mask_id=7)])
+@torch.no_grad()
+def test_a_model_of_ours_comes_back_from_its_export_as_it_was(changes, tmp_path):
+    """Two kinds of eps, masked patch prediction, the rates and special tokens: transformers has a place for none."""
+    import transformers
+    ours = randomise(weights.model_of(replace(vilt.PRESETS["vilt-toy"], layers=1, **changes)))
+    weights.export(ours, tmp_path)
+    again = weights.load(tmp_path)
+    assert again.config == ours.config
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in ours.state_dict().items())
+    images, ids = torch.randn(1, 3, 64, 64), torch.tensor([[0, 9, 2]])
+    one, two = (model.fuse(model.encode_image(images), model.encode_text(ids)).reconstructed for model in (ours, again))
+    assert torch.equal(one, two)
+    theirs = getattr(transformers, weights.ARCHITECTURES[ours.config.head]).from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert weights.load(tmp_path / "theirs").config.text_eps == ours.config.text_eps        # one eps for all there
+    assert weights.load(tmp_path / "theirs").config.eps == theirs.config.layer_norm_eps
+
+
+def test_what_transformers_wrote_is_exported_in_its_shapes(tmp_path):
+    from safetensors.torch import load_file
+    theirs = transformers_vilt("ViltForMaskedLM", SHAPES[0] | {"type_vocab_size": 2})
+    theirs.config.pad_token_id = None
+    theirs.save_pretrained(tmp_path / "a")
+    weights.export(weights.load(tmp_path / "a"), tmp_path / "b")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert a.keys() <= b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+    config = json.loads((tmp_path / "b/config.json").read_text())
+    assert (config["type_vocab_size"], config["pad_token_id"]) == (2, None)
+
+
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
+def test_a_model_in_several_files_opens(form, tmp_path):
+    theirs = transformers_vilt("ViltForMaskedLM", SHAPES[0])
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    if form == "pytorch_model.bin":
+        from safetensors.torch import load_file
+        for name in set(index["weight_map"].values()):
+            torch.save(load_file(tmp_path / name), tmp_path / name.replace("safetensors", "bin"))
+            (tmp_path / name).unlink()
+        (tmp_path / "model.safetensors.index.json").unlink()
+        index["weight_map"] = {key: name.replace("safetensors", "bin") for key, name in index["weight_map"].items()}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert len(set(index["weight_map"].values())) > 2
+    model = weights.load(tmp_path)
+    assert torch.equal(model.embed.word.weight, theirs.vilt.embeddings.text_embeddings.word_embeddings.weight)
+    (tmp_path / f"{form}.index.json").write_text(json.dumps({"weight_map": index["weight_map"] | {
+        "more": next(iter(index["weight_map"].values()))}}))
+    with pytest.raises(ValueError, match="index.json: names more, which none of its files has"):
+        weights.load(tmp_path)
 
 
 # -- beginning from CLIP, RoBERTa, BERT, ViT ---------------------------------------------------------------------------
@@ -760,7 +830,7 @@ def test_vilt_is_fine_tuned_at_another_resolution_with_the_same_positions(tmp_pa
 
 def test_a_released_file_begins_a_fine_tuning(recorded, tmp_path):
     path = lightning(tmp_path / "flm.ckpt", recorded["flm"]["state_dict"], recorded["flm"]["config"])
-    source, model = weights.load(path), tiny_flm(head="vqa", answers=3, reconstructor_text_layers=2, vit_heads=1)
+    source, model = weights.load(path, vit_heads=2), tiny_flm(head="vqa", answers=3, reconstructor_text_layers=2)
     report = weights.start(model, checkpoint=path)
     state = model.state_dict()
     assert all(torch.equal(state[k], v) for k, v in source.state_dict().items() if not k.startswith("vocab_head."))
@@ -879,10 +949,74 @@ def test_files_of_other_kinds_are_refused_in_a_sentence(tmp_path):
         weights.load(good, colour=1)
 
 
+@pytest.mark.parametrize("settings", [
+    {"num_heads": "four"}, {"num_heads": -4}, {"drop_rate": None}, {"num_heads": [[4]]}])
+def test_odd_settings_of_a_lightning_file_are_a_sentence(settings, recorded, tmp_path):
+    path = lightning(tmp_path / "x.ckpt", recorded["vqa"]["state_dict"], recorded["vqa"]["config"] | {
+        "num_heads_fusion": None, "vit_heads": 2} | settings)
+    with pytest.raises(ValueError) as error:
+        weights.load(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_odd_contents_of_our_files_are_a_sentence(tmp_path):
+    good = torch.load(saved(tiny_flm(), tmp_path / "good.pt"))
+    for odd in (dict(config=[1]), dict(model=[1]), dict(backbone=[1]), dict(model={"a": 1}), dict(tokenizer=[1]),
+                dict(tokenizer={"vocab.json": "x", "merges.txt": ""}), *(dict(config=good["config"] | sizes) for sizes in (
+                    {"width": "x"}, {"width": 2**50, "heads": 1}, {"text_layers": 10**9}, {"image_size": 30},
+                    {"dropout": None}, {"head": 5}))):
+        torch.save(good | odd, tmp_path / "x.pt")
+        with pytest.raises(ValueError) as error:
+            weights.load(tmp_path / "x.pt")
+        assert str(error.value).startswith(f"{tmp_path / 'x.pt'}: ") and "\n" not in str(error.value)
+        assert str(error.value).count("/tmp") == 1
+    doubles = {name: tensor.double() for name, tensor in good["model"].items()}
+    torch.save(good | {"model": doubles, "step": "five"}, tmp_path / "x.pt")
+    assert weights.load(tmp_path / "x.pt").vit.cls.dtype == torch.float32
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"id2label": {"x": "y"}}, "id2label of its config.json is no table"),
+    ({"num_attention_heads": "three"}, "its heads is 'three'; int is expected"),
+    ({"max_image_length": "long"}, "settings describe no model")])
+def test_an_odd_config_json_is_a_sentence(settings, message, tmp_path):
+    theirs = transformers_vilt("ViltForQuestionAnswering", SHAPES[0])
+    theirs.save_pretrained(tmp_path)
+    table = json.loads((tmp_path / "config.json").read_text()) | {"max_image_length": None}
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    assert weights.load(tmp_path).config.max_patches == vilt.Config.max_patches
+    (tmp_path / "config.json").write_text(json.dumps(table | settings))
+    with pytest.raises(ValueError, match=message) as error:
+        weights.load(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("images, labels", [(3, 2), (2, 3), (1, 2)])
+def test_a_classifier_of_other_images_and_labels_than_nlvr2s_is_refused(images, labels, tmp_path):
+    theirs = transformers_vilt("ViltForImagesAndTextClassification", SHAPES[0], num_images=images, num_labels=labels,
+                               modality_type_vocab_size=images + 1)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"a classifier of {images} images a sentence into {labels} labels"):
+        weights.load(tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    path = saved(tiny_flm(), tmp_path / "good.pt")
+    (tmp_path / "folder").mkdir()
+    for output, message in (("folder", "folder: a folder; a checkpoint is a file"),
+                            ("good.pt/below.pt", "good.pt: no folder can be made here")):
+        with pytest.raises(SystemExit, match=f"weights.py: .*{message}"):
+            weights.main(["convert", str(path), str(tmp_path / output)])
+    with pytest.raises(Exception):
+        weights.save(tmp_path / "x.pt", {}, tiny_flm().config, "pretrain", None, more=lambda: None)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "good.pt"]
+
+
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 def test_info_says_what_a_file_is(recorded, tmp_path, capsys):
-    vqa = lightning(tmp_path / "vqa.ckpt", recorded["vqa"]["state_dict"], hyper_parameters=recorded["vqa"]["config"])
+    vqa = lightning(tmp_path / "vqa.ckpt", recorded["vqa"]["state_dict"],
+                    hyper_parameters=recorded["vqa"]["config"] | {"vit_heads": 2})
     clip_vision().save_pretrained(tmp_path / "clip")
     toy = weights.model_of(flm.PRESETS["toy"])
     tok = tokenizer.BPE.train(["a red dog"], 261)
@@ -901,7 +1035,7 @@ def test_info_says_what_a_file_is(recorded, tmp_path, capsys):
 
 
 def test_convert_writes_one_of_ours_with_tokenizer_and_answers(recorded, tmp_path, capsys):
-    path = lightning(tmp_path / "vqa.ckpt", recorded["vqa"]["state_dict"], recorded["vqa"]["config"])
+    path = lightning(tmp_path / "vqa.ckpt", recorded["vqa"]["state_dict"], recorded["vqa"]["config"] | {"vit_heads": 2})
     tokenizer.BPE.train(["a red dog"], 261).save(tmp_path / "tok")
     (tmp_path / "answers.json").write_text(json.dumps({str(i): f"answer {i}" for i in range(11)}))
     weights.main(["convert", str(path), str(tmp_path / "ours.pt"), "--tokenizer", str(tmp_path / "tok"),
