@@ -11,6 +11,7 @@ Letters: B batch, L text length (tokens), H, W height and width of a picture (pi
 
 import fnmatch
 import io
+import json
 import os
 import warnings
 from dataclasses import dataclass
@@ -112,40 +113,71 @@ FILES = {"caption": {
 def find_files(directory, datasets, split, kind="caption"):
     """The Arrow files of some datasets' split, in a fixed order. A dataset may lack a split other than train.
 
-    kind: caption, vqa or nlvr2. Without `datasets`, all that are found in the directory. FileNotFoundError names the
-    directory and the dataset.
+    kind: caption, vqa or nlvr2. Without `datasets`, known_datasets. FileNotFoundError names directory and dataset.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: there is no such directory of Arrow files")
-    names = sorted(path.name for path in directory.glob("*.arrow"))
-    found = []
+    directory, found = Path(directory), []
+    names = arrow_files(directory)
     for dataset in datasets or known_datasets(directory, kind):
-        patterns = FILES[kind].get(dataset) or {
-            s: [f"{dataset}_{kind}_{s}.arrow"] + {("caption", "train"): [f"{dataset}_[0-9]*.arrow"],
-                                                  ("nlvr2", "val"): [f"{dataset}_nlvr2_dev.arrow"]}.get((kind, s), [])
-            for s in ("train", "val", "test", "holdout")}
-        files = [name for pattern in patterns.get(split, []) for name in names if fnmatch.fnmatch(name, pattern)]
+        files = files_of(names, dataset, split, kind)
         if not files and split == "train":
             raise FileNotFoundError(f"{directory}: no {kind} files of dataset {dataset!r}; "
-                                    f"{' or '.join(patterns[split])} expected")
+                                    f"{' or '.join(patterns_of(dataset, split, kind))} expected")
         found += [directory / name for name in files]
     return found
 
 
-def known_datasets(directory, kind="caption"):
-    """The names of the datasets of a kind whose training files stand in a directory.
+def arrow_files(directory):
+    if not Path(directory).is_dir():
+        raise FileNotFoundError(f"{directory}: there is no such directory of Arrow files")
+    return sorted(path.name for path in Path(directory).glob("*.arrow"))
 
-    FileNotFoundError if there is none.
+
+def patterns_of(dataset, split, kind):
+    """What the files of a dataset's split are called."""
+    if dataset in FILES[kind]:
+        return FILES[kind][dataset].get(split, [])
+    return [f"{dataset}_{kind}_{split}.arrow"] + {("caption", "train"): [f"{dataset}_[0-9]*.arrow"],
+                                                  ("nlvr2", "val"): [f"{dataset}_nlvr2_dev.arrow"]}.get((kind, split), [])
+
+
+def files_of(names, dataset, split, kind):
+    return [name for pattern in patterns_of(dataset, split, kind) for name in fnmatch.filter(names, pattern)]
+
+
+def splits_of(directory, kind="caption"):
+    """{dataset: its splits} of all datasets of a kind with files in a directory, whatever the splits; first ViLT's."""
+    names, ours = arrow_files(directory), {}
+    vilts = {dataset: [split for split in splits if files_of(names, dataset, split, kind)]
+             for dataset, splits in FILES[kind].items()}
+    patterns = [pattern for splits in FILES[kind].values() for some in splits.values() for pattern in some]
+    for name in names:
+        dataset, found, split = name.removesuffix(".arrow").rpartition(f"_{kind}_")
+        if found and dataset and not any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            ours.setdefault(dataset, []).append("val" if (kind, split) == ("nlvr2", "dev") else split)
+    return {name: splits for name, splits in vilts.items() if splits} | dict(sorted(ours.items()))
+
+
+def known_datasets(directory, kind="caption"):
+    """The names of the datasets of a kind whose training files stand in a directory; where there are none, of all.
+
+    FileNotFoundError if there is not one file of the kind.
     """
-    names = [path.name for path in Path(directory).glob("*.arrow")]
-    known = [name for name, splits in FILES[kind].items()
-             if any(fnmatch.filter(names, pattern) for pattern in splits["train"])]
-    ending = f"_{kind}_train.arrow"
-    known += sorted(name.removesuffix(ending) for name in names if name.endswith(ending))
-    if not known:
-        raise FileNotFoundError(f"{directory}: no {kind} files here (such as NAME{ending}); prepare.py and toy.py write them")
-    return known
+    splits = splits_of(directory, kind)
+    if not splits:
+        raise FileNotFoundError(f"{directory}: no {kind} files here (such as NAME_{kind}_train.arrow); prepare.py and "
+                                "toy.py write them")
+    return [name for name in splits if "train" in splits[name]] or list(splits)
+
+
+def read_json(path, what=None):
+    """The contents of a JSON file (what=list: a list of strings); ValueError names a file that holds something else."""
+    try:
+        contents = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if what is list and not (isinstance(contents, list) and all(isinstance(text, str) for text in contents)):
+        raise ValueError(f"{path}: a JSON list of strings is expected")
+    return contents
 
 
 # ---------------------------------------------------------------------------------------------------------------------

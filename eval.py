@@ -14,6 +14,7 @@ Any number of processes and any batch size give the same scores: each text is as
 import argparse
 import json
 import math
+import re
 import sys
 import zlib
 from dataclasses import replace
@@ -45,26 +46,28 @@ class Evaluation:
     """A checkpoint and the split of the data that it is asked about; results go to a folder beside the checkpoint."""
 
     def __init__(self, args, task):
-        settings = Settings(task=task, data=args.data, datasets=tuple(args.datasets), micro_batch=args.batch_size,
-                            device=args.device, pad_to=1, false_captions=0)
-        if args.batch_size < 1:
-            raise ValueError(f"--batch-size {args.batch_size}: at least 1 is expected")
+        settings = Settings(task=task, data=args.data, micro_batch=args.batch_size, device=args.device, pad_to=1,
+                            false_captions=0)
+        for flag, least in (("batch_size", 1), ("examples", 0)):
+            if getattr(args, flag) < least:
+                raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least {least} is expected")
         self.rank, self.world, self.device = set_up(settings)
         self.say = print if self.rank == 0 else lambda *a, **k: None
         self.model, self.split = open_model(args, task).to(self.device), args.split
         self.config, self.tok = self.model.config, self.model.tokenizer
-        self.settings = replace(settings, max_tokens=self.config.max_tokens)
-        self.out = Path(args.out or Path(args.checkpoint).with_name(task))
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
         self.task_class = task_of(task, self.config)
+        self.settings = replace(settings, max_tokens=self.config.max_tokens,
+                                datasets=choose_datasets(args, self.model, self.task_class.KIND))
+        self.out = Path(args.out or Path(args.checkpoint).with_name(task))
         self.task = self.task_class(self.settings, self.config, self.tok)
+        self.task.targets = False           # other data may have other answers than the model
         self.table = self.table_of(self.split)
-        if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
 
     def table_of(self, split):
         table = self.task_class.table(self.settings, split)
         if table is None:
-            raise FileNotFoundError(f"{self.settings.data}: no {self.task_class.KIND} files of split {split!r}")
+            raise no_split(self.settings.data, self.settings.datasets, split, self.task_class.KIND)
         return table
 
     @torch.no_grad()
@@ -84,7 +87,8 @@ class Evaluation:
             if blank:
                 batch |= {name: torch.zeros_like(batch[name]) for name in ("image", "image_1") if name in batch}
             here = [i for _, i in keys]
-            found |= zip(here, function(to_device(batch, self.device, self.config), here), strict=True)
+            with self.autocast:
+                found |= zip(here, function(to_device(batch, self.device, self.config), here), strict=True)
             unreadable, cut = unreadable + notes["unreadable"], cut + notes["cut"]
         if not blank:
             self.warn(unreadable, cut)
@@ -112,6 +116,7 @@ class Evaluation:
     def write(self, name, contents):
         """Writes a file of results, whole or not at all."""
         if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
             path, partial_path = self.out / name, self.out / (name + ".partial")
             partial_path.write_text(contents if isinstance(contents, str) else json.dumps(contents))
             partial_path.replace(path)
@@ -157,6 +162,23 @@ def open_model(args, task=None):
     return model
 
 
+def choose_datasets(args, model, kind):
+    """The datasets that are meant: those of --datasets, else those that the model was trained on, else the only one."""
+    if args.datasets:
+        return tuple(args.datasets)
+    known = list(data.splits_of(args.data, kind)) or data.known_datasets(args.data, kind)       # (says that there are none)
+    trained = tuple(name for name in model.about["datasets"] or () if name in known)
+    if not trained and len(known) > 1:
+        raise ValueError(f"{args.data}: --datasets must name one of {', '.join(known)}")
+    return trained or tuple(known)
+
+
+def no_split(directory, datasets, split, kind="caption"):
+    splits = data.splits_of(directory, kind)
+    there = "; ".join(f"{name} has {', '.join(splits.get(name, ())) or 'none'}" for name in datasets)
+    return FileNotFoundError(f"{directory}: no {kind} files of split {split!r}: {there}")
+
+
 def spread(count, some):
     """At most `some` of range(count), evenly spread."""
     return [k * count // min(some, count) for k in range(min(some, count))]
@@ -172,34 +194,49 @@ def headings(args, singular="right image"):
 
 def vqa(args):
     run = Evaluation(args, "vqa")
-    answers = run.model.answer_list or run.task_class.answers(run.settings)
-    if len(answers) != run.config.answers:
-        raise ValueError(f"{args.checkpoint}: chooses from {run.config.answers} answers, the answer list has {len(answers)}")
     details = [run.table.details(i) for i in range(len(run.table.row_of))]
     if len({d["question_id"] for d in details}) != len(details):
         raise ValueError(f"{', '.join(run.table.paths)}: some question ids come more than once, so no results file is valid")
+    try:
+        listed = run.task_class.answers(run.settings)       # what the data's labels mean; the model may have other answers
+    except FileNotFoundError:
+        if not run.model.answer_list:
+            raise
+        listed = run.model.answer_list
+    answers = run.model.answer_list or listed
+    if len(answers) != run.config.answers:
+        raise ValueError(f"{args.checkpoint}: chooses from {run.config.answers} answers, the answer list has {len(answers)}")
     path = Path(args.annotations or annotations_path(run))
     if args.annotations and not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of annotations")
-    annotations = json.loads(path.read_text()) if path.is_file() else None
+    annotations = data.read_json(path) if path.is_file() else None
+    if annotations is not None:
+        try:
+            vqa_accuracy({d["question_id"]: "" for d in details}, annotations)      # a question too many: found out now
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    for d in details:
+        if d["labels"] and max(d["labels"]) >= len(listed):
+            raise ValueError(f"{', '.join(run.table.paths)}: question {d['question_id']}: label {max(d['labels'])} is past "
+                             f"the end of the answer list, which has {len(listed)} answers")
+    truths = [{listed[label]: score for label, score in zip(d["labels"], d["scores"])} for d in details]
     columns, chosen = {}, None
     for name, blank in headings(args):
         labels = run.each(lambda batch, _: task_logits(run.model, batch).argmax(-1).tolist(), f"vqa, {name}", blank=blank)
         said = {details[i]["question_id"]: answers[label] for i, label in labels.items()}       # each question once
-        if chosen is None:
-            chosen = said
-            run.write(f"vqa_{args.split}_results.json", [{"question_id": q, "answer": a} for q, a in said.items()])
+        chosen = said if chosen is None else chosen
         if annotations:
             scores = vqa_accuracy(said, annotations)
             columns[name] = {kind: scores[kind] / 100 for kind in ("overall", "yes/no", "number", "other")
                              if not math.isnan(scores[kind])}               # a type of which no question is asked
-        elif any(d["labels"] for d in details):
-            scores = [dict(zip(d["labels"], d["scores"])).get(labels[i], 0.0) for i, d in enumerate(details)]
+        elif any(truths):
+            scores = [truth.get(answers[labels[i]], 0.0) for i, truth in enumerate(truths)]
             columns[name] = {"overall": sum(scores) / len(scores)}
+    run.write(f"vqa_{args.split}_results.json", [{"question_id": q, "answer": a} for q, a in chosen.items()])
     if columns:
         run.report(f"vqa {args.split}", columns, f"{len(details):,} questions; " + (
             f"official accuracy by {path}" if annotations else "mean soft score of the Arrow file's labels"))
-    shown = [(i, chosen[details[i]["question_id"]], [answers[label] for label in details[i]["labels"]])
+    shown = [(i, chosen[details[i]["question_id"]], list(truths[i]))
              for i in spread(len(details), args.examples)]
     run.sheet(f"VQA, {args.split}", [(i, answer, " / ".join(true[:3]), answer in true if columns else None, {}) for i, answer, true in shown])
 
@@ -221,8 +258,13 @@ def nlvr2(args):
         raise ValueError(f"{', '.join(run.table.paths)}: some identifiers come more than once, so no prediction file is valid")
     for part in ("balanced", "unbalanced"):
         path = Path(args.data) / f"nlvr2_{part}_{official}.json"
-        names = set(json.loads(path.read_text())) if path.is_file() else set()
-        subsets |= {part: names} if names and names <= known else {}
+        names = set(data.read_json(path, list)) if path.is_file() else set()
+        if names & known or "nlvr2" in run.settings.datasets:               # else they are not these data's
+            if missing := names - known:
+                raise ValueError(f"{path}: names {len(missing)} statements that are not in {', '.join(run.table.paths)}, "
+                                 f"such as {min(missing)}; prepare.py --force writes both anew")
+            subsets |= {part: names} if names else {}
+    nlvr2_scores({name: True for name in known}, examples, subsets)         # what cannot be scored is found out now
     columns, chosen = {}, None
     for name, blank in headings(args, "right images"):
         labels = run.each(lambda batch, _: task_logits(run.model, batch).argmax(-1).tolist(), f"nlvr2, {name}", blank=blank)
@@ -240,6 +282,7 @@ def nlvr2(args):
 # Captioning.
 
 def caption(args):
+    decoding_of(args, [])           # what makes no sense is said before anything is read
     run = Evaluation(args, "caption")
     firsts = np.flatnonzero(np.diff(run.table.row_of, prepend=-1)).tolist()         # the first caption of every image
     names = [run.table.cell("image_id", int(run.table.row_of[i])).as_py() for i in firsts]
@@ -250,11 +293,10 @@ def caption(args):
     for i, row in enumerate(run.table.row_of.tolist()):
         references.setdefault(of_row[row], []).append(run.table.text(i))
     scenes = toy_scenes(args.data)
-    how = dict(max_tokens=args.max_tokens, beams=args.beams, length_penalty=args.length_penalty, no_repeat=args.no_repeat)
 
     def describe(batch, numbers):
-        sampling = dict(top_p=args.top_p, temperature=args.temperature, seeds=[[args.seed, i] for i in numbers])
-        return single.write_captions(run.model, see(run.model, batch), **how, **(sampling if args.top_p else {}))
+        how = decoding_of(args, [[args.seed or 0, i] for i in numbers])
+        return single.write_captions(run.model, see(run.model, batch), **how)
 
     columns, chosen = {}, None
     for name, blank in headings(args):
@@ -270,6 +312,21 @@ def caption(args):
     shown = [firsts[k] for k in spread(len(firsts), args.examples)]
     run.sheet(f"Captions, {args.split}", [(i, chosen[ids[i]], "", true_of(scenes, ids[i], chosen[ids[i]]) if scenes else None,
                                            {"text": ""}) for i in shown])
+
+
+def decoding_of(args, seeds):
+    """The arguments of single.write_captions; ValueError for a flag that would change nothing."""
+    sampled = args.top_p is not None
+    for flag, needs, used in (("temperature", "--top-p", sampled), ("seed", "--top-p", sampled),
+                              ("length_penalty", "--beams of more than 1", args.beams > 1)):
+        if getattr(args, flag) is not None and not used:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: changes nothing without {needs}")
+    how = dict(max_tokens=args.max_tokens, beams=args.beams, no_repeat=args.no_repeat)
+    if args.beams > 1:
+        how["length_penalty"] = 1.0 if args.length_penalty is None else args.length_penalty
+    if sampled:
+        how |= dict(top_p=args.top_p, temperature=1.0 if args.temperature is None else args.temperature, seeds=seeds)
+    return how
 
 
 def toy_scenes(directory):
@@ -304,26 +361,35 @@ def retrieval(args):
         return Gallery(run.model, dataset, rows, numbers.tolist(), run.device), np.searchsorted(rows, table.row_of[numbers])
 
     shown, image_of = gallery(run.table, args.images, args.captions)
-    candidates = shortlist(shown, *gallery(run.table_of("train"), 1500, 2), args.top, run.rank > 0) if args.top else None
+    candidates = None
+    if args.top:
+        with run.autocast:
+            candidates = shortlist(shown, *gallery(run.table_of("train"), 1500, 2), args.top, run.rank > 0)
     # The scores are a file, so that an interrupted run goes on; its name says of what they are: other weights or other
     # data, other name.
     size = len(shown.rows), len(shown.numbers)
     sources = [(Path(p).name, Path(p).stat().st_mtime_ns) for p in (args.checkpoint, *run.table.paths)]
-    stamp = zlib.crc32(repr(sources).encode())
+    stamp = zlib.crc32(repr((sources, args.precision)).encode())
     path = run.out / f"scores_{args.split}_{size[0]}x{size[1]}_{f'top{args.top}' if args.top else 'all'}_{stamp:08x}.npy"
     if run.rank == 0 and not path.is_file():
+        run.out.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".partial")
         np.lib.format.open_memmap(fresh, "w+", np.float32, size)[:] = np.nan
         fresh.replace(path)
     if run.world > 1:
         dist.barrier()
     scores = np.lib.format.open_memmap(path, "r+")
-    fill_scores(shown, scores, range(run.rank, size[0], run.world), candidates, args.batch_size, run.rank > 0)
+    with run.autocast:
+        fill_scores(shown, scores, range(run.rank, size[0], run.world), candidates, args.batch_size, run.rank > 0)
     scores.flush()
     run.warn(shown.unreadable, shown.cut if run.rank == 0 else 0)       # (all read all captions); all wait for all here
     if run.rank == 0:
+        for old in run.out.glob("scores_*.npy"):        # of other weights or data
+            if re.fullmatch(rf"scores_{re.escape(args.split)}_\d+x\d+_(all|top\d+)_(?!{stamp:08x})\w+\.npy", old.name):
+                old.unlink()
         how = "every pair was scored" if not args.top else f"APPROXIMATE: a cheap score chose the {args.top} likeliest of " \
-            f"each, so only {100 * candidates.mean():.1f} % of the pairs were scored"
+            f"each, so only {100 * candidates.mean():.1f} % of the pairs were scored, among them " \
+            f"{100 * candidates[image_of, np.arange(size[1])].mean():.1f} % of the true ones"
         run.report(f"retrieval {args.split}", {"recall": recall_at_k(scores, image_of)},
                    f"{size[0]:,} images x {size[1]:,} captions; {how}. ir: the image of a text, tr: a text of an image")
         found = [(k, int(scores[:, k].argmax())) for k in spread(size[1], args.examples)]
@@ -341,13 +407,18 @@ def words(args):
     groups_path = Path(args.groups or Path(args.data) / "toy_words.json")
     if not groups_path.is_file():
         raise FileNotFoundError(f"{groups_path}: a JSON file {{group: [words]}} is expected here (--groups names another)")
-    groups = json.loads(groups_path.read_text())
+    groups = data.read_json(groups_path)
+    if not isinstance(groups, dict) or not all(isinstance(some, list) for some in groups.values()):
+        raise ValueError(f"{groups_path}: a JSON file {{group: [words]}} is expected")
+    datasets = choose_datasets(args, model, "caption")
     results = {}
     for split in args.splits:
-        files = find_files(args.data, args.datasets, split)
+        files = find_files(args.data, datasets, split)
         if files:
             results[split] = word_table(model, Captions(files), groups, device, args.captions)
             print_table(split, results[split])
+    if not results:
+        raise no_split(args.data, datasets, " or ".join(args.splits))
     out = Path(args.out or Path(args.checkpoint).with_name("words.json"))
     out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {out}")
@@ -358,7 +429,11 @@ def align(args):
     model = open_model(args).to(device)
     if not isinstance(model, vilt.ViLT):
         raise ValueError(f"{args.checkpoint}: word-patch alignment is ViLT's; this is another model")
-    table = Captions(find_files(args.data, args.datasets, args.split))
+    datasets = choose_datasets(args, model, "caption")
+    files = find_files(args.data, datasets, args.split)
+    if not files:
+        raise no_split(args.data, datasets, args.split)
+    table = Captions(files)
     count = min(args.captions, len(table.row_of))
     found = alignments(model, table, [k * len(table.row_of) // count for k in range(count)], device)
     nearer = sum(a["distance"] < a["other_distance"] for a in found)
@@ -389,10 +464,9 @@ def ask(args):
 
 def describe(args):
     model = open_model(args, "caption")
-    how = dict(max_tokens=args.max_tokens, beams=args.beams, length_penalty=args.length_penalty, no_repeat=args.no_repeat)
-    sampling = dict(top_p=args.top_p, temperature=args.temperature, seeds=[args.seed]) if args.top_p else {}
+    how = decoding_of(args, [args.seed or 0])
     with torch.no_grad():
-        print(single.write_captions(model, single.look_at(model, [args.image]), **how, **sampling)[0])
+        print(single.write_captions(model, single.look_at(model, [args.image]), **how)[0])
 
 
 def compare(args):
@@ -426,24 +500,25 @@ def main(argv=None):
         p.set_defaults(run=function)
         if split:
             p.add_argument("--data", required=True, help="directory of Arrow files")
-            p.add_argument("--datasets", nargs="*", default=(), help="names of datasets in it; default: all that are found")
+            p.add_argument("--datasets", nargs="*", default=(), help="names of datasets in it; default: what was trained on")
             p.add_argument("--split", default=split)
             p.add_argument("--out", help="folder of the results; default: one beside the checkpoint")
             p.add_argument("--batch-size", type=int, default=64, help="of one process")
             p.add_argument("--device", default="", help="cpu, cuda; default: cuda where there is one")
+            p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products")
             p.add_argument("--examples", type=int, default=24, help="texts that are kept for plot.py sheet")
             if function is not retrieval:
                 p.add_argument("--blank", action="store_true", help="ask once more with black pictures")
         return p
 
     def decoding(p):
-        p.add_argument("--max-tokens", type=int, default=30)
+        p.add_argument("--max-tokens", type=int, help="default: 30, or as many as the model has positions for")
         p.add_argument("--beams", type=int, default=1, help="1: greedy")
-        p.add_argument("--length-penalty", type=float, default=1.0, help="of beam search")
+        p.add_argument("--length-penalty", type=float, help="of beam search; default: 1")
         p.add_argument("--no-repeat", type=int, default=0, help="n-grams of this size come once at most; 0: no such rule")
         p.add_argument("--top-p", type=float, help="sample from the likeliest words of this probability together")
-        p.add_argument("--temperature", type=float, default=1.0, help="of sampling")
-        p.add_argument("--seed", type=int, default=0, help="of sampling")
+        p.add_argument("--temperature", type=float, help="of sampling; default: 1")
+        p.add_argument("--seed", type=int, help="of sampling; default: 0")
 
     p = command(vqa, "the official VQA accuracy, and a results file", "val")
     p.add_argument("--annotations", help="official annotations; default: those that prepare.py wrote beside the questions")
@@ -459,7 +534,7 @@ def main(argv=None):
                            (align, "which patches ViLT's optimal transport carries each word to")):
         p = command(function, says)
         p.add_argument("--data", required=True, help="directory of Arrow files")
-        p.add_argument("--datasets", nargs="*", default=(), help="names of datasets in it; default: all that are found")
+        p.add_argument("--datasets", nargs="*", default=(), help="names of datasets in it; default: what was trained on")
         p.add_argument("--out", help=f"default: {function.__name__}.json beside the checkpoint")
         p.add_argument("--captions", type=int, default=2000 if function is words else 100, help="at most so many, evenly spread")
         if function is words:

@@ -82,7 +82,7 @@ class Config:
             raise ValueError("the reconstructor has at most as many layers as the transformer that it stands beside")
         if self.objective == "flm" and self.reconstructor_fusion_layers == 0:
             raise ValueError("objective flm needs reconstructor_fusion_layers of at least 1: they see the image")
-        for rate in ("corruption_rate", "prediction_rate", "mask_rate"):
+        for rate in ("corruption_rate", "prediction_rate", "mask_rate", "label_smoothing"):
             if not 0 <= getattr(self, rate) <= 1:
                 raise ValueError(f"{rate} {getattr(self, rate)} is outside 0..1")
 

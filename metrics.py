@@ -105,7 +105,9 @@ def vqa_accuracy(predictions, annotations):
     no question is nan.
     """
     if isinstance(annotations, dict):
-        annotations = annotations["annotations"]
+        annotations = annotations.get("annotations")
+    if not isinstance(annotations, list) or not annotations:
+        raise ValueError("no annotations: nothing to score; the official layout is {\"annotations\": [...]}")
     if not isinstance(predictions, dict):
         predictions = columns(predictions, ("question_id", "answer"), "prediction")
     else:
@@ -354,8 +356,9 @@ def cider(candidates, references, sigma=6.0):
 def caption_scores(predictions, references, tokenize=ptb_tokens, official=False):
     """The scores of the official COCO caption scorer.
 
-    predictions: the official results list [{"image_id", "caption"}] or {image_id: caption}; references: the official
-    annotation file's dict or {image_id: [captions]}; tokenize: caption -> words.
+    predictions: the official results list [{"image_id", "caption"}], {image_id: caption} or pycocoevalcap's
+    {image_id: [caption]}; references: the official annotation file's dict or {image_id: [captions]}; tokenize: caption
+    -> words.
     Returns {"Bleu_1", …, "Bleu_4", "ROUGE_L", "CIDEr", "per_image": {image_id: the same scores}}, BLEU and ROUGE-L in
     0..1, CIDEr in 0..10. With `official`, words come from the Java tokenizer, and "METEOR" and "SPICE" are added: that
     needs Java and the extra `metrics` (ValueError says what lacks); SPICE is left out with a warning where it fails.
@@ -369,7 +372,7 @@ def caption_scores(predictions, references, tokenize=ptb_tokens, official=False)
         predictions = columns(predictions, ("image_id", "caption"), "prediction")
     else:
         predictions = predictions.items()
-    predictions = paired(predictions, references, "images")
+    predictions = {key: one_caption(key, value) for key, value in paired(predictions, references, "images").items()}
     empty = [key for key, captions in references.items() if not captions]
     if empty or not references:
         raise ValueError(f"image {empty[0]!r} has no reference caption" if empty else "no images: nothing to score")
@@ -387,6 +390,14 @@ def caption_scores(predictions, references, tokenize=ptb_tokens, official=False)
     table |= {"ROUGE_L": (np.mean(rouges), rouges), "CIDEr": (np.mean(ciders), ciders), **extra}
     per_image = {key: {name: float(rows[i]) for name, (_, rows) in table.items()} for i, key in enumerate(ids)}
     return {**{name: float(corpus) for name, (corpus, _) in table.items()}, "per_image": per_image}
+
+
+def one_caption(key, value):
+    """A caption, or a list of one -> the caption."""
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if not isinstance(value, str):
+        raise ValueError(f"image {key!r}: one caption is expected, not {value!r:.60}")
+    return value
 
 
 def official_scores(predictions, references):

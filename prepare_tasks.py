@@ -13,6 +13,8 @@ to it). ViLT's own normalisation differs in one thing, it does not strip blanks 
 more. Fewer than ten annotators (one's own data) are repeated in turn until they are ten, so a single answer scores 1.
 A question of which no answer is in the list teaches nothing and is left out of the training files (train,
 trainable_val). The other files keep it, with empty lists, since the official accuracy counts it. (ViLT drops it there.)
+A picture that is missing or cannot be read takes its questions or statements out of the training files only. The other
+files keep them, with whatever bytes there are in the picture's place, since a results file needs an answer to each.
 """
 
 import json
@@ -126,7 +128,7 @@ def vqa_records(split, images, name, answers, label_of, training):
                 values = (question.text, [answers[label] for label in labels], labels, scores, question.question_id)
                 for column, value in zip(columns, values):
                     row[column].append(value)
-        yield Record(key, {"image": path}, row, left)
+        yield Record(key, {"image": path}, row, left, keep=not training)
 
 
 def write_annotations(path, split, records, is_written):
@@ -330,7 +332,7 @@ def vqa_jsonl(args):
 # identifiers what these have in common. But the last part of an identifier belongs into the prediction file, and
 # consistency is counted by it. So here a row has one statement, and a pair that has two stands in the file twice.
 
-def statement(where, entry, identifier, first, second):
+def statement(where, entry, split, identifier, first, second):
     """A Record of a line that has been read; `first`, `second`: (key, path) of the pictures."""
     label = str(entry.get("label")).capitalize()
     if not (isinstance(entry.get("sentence"), str) and label in ("True", "False")):
@@ -340,10 +342,11 @@ def statement(where, entry, identifier, first, second):
     text = entry["sentence"].strip()
     left = ["empty statement"] if not text else ["statement is not Unicode"] if SURROGATE.search(text) else []
     row = {"questions": [] if left else [text], "answers": [label], "identifier": identifier}
-    return Record(f"{identifier}: {first[0]}, {second[0]}", {"image_0": first[1], "image_1": second[1]}, row, left)
+    return Record(f"{identifier}: {first[0]}, {second[0]}", {"image_0": first[1], "image_1": second[1]}, row, left,
+                  keep=not is_training(split))
 
 
-def nlvr2_records(path, folder):
+def nlvr2_records(path, split, folder):
     """The official lines: the identifier split-set-pair-sentence names the pictures split-set-pair-img{0,1}.png."""
     for where, entry in json_lines(path):
         identifier = entry.get("identifier") if isinstance(entry, dict) else None
@@ -353,7 +356,7 @@ def nlvr2_records(path, folder):
         # The pictures of train lie in numbered folders; the official download script puts all into one.
         nested = "" if entry.get("directory") in (None, "") else inside(str(entry["directory"]), where)
         paths = [path if (path := folder / nested / name).exists() else folder / name for name in names]
-        yield statement(where, entry, identifier, *zip(names, paths))
+        yield statement(where, entry, split, identifier, *zip(names, paths))
 
 
 def nlvr2_subsets(out, data, name, is_written):
@@ -380,7 +383,7 @@ def nlvr2(args):
             print(f"{data / f'{name}.json'} or the folder of its pictures is missing: no file of {name} is written")
             continue
         lines = data / f"{name}.json"
-        yield Shard(f"nlvr2_{name}", sum(1 for _ in json_lines(lines)), partial(nlvr2_records, lines, folder),
+        yield Shard(f"nlvr2_{name}", sum(1 for _ in json_lines(lines)), partial(nlvr2_records, lines, name, folder),
                     kind="NLVR2", beside=partial(nlvr2_subsets, args.out, data, name) if name != "train" else None)
 
 
@@ -396,7 +399,7 @@ def nlvr2_jsonl(args):
                 # Each line is a set of its own where nothing else is said: set, pair, sentence.
                 identifier = entry.get("identifier", f"{split.replace('-', '_')}-{number}-0-0")
                 pictures = [(image, args.root.parent / image) for image in (inside(image, where) for image in images)]
-                yield split, statement(where, entry, identifier, *pictures)
+                yield split, statement(where, entry, split, identifier, *pictures)
 
     for split, count in Counter(split for split, _ in records()).items():
         yield Shard(f"{args.name or args.root.stem}_nlvr2_{split}", count,

@@ -2,7 +2,7 @@
 
 A source lists its Shards, one Arrow file each; `convert` writes those that are not finished. Pictures are read and
 decoded by threads, the order of the rows stays that of the source, and what is left out is counted, and named in
-NAME.skipped.jsonl.
+NAME.skipped.jsonl. (So are the pictures that do not decode and are kept all the same: Record.keep.)
 """
 
 import glob
@@ -51,6 +51,7 @@ class Record(NamedTuple):
     images: dict                    # column: the file, or bytes that came out of a tar, or None: there is no picture
     row: dict                       # the other columns, ready to be written; without a text the row is left out
     left: list | tuple = ()         # why it, or something of it, is left out: a short reason, details after a colon
+    keep: bool = False              # also without its pictures: what bytes there are of them, or none, are then written
 
 
 class Shard(NamedTuple):
@@ -224,19 +225,32 @@ def stored(image, shorter=None, quality=90):
         raise Skip(f"cannot be re-encoded: {error}") from None
 
 
+def raw(image):
+    """The bytes of a picture that cannot be read, as far as there are any."""
+    try:
+        return image if isinstance(image, bytes) else image.read_bytes() if image else b""
+    except (OSError, ValueError):
+        return b""
+
+
 def make_row(record, kind, shorter=None, quality=90):
     """Record -> (record, row or None, [reason of each thing left out])."""
     if not record.row[kind.texts]:
         return record, None, record.left
     if SURROGATE.search(str(record.row[kind.key])):
         return record, None, [f"{kind.key} is not Unicode"]
-    images = {}
+    images, left = {}, list(record.left)
     for column, image in record.images.items():
         try:
             images[column] = stored(image, shorter, quality)
-        except Skip as reason:
-            return record, None, [str(reason) + (f": {column}" if len(record.images) > 1 else "")]
-    return record, images | record.row, record.left
+        except Skip as error:
+            reason, colon, details = str(error).partition(":")
+            where = f": {column}" if len(record.images) > 1 else ""
+            if not record.keep:
+                return record, None, [reason + colon + details + where]
+            images[column] = raw(image)
+            left.append(f"{reason} ({kind.things} kept){colon}{details}{where}")
+    return record, images | record.row, left
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,12 +289,12 @@ def count_reasons(reasons):
 
 
 def write_shard(shard, args, overall):
-    """Reads, verifies and writes one Shard. Returns (rows, texts, Counter of reasons); no file without a row."""
+    """Reads, verifies and writes one Shard. Returns (rows, texts, Counter of reasons); no file without a picture."""
     kind = KINDS[shard.kind]
     path, log = args.out / f"{shard.name}.arrow", args.out / f"{shard.name}.skipped.jsonl"
     log_partial = log.with_name(log.name + ".partial")
     total = shard.count() if shard.count else shard.size
-    seen, texts, reasons = set(), 0, Counter()
+    seen, texts, reasons, readable = set(), 0, Counter(), 0
     try:
         with Writer(path, kind.schema) as out:
             with (open(log_partial, "w", encoding="utf-8") as names,
@@ -293,19 +307,20 @@ def write_shard(shard, args, overall):
                         seen.add(fingerprint(row[kind.key]))
                         out.write(row)
                         texts += len(row[kind.texts])
+                        readable += len(left) == len(record.left)       # no picture was added to what is left out
                     for reason in left:
                         names.write(json.dumps({"key": record.key, "reason": reason}) + "\n")
                         reasons[reason.split(":")[0]] += 1
                     progress.update()
                     overall.update(min(shard.size / max(total, 1), overall.total - overall.n))
             # First the rest, then (as the block ends) the file itself: a finished file always has what belongs to it.
-            if shard.beside and out.written:
+            rows = out.written if readable else 0                       # all rows without a picture: a wrong folder
+            if shard.beside and rows:
                 shard.beside(lambda row: fingerprint(row[kind.key]) in seen)
             if reasons:
                 os.replace(log_partial, log)
             else:
                 log.unlink(missing_ok=True)
-            rows = out.written
             if not rows:
                 raise Skip                                   # makes the Writer take back its empty file
     except Skip:

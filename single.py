@@ -41,19 +41,26 @@ def token_ids(model, text):
 @torch.no_grad()
 def ask(model, path, question, k=5):
     """The k likeliest answers to a question -> [(answer, share)], shares by the sigmoid that the model was trained with."""
+    if k < 1:
+        raise ValueError(f"{k} answers: at least 1 is expected")
     text = model.encode_text(token_ids(model, question), class_only=True)
     shares = model.head(model.fuse(look_at(model, [path]), text).pooled)[0].sigmoid()
     best = shares.topk(min(k, len(shares)))
     return [(model.answer_list[i], share) for share, i in zip(best.values.tolist(), best.indices.tolist())]
 
 
-def write_captions(model, visual, max_tokens=30, seeds=None, **how):
-    """Captions of pictures already encoded -> list of strings.   how: see generate.generate"""
+def write_captions(model, visual, max_tokens=None, beams=1, **how):
+    """Captions of pictures already encoded -> list of strings.   how: see generate.generate
+
+    max_tokens: None: 30, or as many as the model has positions for.
+    """
     tok = model.tokenizer
+    if beams > model.config.vocab_size:
+        raise ValueError(f"{beams} beams: the vocabulary has {model.config.vocab_size} words to begin them with")
     if not {BOS, EOS} <= tok.ids.keys():
         raise ValueError(f"a model without {BOS} and {EOS} in its vocabulary: train.py --task caption makes one that writes")
     ids, _ = generate.generate(model, visual, [tok.ids[BOS]], [tok.ids[EOS], tok.sep_id],
-                               min(max_tokens, model.config.max_tokens - 2), seeds=seeds, **how)
+                               min(30, model.config.max_tokens - 2) if max_tokens is None else max_tokens, beams, **how)
     return [tok.decode(caption, skip_special=True).strip() for caption in ids]
 
 

@@ -152,6 +152,8 @@ def set_up(settings):
         device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ValueError(f"--device {settings.device}: cpu or cuda is expected") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {settings.device}: there is no GPU here that torch can use")
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -334,12 +336,24 @@ def train(settings, config_flags):
     config = weights.config_of(saved) if saved else source.config if source else MODELS[settings.model]
     for name in config_flags.keys() - {field.name for field in fields(config)}:
         raise ValueError(f"--{name.replace('_', '-')}: the model of {settings.load} has no such setting")
+    meant = MODELS[RECIPES[settings.task].get(settings.recipe, {}).get("model", settings.model)]
+    published = settings.recipe and not settings.recipe.startswith("toy")       # toy's do for either backbone
+    if source and published and type(meant) is not type(config):
+        raise ValueError(f"--recipe {settings.recipe} starts from a model of {weights.backbone_of(meant)}; {settings.load} is "
+                         f"one of {weights.backbone_of(config)}")
+    if settings.task == "retrieval" and settings.false_captions < 1:
+        raise ValueError(f"--false-captions {settings.false_captions}: at least 1 is expected, or there is no choice")
     task_class = task_of(settings.task, config)
     tables = {split: task_class.table(settings, split) for split in ("train", "val")}
     tok = task_class.grow(open_tokenizer(settings, config_flags, saved, source, tables["train"], rank, say))
     config = replace(config, **{"pooler": True} | config_flags)         # the task takes away what it does not train
     config = task_class.adapt(replace(config, vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id,
                                       sep_id=tok.sep_id, mask_id=tok.mask_id), settings)
+    if config_flags.get("label_smoothing") and config.head != "vocab":
+        raise ValueError(f"--label-smoothing {config.label_smoothing}: is for words, which head {config.head} does not say")
+    answers = task_class.answers(settings) if config.head == "vqa" else None
+    if saved and answers != saved.get("answers"):
+        raise ValueError(f"{checkpoint}: --resume with another answer list in {settings.data} than the run's")
     max_tokens = min(settings.max_tokens, config.max_tokens)
     pad_to = settings.pad_to or (8 if device.type == "cuda" else 1)
     if config.head == "vocab" and config.itm and micro_batch < 2:
@@ -354,8 +368,13 @@ def train(settings, config_flags):
     torch.manual_seed(settings.seed)
     model = bare_model = weights.model_of(config)
     if not saved and (settings.load or settings.vit or settings.text):
+        loaded_answers = getattr(source, "answer_list", None)
+        fresh = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith("head.")}
         del source
         say(weights.start(model, settings.vit, settings.text, settings.load))
+        if answers and loaded_answers and loaded_answers != answers:
+            model.load_state_dict(fresh, strict=False)
+            say(f"the head is drawn anew: {settings.load} answers from another list than that of {settings.data}")
     model.to(device)
     if settings.shard:
         from torch.distributed.fsdp import fully_shard
@@ -414,8 +433,7 @@ def train(settings, config_flags):
             model_state, optimizer_state = get_state_dict(
                 bare_model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
             if rank == 0:
-                contents = dict(answers=task_class.answers(settings) if config.head == "vqa" else None,
-                                model=model_state, config=config, task=settings.task,
+                contents = dict(answers=answers, model=model_state, config=config, task=settings.task,
                                 tokenizer_files=weights.pack_tokenizer(tok), optimizer=optimizer_state,
                                 scaler=scaler.state_dict(), step=step, settings=asdict(settings),
                                 counters=seen | dict(skipped=int(skipped)))
@@ -564,10 +582,11 @@ def describe_run(out, settings, config, precision, world, micro_batch, accumulat
     (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     train_table = tables["train"]
     print(settings.task, "with", " + ".join(config.loss_weights),
-          f"| recipe {settings.recipe or 'none'} | model {settings.model}, {parameters / 1e6:.1f} M parameters | {precision}"
-          f" on {described['device']}")
-    print(f"{len(train_table.row_of):,} captions of {len(train_table):,} images | global batch {settings.global_batch} = "
-          f"{world} processes x {accumulation} x {micro_batch} | {settings.steps} steps from step {step} = "
+          f"| recipe {settings.recipe or 'none'} | model {settings.load or settings.model}, "
+          f"{parameters / 1e6:.1f} M parameters | {precision} on {described['device']}")
+    texts = {"vqa": "questions", "nlvr2": "statements"}.get(settings.task, "captions")
+    print(f"{len(train_table.row_of):,} {texts} of {len(train_table):,} images | global batch {settings.global_batch} "
+          f"= {world} processes x {accumulation} x {micro_batch} | {settings.steps} steps from step {step} = "
           f"{settings.steps * settings.global_batch / len(train_table.row_of):.1f} epochs")
 
 

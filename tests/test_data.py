@@ -102,6 +102,28 @@ def test_dataset_names_find_vilts_files(tmp_path):
         found("train", "f30k")
 
 
+def test_a_folder_without_training_files_can_be_evaluated(tmp_path):
+    for name in ("mine_caption_test.arrow", "coco_caption_karpathy_test.arrow", "a_vqa_val.arrow", "nlvr2_test1.arrow",
+                 "x_nlvr2_dev.arrow", "conceptual_caption_val_0.arrow"):
+        (tmp_path / name).touch()
+    assert data.splits_of(tmp_path) == {"coco": ["test"], "gcc": ["val"], "mine": ["test"]}
+    assert data.splits_of(tmp_path, "nlvr2") == {"nlvr2": ["test"], "x": ["val"]}
+    assert data.known_datasets(tmp_path, "vqa") == ["a"]
+    assert [p.name for p in data.find_files(tmp_path, (), "val", "vqa")] == ["a_vqa_val.arrow"]
+    with pytest.raises(FileNotFoundError, match="a_vqa_train.arrow expected"):
+        data.find_files(tmp_path, (), "train", "vqa")
+    (tmp_path / "b_vqa_train.arrow").touch()                # what is trained on is validated on its own files only
+    assert data.find_files(tmp_path, (), "val", "vqa") == []
+
+
+def test_json_that_is_none_is_named(tmp_path):
+    path = tmp_path / "x.json"
+    for text, sentence in (("[", "x.json: not JSON"), ("[1]", "x.json: a JSON list of strings"), ("{}", "list of strings")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=sentence):
+            data.read_json(path, list)
+
+
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size", [(40, 32), (32, 40), (17, 90), (31, 31)])

@@ -290,6 +290,69 @@ def test_a_question_that_comes_twice_makes_no_results_file(world, tmp_path):
         evaluate(world, "nlvr2", "flm", tmp_path / "out", "--data", folder, "--datasets", "mine", "nlvr2")
 
 
+def linked(world, folder, *names):
+    """A folder with some of the world's files; "a=b": b under the name a."""
+    folder.mkdir()
+    for name in names:
+        (folder / name.partition("=")[0]).symlink_to(world / (name.partition("=")[2] or name))
+    return folder
+
+
+def test_labels_are_read_against_the_datas_own_list_and_compared_as_strings(world, tmp_path):
+    """The data's list in another order and longer than the model's: the same labels mean other answers."""
+    folder = linked(world, tmp_path / "data", "mine_vqa_val.arrow")
+    listed = ["kite", *ANSWERS[::-1]]
+    (folder / "mine_vqa_answers.json").write_text(json.dumps(listed))
+    files = evaluate(world, "vqa", "flm", tmp_path / "out", "--data", folder)
+    said = {row["question_id"]: row["answer"] for row in json.loads(files["vqa_val_results.json"])}
+    table = questions(world)
+    details = [table.details(i) for i in range(len(table.row_of))]
+    total = sum({listed[k]: score for k, score in zip(d["labels"], d["scores"])}.get(said[d["question_id"]], 0) for d in details)
+    assert json.loads(files["vqa_val_scores.json"])["right image"]["overall"] == pytest.approx(total / len(said))
+    (folder / "mine_vqa_answers.json").write_text('["yes"]')
+    with pytest.raises(SystemExit, match="label . is past the end of the answer list, which has 1 answers"):
+        evaluate(world, "vqa", "flm", tmp_path / "none", "--data", folder)
+    assert not (tmp_path / "none").exists()
+
+
+def test_of_several_datasets_the_one_trained_on_is_evaluated(world, tmp_path):
+    folder = linked(world, tmp_path / "data", "mine_nlvr2_dev.arrow", "other_nlvr2_test.arrow=mine_nlvr2_dev.arrow")
+    with pytest.raises(SystemExit, match="--datasets must name one of mine, other"):        # it was trained on all there was
+        evaluate(world, "nlvr2", "flm", tmp_path / "out", "--data", folder)
+    finetune(world, "nlvr2", "flm", tmp_path / "nlvr2-named", "--datasets", "mine")
+    assert evaluate(tmp_path, "nlvr2", "named", tmp_path / "out", "--data", folder)["nlvr2_val_predictions.csv"].count("\n") == 10
+    with pytest.raises(SystemExit, match="no nlvr2 files of split 'test': mine has val"):
+        evaluate(tmp_path, "nlvr2", "named", tmp_path / "none", "--data", folder, "--split", "test")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_subset_of_other_statements_is_refused(world, tmp_path):
+    folder = linked(world, tmp_path / "data", "mine_nlvr2_dev.arrow")
+    (folder / "nlvr2_balanced_dev.json").write_text('["dev-0-0-0", "dev-99-0-0"]')
+    with pytest.raises(SystemExit, match="nlvr2_balanced_dev.json: names 1 statements that are not in .*, such as dev-99-0-0"):
+        evaluate(world, "nlvr2", "flm", tmp_path / "out", "--data", folder)
+    (folder / "nlvr2_balanced_dev.json").write_text("[")
+    with pytest.raises(SystemExit, match="nlvr2_balanced_dev.json: not JSON"):
+        evaluate(world, "nlvr2", "flm", tmp_path / "out", "--data", folder)
+    (folder / "nlvr2_balanced_dev.json").write_text('["dev-99-0-0"]')        # the official data's, which these are not
+    assert "balanced accuracy" not in evaluate(world, "nlvr2", "flm", tmp_path / "out", "--data", folder)["nlvr2_val_scores.json"]
+
+
+def test_annotations_of_other_questions_make_no_results(world, tmp_path):
+    (tmp_path / "x.json").write_text('{"annotations": [{"question_id": 1, "answers": [{"answer": "a"}], "answer_type": "other"}]}')
+    with pytest.raises(SystemExit, match="x.json: 1 questions have no prediction, the first is 1"):
+        evaluate(world, "vqa", "flm", tmp_path / "out", "--annotations", tmp_path / "x.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bfloat16_evaluation_nearly_gives_float32s_answers(world, tmp_path):
+    one, two = (evaluate(world, "vqa", "flm", tmp_path / p, "--precision", p)["vqa_val_results.json"] for p in ("fp32", "bf16"))
+    same = [a == b for a, b in zip(json.loads(one), json.loads(two), strict=True)]
+    assert sum(same) > 0.7 * len(same)
+    files = evaluate(world, "caption", "flm", tmp_path / "captions", "--precision", "bf16", "--max-tokens", 5, "--beams", 2)
+    assert len(json.loads(files["captions_test_results.json"])) == 7
+
+
 # -- without a picture -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("task", ["vqa", "nlvr2"])
@@ -424,6 +487,17 @@ def test_a_caption_ends_at_eos_or_at_the_end_of_the_text(world, photo, name):
     (("fill", "vqa-flm", "photo.jpg", "a <mask>"), "this is flm with head vqa"),
     (("vqa", "caption-flm", "--data", "."), "needed is what train.py --task vqa"),
     (("words", "vqa-flm", "--data", "."), "needed is what train.py --task pretrain"),
+    (("ask", "vqa-flm", "photo.jpg", "why?", "-k", "0"), "0 answers: at least 1"),
+    (("describe", "caption-flm", "photo.jpg", "--temperature", "2"), "--temperature 2.0: changes nothing without --top-p"),
+    (("describe", "caption-flm", "photo.jpg", "--length-penalty", "2"), "--length-penalty 2.0: changes nothing without --beams"),
+    (("describe", "caption-flm", "photo.jpg", "--top-p", "0"), "top_p 0.0.*: sampling needs a top_p of 0 < p <= 1"),
+    (("describe", "caption-flm", "photo.jpg", "--max-tokens", "99"), "max_tokens 99 after a prompt of 1"),
+    (("describe", "caption-flm", "photo.jpg", "--max-tokens", "0"), "max_tokens 0 after a prompt of 1"),
+    (("describe", "caption-flm", "photo.jpg", "--beams", "9999"), "9999 beams: the vocabulary has"),
+    (("caption", "caption-flm", "--data", ".", "--seed", "2"), "--seed 2: changes nothing without --top-p"),
+    (("caption", "caption-flm", "--data", ".", "--examples", "-1"), "--examples -1: at least 0"),
+    (("vqa", "vqa-flm", "--data", ".", "--annotations", "letter.txt"), "letter.txt: not JSON"),
+    (("words", "flm", "--data", ".", "--groups", "letter.txt"), "letter.txt: not JSON"),
     (("retrieval", "flm", "--data", ".", "--top", "-1"), "--top -1: 0 or more is expected"),
     (("caption", "flm", "--data", "."), "a model of task pretrain with head vocab; needed is what train.py --task caption"),
     (("nlvr2", "nlvr2-flm", "--data", "nowhere"), "nowhere: there is no such directory"),

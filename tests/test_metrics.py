@@ -317,3 +317,18 @@ def test_recall_takes_tensors_of_any_kind():
 def test_recall_refuses(scores, image_of_text, sentence):
     with pytest.raises(ValueError, match=sentence):
         metrics.recall_at_k(scores, image_of_text, chunk=1)
+
+
+def test_captions_in_lists_of_one_are_read_and_longer_lists_refused():
+    references = {1: ["a dog runs"], 2: ["a cat sleeps"]}
+    plain = metrics.caption_scores({1: "a dog", 2: "a cat"}, references)
+    assert metrics.caption_scores({1: ["a dog"], 2: ["a cat"]}, references) == plain
+    for wrong in (["a dog", "a cat"], [], 5, None):
+        with pytest.raises(ValueError, match="image 1: one caption is expected"):
+            metrics.caption_scores({1: wrong, 2: "a cat"}, references)
+
+
+def test_vqa_accuracy_of_nothing_is_refused():
+    for annotations in ([], {"annotations": []}, {"questions": []}, 5):
+        with pytest.raises(ValueError, match="nothing to score"):
+            metrics.vqa_accuracy({}, annotations)

@@ -122,11 +122,12 @@ def test_rest_val_is_the_last_images_of_val_and_trainable_val_the_others(tmp_pat
 
 def test_annotations_beside_a_file_are_official_and_of_its_questions_only(tmp_path):
     official_vqa(tmp_path / "vqa")
-    (tmp_path / "vqa/val2014/COCO_val2014_000000000102.jpg").write_bytes(b"broken")
+    for image in (101, 102):                                # one of trainable_val, one of rest_val
+        (tmp_path / f"vqa/val2014/COCO_val2014_000000000{image}.jpg").write_bytes(b"broken")
     out = tmp_path / "out"
     prepare_main("vqav2", tmp_path / "vqa", "--out", out)
     source = json.loads((tmp_path / "vqa/v2_mscoco_val2014_annotations.json").read_text())["annotations"]
-    for split, questions in (("val", [1000, 1010, 1030]), ("rest_val", [1030]), ("trainable_val", [1000, 1010])):
+    for split, questions in (("val", [1000, 1010, 1020, 1030]), ("rest_val", [1020, 1030]), ("trainable_val", [1000])):
         written = json.loads((out / f"vqav2_annotations_{split}.json").read_text())["annotations"]
         assert [entry["question_id"] for entry in written] == questions
         for entry in written:
@@ -151,7 +152,10 @@ def test_vqa_leaves_out_and_names_what_cannot_be_used(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "1 annotations have no question" in printed and "1 annotations left out" in printed
     val = vqa_rows(tmp_path / "out/vqav2_val.arrow")
-    assert list(val) == [100] and val[100]["question_id"] == [1000, 1004]
+    assert list(val) == [100, 101, 102] and val[100]["question_id"] == [1000, 1004]
+    assert val[101]["image"] == b"" and val[102]["image"] == picture(3)[:200]       # their questions want answers all the same
+    assert val[101]["question_id"] == [1010] and val[102]["question_id"] == [1020]
+    assert list(vqa_rows(tmp_path / "out/vqav2_trainable_val.arrow")) == [100]      # but nothing is learned without a picture
     assert val[100]["questions"] == ["what is it?", "why?"] and val[100]["answers"] == [["cat"], ["cat"]]
     found = [json.loads(line) for line in (tmp_path / "out/vqav2_val.skipped.jsonl").read_text().splitlines()]
     image = "val2014/COCO_val2014_000000000100.jpg"
@@ -159,7 +163,8 @@ def test_vqa_leaves_out_and_names_what_cannot_be_used(tmp_path, capsys):
         "empty question: question 1001", "duplicate question id: question 1000",
         "question without an annotation: question 1002", "question is not Unicode: question 1003"]
     assert {entry["key"]: entry["reason"] for entry in found if entry["key"] != image} == {
-        "val2014/000000000101.jpg": "missing file", "val2014/COCO_val2014_000000000102.jpg": "truncated",
+        "val2014/000000000101.jpg": "missing file (questions kept)",
+        "val2014/COCO_val2014_000000000102.jpg": "truncated (questions kept)",
         "val2014/COCO_val2014_000000000103.jpg": "question with empty answers: question 1030"}
     for part in ("1 missing file", "1 truncated", "1 duplicate question id", "1 question without an annotation"):
         assert part in printed, part
@@ -344,17 +349,27 @@ def test_nlvr2_leaves_out_and_names_what_cannot_be_used(tmp_path, capsys):
     prepare_main("nlvr2", tmp_path, "--out", tmp_path / "out")
     assert "balanced_test1.json is missing" in capsys.readouterr().out
     assert set(skipped(tmp_path / "out/nlvr2_dev.skipped.jsonl").values()) == {
-        "undecodable: not a picture we can read: image_0", "missing file: image_1"}
+        "undecodable (statements kept): not a picture we can read: image_0", "missing file (statements kept): image_1"}
     assert skipped(tmp_path / "out/nlvr2_test1.skipped.jsonl") == {
         "test1-7-0-0: test1-7-0-img0.png, test1-7-0-img1.png": "duplicate: an earlier row has this identifier"}
-    assert not (tmp_path / "out/nlvr2_dev.arrow").exists()
+    assert not (tmp_path / "out/nlvr2_dev.arrow").exists()          # not one pair of pictures: another folder was meant
 
 
-def test_subsets_name_written_statements_only(tmp_path):
+def test_statements_to_be_judged_are_kept_without_their_pictures(tmp_path):
+    """A prediction file needs them all; only what is trained on needs its pictures."""
     official_nlvr2(tmp_path)
     (tmp_path / "dev/dev-8-2-img1.png").unlink()
     prepare_main("nlvr2", tmp_path, "--out", tmp_path / "out")
-    assert json.loads((tmp_path / "out/nlvr2_unbalanced_dev.json").read_text()) == []
+    assert json.loads((tmp_path / "out/nlvr2_unbalanced_dev.json").read_text()) == ["dev-8-2-0"]
+    *_, last = rows(tmp_path / "out/nlvr2_dev.arrow", NLVR2)
+    assert last["identifier"] == "dev-8-2-0" and last["image_0"] and last["image_1"] == b""
+
+
+def test_training_statements_without_their_pictures_are_left_out(tmp_path):
+    official_nlvr2(tmp_path)
+    (tmp_path / "images/train/36/train-10-1-img0.png").write_bytes(b"no picture")
+    prepare_main("nlvr2", tmp_path, "--out", tmp_path / "out")
+    assert [row["identifier"] for row in rows(tmp_path / "out/nlvr2_train.arrow", NLVR2)] == ["train-10-0-1"]
 
 
 def test_own_statements(tmp_path, capsys):

@@ -195,7 +195,9 @@ def test_the_approximate_mode_says_so_and_with_all_pairs_is_exact(world, tmp_pat
     scored = few > -np.inf
     assert 14 <= scored.sum() < 7 * 14
     np.testing.assert_allclose(few[scored], exact[scored], atol=1e-5, rtol=0)
-    assert f"only {100 * scored.mean():.1f} % of the pairs were scored" in capsys.readouterr().out
+    kept = scored[np.arange(14) // 2, np.arange(14)].mean()         # two captions to an image
+    assert (f"only {100 * scored.mean():.1f} % of the pairs were scored, among them {100 * kept:.1f} % of the true ones"
+            in capsys.readouterr().out)
 
 
 def test_an_interrupted_command_goes_on_and_other_data_or_weights_begin_anew(world, tmp_path, monkeypatch):
@@ -214,11 +216,19 @@ def test_an_interrupted_command_goes_on_and_other_data_or_weights_begin_anew(wor
         write_captions(other / f"mine_caption_{name}.arrow", 7, seed=7, sizes=SIZES)
     seen.clear()
     evaluation.main(["retrieval", str(world / "flm/last.pt"), "--data", str(other), "--out", str(tmp_path)])
-    assert seen == list(range(7)) and len(list(tmp_path.glob("scores*.npy"))) == 2
+    assert seen == list(range(7)) and len(list(tmp_path.glob("scores*.npy"))) == 1     # the old are gone
     os.utime(world / "flm/last.pt", (time.time() + 5, time.time() + 5))         # trained on
     seen.clear()
     evaluated(world, "flm", tmp_path)
     assert seen == list(range(7))
+
+
+def test_bfloat16_scores_are_near_and_in_a_file_of_their_own(world, tmp_path):
+    exact, _ = evaluated(world, "flm", tmp_path / "fp32")
+    near, _ = evaluated(world, "flm", tmp_path / "bf16", "--precision", "bf16")
+    assert 0 < np.abs(near - exact).max() < 0.1
+    names = [next((tmp_path / name).glob("scores*.npy")).name for name in ("fp32", "bf16")]
+    assert names[0] != names[1]
 
 
 def test_fewer_images_and_captions_are_the_first_ones(world, tmp_path):

@@ -388,3 +388,35 @@ def test_every_recipe_can_be_asked_for(task):
         settings, flags = train.parse(["--task", task, "--recipe", recipe, "--data", "x", "--out", "y"])
         assert {**vars(settings), **flags}.items() >= {k: v for k, v in row.items()}.items()
         assert isinstance(tasks.MODELS[row["model"]], vilt.Config if "vilt" in recipe else flm.Config)
+
+
+def test_another_answer_list_draws_the_head_anew_and_cannot_resume(world, tmp_path, capsys):
+    for path in (*world.glob("mine_vqa_*"), world / "flm.pt"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    finetune(tmp_path, "vqa", "flm", tmp_path / "a", "--lr", 0)
+    (tmp_path / "a.pt").write_bytes((tmp_path / "a/last.pt").read_bytes())
+    finetune(tmp_path, "vqa", "a", tmp_path / "same", "--seed", 5, "--lr", 0)
+    assert "drawn anew" not in capsys.readouterr().out
+    (tmp_path / "mine_vqa_answers.json").write_text(json.dumps(ANSWERS[::-1]))
+    finetune(tmp_path, "vqa", "a", tmp_path / "other", "--seed", 5, "--lr", 0)
+    printed = capsys.readouterr().out
+    assert "the head is drawn anew" in printed and "a.pt, " in printed and "questions of 9 images" in printed
+    first, same, other = (weights.load(tmp_path / name / "last.pt") for name in ("a", "same", "other"))
+    for name in ("head.0.weight", "head.3.weight"):
+        assert torch.equal(first.state_dict()[name], same.state_dict()[name])
+        assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
+    assert torch.equal(first.vit.position, other.vit.position) and other.answer_list == ANSWERS[::-1]
+    with pytest.raises(SystemExit, match="--resume with another answer list"):
+        finetune(tmp_path, "vqa", "flm", tmp_path / "a", "--lr", 0, "--resume")
+
+
+@pytest.mark.parametrize("task, kind, arguments, sentence", [
+    ("retrieval", "flm", ("--false-captions", 0), "--false-captions 0: at least 1"),
+    ("vqa", "flm", ("--recipe", "vilt", "--datasets", "mine"), "--recipe vilt starts from a model of vilt; .*flm.pt is one of flm"),
+    ("vqa", "vilt", ("--recipe", "flm-b32", "--datasets", "mine"), "--recipe flm-b32 starts from a model of flm; .*vilt.pt is one of vilt"),
+    ("vqa", "flm", ("--label-smoothing", 0.1), "--label-smoothing 0.1: is for words, which head vqa does not say"),
+    ("caption", "flm", ("--label-smoothing", 1.5), "label_smoothing 1.5 is outside 0..1"),
+])
+def test_fine_tuning_that_makes_no_sense_is_refused_in_a_sentence(world, tmp_path, task, kind, arguments, sentence):
+    with pytest.raises(SystemExit, match=f"^train.py: .*{sentence}"):
+        finetune(world, task, kind, tmp_path / "out", *arguments)

@@ -219,6 +219,12 @@ def test_impossible_settings_are_refused_in_one_sentence(world, tmp_path, argume
     assert not (tmp_path / "run/last.pt").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said(world, tmp_path):
+    with pytest.raises(SystemExit, match="--device cuda: there is no GPU"):
+        train.main(command(world, tmp_path, *RUN, "--device", "cuda"))
+
+
 @pytest.mark.parametrize("arguments", [["--recipe", "flm-b31"], ["--no-such-flag", "1"], ["--model", "huge"], ["--task", "vqa3"]])
 def test_unknown_names_are_refused(world, tmp_path, arguments):
     with pytest.raises(SystemExit) as error:
