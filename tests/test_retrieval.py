@@ -17,7 +17,7 @@ from test_tasks import SIZES, TOL, finetune, original, task_on, write_world
 import eval as evaluation
 import retrieval
 import weights
-from data import Captions, pad_pictures
+from data import Captions
 from flm import see
 from probe import picture_batch
 

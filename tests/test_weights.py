@@ -425,7 +425,7 @@ def test_other_forms_of_a_transformers_file_open_too(form, tmp_path, in_order):
 
 def original_vilt(state, classifier=""):
     """transformers' tensors under the names of ViLT's own files, spelt out by hand."""
-    result, width = {}, len(next(iter(state.values())).flatten()) and 36
+    result = {}
     for key, tensor in state.items():
         key = key.removeprefix("vilt.")
         for old, new in (("embeddings.text_embeddings.", "text_embeddings."),
