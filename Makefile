@@ -25,7 +25,7 @@ SPLITS ?= $(if $(TOY),holdout test,$(if $(filter vqa nlvr2,$@),val,test))
 all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (about eight minutes)
 	@echo "pictures: docs/masks.png, $(RUN)/curves.png, $(RUN)/words.png"
 
-vqa:        ## fine-tune for visual question answering, score, show examples (five minutes each on the toy world)
+vqa:        ## fine-tune for visual question answering, score, show examples (minutes on the toy world)
 nlvr2:      ## the same for statements about two pictures
 caption:    ## the same for captioning
 retrieval:  ## the same for finding images by text and texts by image

@@ -1,12 +1,12 @@
 """Scores of a trained model, submission files, and answers about single pictures.
 
-    python eval.py vqa runs/vqa/last.pt --data data/toy                    # the official accuracy, a results file
-    python eval.py nlvr2 runs/nlvr2/last.pt --data data/toy                # accuracy, consistency
-    python eval.py caption runs/caption/last.pt --data data/toy            # BLEU, ROUGE-L, CIDEr
+    python eval.py vqa runs/toy-vqa/last.pt --data data/toy                # the official accuracy, a results file
+    python eval.py nlvr2 runs/toy-nlvr2/last.pt --data data/toy            # accuracy, consistency
+    python eval.py caption runs/toy-caption/last.pt --data data/toy        # BLEU, ROUGE-L, CIDEr
     torchrun --nproc_per_node 8 eval.py retrieval runs/retrieval/last.pt --data data/f30k     # recall at 1, 5, 10
     python eval.py words runs/toy/last.pt --data data/toy                  # what does it read from the picture?
     python eval.py align runs/vilt/last.pt --data data/toy                 # ViLT: which patches does each word go to?
-    python eval.py ask runs/vqa/last.pt photo.jpg "what is on the table?"  # also describe, compare, search, fill
+    python eval.py ask runs/toy-vqa/last.pt photo.jpg "what is on the table?"  # also describe, compare, search, fill
 
 Any number of processes and any batch size give the same scores: each text is asked exactly once.
 """
@@ -238,7 +238,8 @@ def vqa(args):
             f"official accuracy by {path}" if annotations else "mean soft score of the Arrow file's labels"))
     shown = [(i, chosen[details[i]["question_id"]], list(truths[i]))
              for i in spread(len(details), args.examples)]
-    run.sheet(f"VQA, {args.split}", [(i, answer, " / ".join(true[:3]), answer in true if columns else None, {}) for i, answer, true in shown])
+    run.sheet(f"VQA, {args.split}", [(i, answer, " / ".join(true[:3]), answer in true if columns else None, {})
+                                     for i, answer, true in shown])
 
 
 def annotations_path(run):

@@ -4,7 +4,7 @@
     python plot.py curves runs/toy runs/mlm --x seconds --out docs/curves.png      # from each run's metrics.jsonl
     python plot.py words runs/toy/words.json --out docs/words.png                  # the table of `eval.py words`
     python plot.py align runs/vilt/align.json --out docs/align.png                 # that of `eval.py align`
-    python plot.py sheet runs/vqa/vqa/examples.json --out docs/vqa.png             # the examples of eval.py's tasks
+    python plot.py sheet runs/toy-vqa/vqa/examples.json --out docs/toy_vqa.png     # the examples of eval.py's tasks
 
 Letters: n tokens of a caption (`<s>` and `</s>` included).
 """

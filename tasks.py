@@ -61,7 +61,7 @@ RECIPES = {
     "nlvr2": {
         "flm-b32": FLM_TUNING | dict(datasets=("nlvr2",), image_size=288, epochs=10, global_batch=256, lr=1e-5, head_lr=10.0),
         "vilt": VILT_TUNING | dict(datasets=("nlvr2",), global_batch=128),
-        "toy": TOY_TUNING | dict(steps=1800, global_batch=32)},
+        "toy": TOY_TUNING | dict(steps=800, global_batch=32)},
     "caption": {
         "flm-b32": FLM_TUNING | dict(datasets=("coco",), image_size=288, epochs=20, global_batch=256, lr=3e-6),
         "toy": TOY_TUNING | dict(steps=800, global_batch=32, lr=1e-3, head_lr=2.0)},

@@ -2,7 +2,7 @@
 
     python weights.py info pretrain_4m.ckpt                 # what a file is, and what became of each of its tensors
     python weights.py convert pretrain_4m.ckpt flm.pt --tokenizer roberta-base      # anything that opens -> one of ours
-    python weights.py convert runs/vqa/last.pt exported --to transformers           # a ViLT -> a transformers folder
+    python weights.py convert runs/vilt/last.pt exported --to transformers          # a ViLT -> a transformers folder
     python weights.py download clip-b32                     # fetch a released file; without a name: what there is
 
     model = load("pretrain_4m.ckpt")                        # in eval mode, with .task .tokenizer .answer_list .report
