@@ -34,16 +34,23 @@ $(RUN)-itm/.trained: | $(RUN)/.trained
 	$(PY) train.py --task pretrain --recipe toy-itm --load $(RUN)/last.pt --data $(DATA) --out $(RUN)-itm --resume
 	@touch $@
 
-# The toy's statements about two pictures are all comparisons; a model that has learned to answer questions learns them, one that
-# has only been pretrained does not within 25,000 statements.
-nlvr2: | $(if $(LOAD),,$(TUNED)vqa/.trained)
+# What each task starts from. Captions need no class vector, so no image-text matching; statements about two pictures are learned
+# from a model that answers questions, not from one that has only been pretrained (docs/LOG.md).
+FROM_caption := $(RUN)
+FROM_nlvr2   := $(TUNED)vqa
+FROM = $(or $(LOAD),$(or $(FROM_$@),$(RUN)-itm)/last.pt)
+
+vqa retrieval: | $(if $(LOAD),$(VENV)/.installed,$(RUN)-itm/.trained)
+caption:       | $(if $(LOAD),$(VENV)/.installed,$(RUN)/.trained)
+nlvr2:         | $(if $(LOAD),$(VENV)/.installed,$(TUNED)vqa/.trained)
+$(TASKS):      | $(if $(TOY),$(DATA)/toy_words.json)
+
 $(TUNED)vqa/.trained:
 	$(MAKE) vqa
 
-# Of the toy world's 1,000 scenes one caption each; black pictures tell what can be guessed from the text alone.
-$(TASKS): | $(if $(LOAD),$(VENV)/.installed,$(RUN)-itm/.trained)
-	$(RUNNER) train.py --task $@ --recipe $(RECIPE) --load $(or $(LOAD),$(if $(filter nlvr2,$@),$(TUNED)vqa/last.pt,$(RUN)-itm/last.pt)) \
-	    --data $(DATA) --out $(TUNED)$@ --resume $(FLAGS)
+# Retrieval on the toy: among 1,000 scenes by the longest caption of each. Black pictures tell what the text alone gives away.
+$(TASKS):
+	$(RUNNER) train.py --task $@ --recipe $(RECIPE) --load $(FROM) --data $(DATA) --out $(TUNED)$@ --resume $(FLAGS)
 	@touch $(TUNED)$@/.trained
 	for split in $(SPLITS); do $(RUNNER) eval.py $@ $(TUNED)$@/last.pt --data $(DATA) --split $$split \
 	    $(if $(TOY),$(if $(filter retrieval,$@),--captions 1,--blank)) || exit 1; done

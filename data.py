@@ -529,12 +529,17 @@ class GlobalBatches:
     Sorting leaves next to no padding; dealing neighbours at the same time gives the processes equal work; and the same
     global batch is trained on whatever their number. The captions that do not fill the last batch of an epoch sit out;
     every epoch shuffles anew.
+
+    Small batches are too few captions for that: with `bucket` above 1 the captions of so many global batches are sorted
+    together, so that one batch has short captions and another long ones, in random order.
     """
 
-    def __init__(self, lengths, global_batch, seed):
+    def __init__(self, lengths, global_batch, seed, bucket=1):
         if global_batch > len(lengths):
             raise ValueError(f"global batch {global_batch}: there are only {len(lengths)} captions to train on")
-        self.lengths, self.size, self.seed = lengths, global_batch, seed
+        if bucket < 1:
+            raise ValueError(f"--bucket {bucket}: at least 1 global batch is sorted at a time")
+        self.lengths, self.size, self.seed, self.bucket = lengths, global_batch, seed, bucket
         self.steps_per_epoch = len(lengths) // global_batch
         self.epoch, self.order = None, None
 
@@ -542,9 +547,19 @@ class GlobalBatches:
         """The global batch of a step: caption numbers (size,), shortest first."""
         epoch, k = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+            self.epoch, self.order = epoch, self.shuffle(np.random.default_rng([self.seed, epoch]))
         numbers = self.order[k * self.size:(k + 1) * self.size]
         return numbers[np.argsort(self.lengths[numbers], kind="stable")]
+
+    def shuffle(self, rng):
+        """The order of an epoch: caption numbers, one global batch after the other."""
+        order = rng.permutation(len(self.lengths))
+        if self.bucket == 1:
+            return order
+        order = order[:self.steps_per_epoch * self.size]
+        group = np.arange(len(order)) // (self.size * self.bucket)
+        batches = order[np.lexsort((self.lengths[order], group))].reshape(-1, self.size)
+        return rng.permutation(batches).ravel()
 
     def micro_batches(self, start, stop, micro_batch, rank=0, world=1):
         """This process's micro-batches of the steps start..stop-1, lists of (epoch, caption number) for a DataLoader."""

@@ -33,7 +33,7 @@ import vilt
 import weights
 from data import Captions, evaluation_batches, find_files, token_lengths
 from flm import see, task_logits
-from metrics import caption_scores, nlvr2_scores, recall_at_k, vqa_accuracy
+from metrics import caption_scores, check_official_tools, nlvr2_scores, recall_at_k, vqa_accuracy
 from probe import IMAGES, alignments, word_table
 from retrieval import Gallery, fill_scores, shortlist
 from tasks import task_of
@@ -284,6 +284,8 @@ def nlvr2(args):
 
 def caption(args):
     decoding_of(args, [])           # what makes no sense is said before anything is read
+    if args.official:
+        check_official_tools()
     run = Evaluation(args, "caption")
     firsts = np.flatnonzero(np.diff(run.table.row_of, prepend=-1)).tolist()         # the first caption of every image
     names = [run.table.cell("image_id", int(run.table.row_of[i])).as_py() for i in firsts]
@@ -299,16 +301,17 @@ def caption(args):
         how = decoding_of(args, [[args.seed or 0, i] for i in numbers])
         return single.write_captions(run.model, see(run.model, batch), **how)
 
-    columns, chosen = {}, None
-    for name, blank in headings(args):
-        said = {ids[i]: text for i, text in run.each(describe, f"captions, {name}", firsts, blank).items()}
-        scores = caption_scores(said, references, official=args.official)
-        scores.pop("per_image", None)
-        columns[name] = scores | ({"true of the scene": sum(true_of(scenes, *pair) for pair in said.items()) / len(said)}
-                                  if scenes else {})
-        if chosen is None:
-            chosen = said
-            run.write(f"captions_{args.split}_results.json", [{"image_id": i, "caption": text} for i, text in said.items()])
+    said_of = {name: {ids[i]: text for i, text in run.each(describe, f"captions, {name}", firsts, blank).items()}
+               for name, blank in headings(args)}
+    if run.rank > 0:
+        return
+    chosen, columns = next(iter(said_of.values())), {}
+    run.write(f"captions_{args.split}_results.json", [{"image_id": i, "caption": text} for i, text in chosen.items()])
+    for name, said in said_of.items():
+        columns[name] = caption_scores(said, references, official=args.official)
+        del columns[name]["per_image"]
+        if scenes:
+            columns[name]["true of the scene"] = sum(true_of(scenes, *pair) for pair in said.items()) / len(said)
     run.report(f"captions {args.split}", columns, f"{len(firsts):,} images, {len(run.table.row_of):,} references")
     shown = [firsts[k] for k in spread(len(firsts), args.examples)]
     run.sheet(f"Captions, {args.split}", [(i, chosen[ids[i]], "", true_of(scenes, ids[i], chosen[ids[i]]) if scenes else None,

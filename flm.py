@@ -48,6 +48,8 @@ class Config:
     sep_id: int = 2                     # </s>
     mask_id: int = 50264                # <mask>
     # the fusion layers and the reconstructor
+    image_positions: float = 0.0        # the image tokens are told their places once more where they enter the fusion
+                                        # layers, by a table that starts as sine waves of this height; 0: as published, not
     width: int = 768
     heads: int = 12
     fusion_layers: int = 6
@@ -77,6 +79,8 @@ class Config:
                 raise ValueError(f"{width} {getattr(self, width)} does not divide by {heads} {getattr(self, heads)}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} does not divide by patch_size {self.patch_size}")
+        if self.image_positions and self.width % 4:
+            raise ValueError(f"image_positions needs a width that divides by 4 (sine and cosine of row and column), not {self.width}")
         if self.objective == "flm" and (self.reconstructor_text_layers > self.text_layers
                                         or self.reconstructor_fusion_layers > self.fusion_layers):
             raise ValueError("the reconstructor has at most as many layers as the transformer that it stands beside")
@@ -128,9 +132,10 @@ _ROBERTA_LARGE = dict(text_width=1024, text_heads=16)
 PRESETS = {
     # minutes on a laptop's CPU; the vocabulary is trained on the captions. So narrow a model starts faster from weights
     # of 128^-1/2, about 0.08, than from BERT's 0.02 (docs/LOG.md).
-    "toy": Config(image_size=64, patch_size=16, vit_width=128, vit_layers=3, vit_heads=4, vocab_size=400, text_width=128,
-                  text_layers=1, text_heads=4, max_positions=66, mask_id=4, width=128, heads=4, fusion_layers=2,
-                  reconstructor_text_layers=1, reconstructor_fusion_layers=2, dropout=0.0, init_std=0.08),
+    "toy": Config(image_size=64, patch_size=16, vit_width=128, vit_layers=2, vit_heads=4, vocab_size=400, text_width=128,
+                  text_layers=1, text_heads=4, max_positions=66, mask_id=4, width=128, heads=4, fusion_layers=3,
+                  reconstructor_text_layers=1, reconstructor_fusion_layers=3, dropout=0.0, init_std=0.08,
+                  image_positions=1.0),
     # an hour on a CPU, minutes on a GPU: for a few thousand real photographs
     "small": Config(image_size=128, patch_size=16, vit_width=256, vit_layers=6, vit_heads=4, vocab_size=4096,
                     text_width=256, text_layers=3, text_heads=4, max_positions=66, mask_id=4, width=256, heads=4,
@@ -374,13 +379,27 @@ class ViT(nn.Module):
 
     def forward(self, images):
         x = self.patch(images)                                                                      # (B, D, h, w)
-        position = self.position if x.shape[2:] == (self.grid, self.grid) else resize_positions(self.position, x.shape[2:])
+        position = resize_positions(self.position, x.shape[2:])
         x = x.flatten(2).transpose(1, 2)                                                            # (B, h w, D)
         x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1) + position                        # (B, P, D)
         x = self.norm_pre(x)
         for block in self.blocks:
             x = block(x)
         return self.norm_post(x)
+
+
+def sine_waves(side, width):
+    """Positions to start from: sines and cosines of a patch's row (first half) and column -> (side², width).
+
+    The longest wave is four grids long, all but a straight line from edge to edge; the shortest is two patches. So "left
+    of" is a direction in them from the first step on, where random positions would have to be told pair by pair.
+    """
+    waves = width // 4
+    frequency = torch.pi / (2 * side) * (2 * side) ** torch.linspace(0, 1, waves)                   # radians per patch
+    angle = (torch.arange(side)[:, None] - (side - 1) / 2) * frequency                              # (side, waves)
+    place = torch.cat([angle.sin(), angle.cos()], dim=1)                                            # (side, W/2)
+    rows, columns = place[:, None].expand(-1, side, -1), place.expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1)                                          # (side², W)
 
 
 def resize_positions(position, size, mode="bicubic"):
@@ -390,6 +409,8 @@ def resize_positions(position, size, mode="bicubic"):
     """
     cls, grid = position[:1], position[1:]
     side = int(len(grid) ** 0.5)
+    if tuple(size) == (side, side):
+        return position
     grid = grid.T.reshape(1, -1, side, side).float()                                                # (1, D, g, g)
     grid = F.interpolate(grid, size=tuple(size), mode=mode, align_corners=False)                    # (1, D, h, w)
     return torch.cat([cls, grid.flatten(2)[0].T.to(cls.dtype)])
@@ -557,6 +578,8 @@ class FLM(nn.Module):
         self.text_layers = nn.ModuleList(Layer(*text, 1e-5, self_attention=True) for _ in range(c.text_layers))
         self.text_to_fusion = nn.Linear(c.text_width, c.width)
         self.image_to_fusion = nn.Linear(c.vit_width, c.width)
+        if c.image_positions:
+            self.image_position = nn.Parameter(torch.zeros(1 + self.vit.grid ** 2, c.width))
         # [0] text (forward stream), [1] image, [2] nlvr2's second image
         self.token_type = nn.Parameter(torch.zeros(3 if c.head == "nlvr2" else 2, c.width))
         self.fusion_layers = nn.ModuleList(
@@ -583,7 +606,7 @@ class FLM(nn.Module):
 
         ViT (CLIP's rule; W its width)   attention in: normal, std W^-½; attention and MLP out: W^-½ (2 layers)^-½;
                                          MLP in: (2W)^-½; patches: 0.02; class token and positions: W^-½
-        everything else (BERT's rule)    matrices, embeddings and types: init_std
+        everything else (BERT's rule)    matrices, embeddings and types: init_std; image_position: `sine_waves`
         everywhere                       LayerNorms 1 and 0, biases 0
         """
         c = self.config
@@ -599,6 +622,8 @@ class FLM(nn.Module):
         nn.init.normal_(self.vit.patch.weight, std=0.02)
         nn.init.normal_(self.vit.cls, std=width_std)
         nn.init.normal_(self.vit.position, std=width_std)
+        if c.image_positions:
+            self.image_position[1:] = c.image_positions * sine_waves(self.vit.grid, c.width)
         for block in self.vit.blocks:
             nn.init.normal_(block.attention.q.weight, std=width_std)
             nn.init.normal_(block.attention.kv.weight, std=width_std)
@@ -613,7 +638,10 @@ class FLM(nn.Module):
 
         which: 1 for the second image of a pair (nlvr2).
         """
-        return self.image_to_fusion(self.vit(images)) + self.token_type[1 + which]
+        visual = self.image_to_fusion(self.vit(images)) + self.token_type[1 + which]                # (B, P, D)
+        if self.config.image_positions:
+            visual = visual + resize_positions(self.image_position, [s // self.config.patch_size for s in images.shape[2:]])
+        return visual
 
     def encode_text(self, ids, first=None, last=None, prefix=None, queries=None, class_only=False):
         """All that does not depend on the image: ids (B, L) int64, `<s> … </s>` and padding -> Text.

@@ -9,6 +9,7 @@ Predictions come in the layout of the official result files. Each of them must b
 missing, unknown or given twice is a ValueError, because a score over part of the questions compares with nothing.
 """
 
+import importlib.util
 import math
 import re
 import shutil
@@ -400,16 +401,20 @@ def one_caption(key, value):
     return value
 
 
-def official_scores(predictions, references):
-    """Java's part: ({"METEOR": (corpus, images), "SPICE": …}, words of the candidates, words of the references)."""
-    try:
-        from pycocoevalcap.meteor.meteor import Meteor
-        from pycocoevalcap.spice import spice
-        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    except ImportError:
-        raise ValueError("the official caption scorer needs pycocoevalcap: pip install -e .[metrics]") from None
+def check_official_tools():
+    """ValueError that says what the official caption scorer lacks here; to be asked before captions are written."""
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        raise ValueError("the official caption scorer needs pycocoevalcap: pip install -e .[metrics]")
     if not shutil.which("java"):
         raise ValueError("the official caption scorer needs Java, but there is no command `java`: install a runtime")
+
+
+def official_scores(predictions, references):
+    """Java's part: ({"METEOR": (corpus, images), "SPICE": …}, words of the candidates, words of the references)."""
+    check_official_tools()
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.spice import spice
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
     tokens = PTBTokenizer()
     candidates = tokens.tokenize({key: [{"caption": predictions[key]}] for key in references})
     references = tokens.tokenize({key: [{"caption": c} for c in captions] for key, captions in references.items()})

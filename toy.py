@@ -365,8 +365,8 @@ def _caption(scene, rng):
     n = len(scene.shapes)
     related = _related(scene)
     placed = [s for s in scene.shapes if any(is_at(s, place) for place in PLACES)]
-    weights = {"one": 14, "list": 20 if n > 1 else 0, "relation": 40 if related else 0,
-               "count": 14 if n > 1 else 0, "place": 12 if placed else 0}
+    weights = {"one": 6, "list": 14 if n > 1 else 0, "relation": 40 if related else 0,
+               "count": 14 if n > 1 else 0, "place": 26 if placed else 0}
     content = rng.choices(list(weights), list(weights.values()))[0]
     opening = rng.choice(("", "", "there is ", "here is ", "this is ", "we see ", "a picture of ", "this image shows "))
 
@@ -408,14 +408,15 @@ def _caption(scene, rng):
 
 
 def captions(scene, rng, n=5):
-    """n true captions of the scene, as different as it allows; lower case, no final full stop."""
+    """n true captions of the scene, as different as it allows, the longest first; lower case, no final full stop."""
     found = {}
     for _ in range(4 * n):
         found.setdefault(_caption(scene, rng))
         if len(found) == n:
             break
     found = list(found)
-    return found + [rng.choice(found) for _ in range(n - len(found))]
+    found += [rng.choice(found) for _ in range(n - len(found))]
+    return sorted(found, key=lambda caption: -caption.count(" "))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -514,6 +515,11 @@ def questions(scene, rng):
 # A statement counts a noun in both pictures, a times in the first and b times in the second, and claims something of
 # (a, b, n). Columns: which nouns, the claim, the wordings. {side}: either picture may be the first; {n}: a number.
 CLAIMS = (
+    ("objects", lambda a, b, n: a, ("the {side} image contains {a}", "there is {a} in the {side} image")),
+    ("pairs", lambda a, b, n: a, ("the {side} image contains {a}", "there is {a} in the {side} image")),
+    ("objects", lambda a, b, n: a and not b, ("the {side} image contains {a} but the {other} image does not",
+                                              "there is {a} in the {side} image but not in the {other} one")),
+    ("kinds", lambda a, b, n: a == n, ("there are exactly {n} {many} in the {side} image",)),
     ("objects", lambda a, b, n: a and b, ("both images contain {a}", "there is {a} in each of the two images")),
     ("objects", lambda a, b, n: bool(a) != bool(b), ("exactly one image contains {a}",
                                                      "{a} is in only one of the two images")),
@@ -523,14 +529,11 @@ CLAIMS = (
     *((group, lambda a, b, n: a > b, ("there are more {many} in the {side} image than in the {other} image",
                                       "the {side} image contains more {many} than the {other} image"))
       for group in ("kinds", "sizes", "shapes")),
-    *((group, lambda a, b, n: a == 2 * b, ("the {side} image contains twice as many {many} as the {other} image",))
-      for group in ("kinds", "sizes", "shapes")),
-    *((group, lambda a, b, n: a == b, ("both images contain the same number of {many}",
-                                       "there are as many {many} in the left image as in the right image"))
-      for group in ("kinds", "sizes")),
-    *((group, lambda a, b, n: a + b == n, ("there are {n} {many} in total",
-                                           "the two images contain {n} {many} together"))
-      for group in ("kinds", "sizes", "shapes")),
+    ("kinds", lambda a, b, n: a == 2 * b, ("the {side} image contains twice as many {many} as the {other} image",)),
+    ("kinds", lambda a, b, n: a == b, ("both images contain the same number of {many}",
+                                       "there are as many {many} in the left image as in the right image")),
+    *((group, lambda a, b, n: a + b == n, ("there are {n} {many} in total", "the two images contain {n} {many} together"))
+      for group in ("kinds", "shapes")),
     ("kinds", lambda a, b, n: (a == 2) != (b == 2), ("exactly one image contains two {many}",)),
 )
 

@@ -64,6 +64,7 @@ class Settings:
     # data
     max_tokens: int = 50            # longer captions are cut, and counted
     false_captions: int = 15        # retrieval: false captions beside each image's own
+    bucket: int = 1                 # so many global batches are cut from captions sorted together: less padding in small ones
     pad_to: int = 0                 # captions are padded to a multiple of this; 0: 8 on a GPU, whose kernels want it, else 1
     augment: bool = False           # RandAugment(2, 9)
     max_unreadable: float = 0.01    # share of undecodable images at which the run stops
@@ -360,7 +361,7 @@ def train(settings, config_flags):
         raise ValueError("image-text matching takes its wrong pictures from the micro-batch: it must hold 2 pairs at least")
     task = task_class(replace(settings, max_tokens=max_tokens, pad_to=pad_to), config, tok)
     lengths = training_lengths(tables["train"], tok, out, rank).clip(max=max_tokens)
-    sampler = GlobalBatches(lengths, settings.global_batch, settings.seed)
+    sampler = GlobalBatches(lengths, settings.global_batch, settings.seed, settings.bucket)
     if settings.epochs:
         settings = replace(settings, steps=round(settings.epochs * sampler.steps_per_epoch))
 

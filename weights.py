@@ -374,9 +374,9 @@ def adapt(name, tensor, own, keys, report, path):
     if name not in own or tensor.shape[1:] != own[name].shape[1:] or len(tensor) == len(own[name]):
         return tensor
     have, want = len(tensor), len(own[name])
-    if name in ("vit.position", "position"):
+    if name in ("vit.position", "image_position", "position"):
         old, new = (int((rows - 1) ** 0.5) for rows in (have, want))
-        how = "bicubic" if name == "vit.position" else "bilinear"
+        how = "bilinear" if name == "position" else "bicubic"
         report.add("interpolated", keys, f"position grid, {old} x {old} -> {new} x {new}, {how}", path)
         if how == "bicubic":
             return flm.resize_positions(tensor, (new, new))

@@ -233,8 +233,9 @@ def test_short_captions_lose_at_least_one_word_and_empty_ones_none():
 LENGTHS = np.random.default_rng(5).integers(3, 60, 1003)
 
 
-def test_every_epoch_shows_every_caption_once_in_another_order():
-    sampler = GlobalBatches(LENGTHS, 100, seed=1)
+@pytest.mark.parametrize("bucket", [1, 3, 50])
+def test_every_epoch_shows_every_caption_once_in_another_order(bucket):
+    sampler = GlobalBatches(LENGTHS, 100, 1, bucket)
     epochs = [np.concatenate([sampler.batch(10 * e + k) for k in range(10)]) for e in range(2)]
     for order in epochs:
         assert len(set(order)) == 1000
@@ -251,8 +252,9 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes():
             assert {len(b) for rank in dealt for b in rank} == {micro} and len({len(rank) for rank in dealt}) == 1
 
 
-def test_resuming_at_a_step_is_never_having_stopped():
-    sampler = lambda start: GlobalBatches(LENGTHS, 100, 0).micro_batches(start, 25, 50)
+@pytest.mark.parametrize("bucket", [1, 4])
+def test_resuming_at_a_step_is_never_having_stopped(bucket):
+    sampler = lambda start: GlobalBatches(LENGTHS, 100, 0, bucket).micro_batches(start, 25, 50)
     assert list(sampler(0))[2 * 17:] == list(sampler(17))
 
 
@@ -260,6 +262,16 @@ def test_micro_batches_hold_captions_of_like_length():
     batches = list(GlobalBatches(LENGTHS, 500, 0).micro_batches(0, 2, 50))
     spread = [np.ptp(LENGTHS[[i for _, i in batch]]) for batch in batches]
     assert max(spread) < np.ptp(LENGTHS) / 4
+
+
+def test_small_batches_from_one_bucket_hold_captions_of_like_length_and_come_in_random_order():
+    fair, bucketed = (GlobalBatches(LENGTHS, 20, 0, bucket) for bucket in (1, 25))
+    spread = lambda sampler: np.mean([np.ptp(LENGTHS[sampler.batch(step)]) for step in range(50)])
+    assert spread(bucketed) < spread(fair) / 8
+    means = np.array([LENGTHS[bucketed.batch(step)].mean() for step in range(25)])
+    assert abs(np.corrcoef(means, np.arange(25))[0, 1]) < 0.5          # no curriculum from short to long
+    with pytest.raises(ValueError, match="--bucket 0"):
+        GlobalBatches(LENGTHS, 20, 0, 0)
 
 
 def test_a_global_batch_larger_than_the_data_is_refused():

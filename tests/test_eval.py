@@ -511,6 +511,12 @@ def test_what_cannot_be_done_is_said_in_a_sentence(world, photo, monkeypatch, ar
     assert not (world / command).exists()               # no empty folder of results beside a refused checkpoint
 
 
+def test_official_scores_without_their_tools_are_refused_before_a_caption_is_written(world, monkeypatch):
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="^eval.py: .*needs pycocoevalcap"):
+        single_command("caption", str(world / "caption-flm/last.pt"), "--data", "nowhere", "--official")
+
+
 def test_checkpoints_without_a_tokenizer_need_a_folder_that_fits(world, photo, tmp_path, capsys):
     saved = weights.read(world / "caption-flm/last.pt")
     weights.save(tmp_path / "bare.pt", saved["model"], weights.config_of(saved), "caption", None)

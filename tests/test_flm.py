@@ -416,6 +416,34 @@ def test_fewer_reconstructor_layers_stand_beside_the_last_ones():
     assert calls == ["layer 1", "reconstructor"]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("side, width", [(4, 128), (9, 24)])
+def test_waves_tell_row_and_column_apart_and_left_from_right_is_one_direction(side, width):
+    waves = flm.sine_waves(side, width)
+    place = torch.stack([torch.arange(side * side) // side, torch.arange(side * side) % side], dim=1).float()
+    centred = place - place.mean(0)
+    direction = torch.linalg.lstsq(waves - waves.mean(0), centred).solution
+    assert ((waves - waves.mean(0)) @ direction - centred).abs().max() < 0.5        # the nearest row and column are right
+    assert torch.equal(waves[:side, :width // 2], waves[:1, :width // 2].expand(side, -1))   # row 0
+    with pytest.raises(ValueError, match="image_positions needs a width"):
+        replace(TINY, image_positions=1.0, width=6, heads=2)
+
+
+@torch.no_grad()
+def test_image_tokens_are_told_their_places_where_they_enter_the_fusion_layers():
+    with_places, images = flm.FLM(replace(TINY, image_positions=2.0)), torch.randn(2, 3, 24, 24)
+    without = flm.FLM(TINY)
+    without.load_state_dict({k: v for k, v in with_places.state_dict().items() if k != "image_position"})
+    told = with_places.encode_image(images) - without.encode_image(images)
+    waves = 2 * flm.sine_waves(with_places.vit.grid, TINY.width)
+    torch.testing.assert_close(told, torch.cat([torch.zeros(1, TINY.width), waves]).expand(2, -1, -1), atol=1e-5, rtol=0)
+    side = TINY.patch_size * (with_places.vit.grid + 1)             # another size: the same places, interpolated
+    larger = torch.randn(1, 3, side, side)
+    told = with_places.encode_image(larger) - without.encode_image(larger)
+    torch.testing.assert_close(told[0], flm.resize_positions(with_places.image_position, (side // TINY.patch_size,) * 2),
+                               atol=1e-5, rtol=0)
+
+
 # -- against transformers ----------------------------------------------------------------------------------------------
 
 def bert_state(prefix, theirs, rules):

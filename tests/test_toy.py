@@ -274,6 +274,14 @@ def statement_truth(text, left, right):
         return sum(count(found[2], side) for side in scenes) == NUMBERS.index(found[1])
     if found := re.fullmatch(r"exactly one image contains two (.*)", text):
         return sum(count(found[1], side) == 2 for side in scenes) == 1
+    if found := re.fullmatch(r"there are exactly (\w+) (.*) in the (\w+) image", text):
+        return count(found[2], found[3]) == NUMBERS.index(found[1])
+    if found := re.fullmatch(r"the (\w+) image contains a (\w+ \w+) but the (\w+) image does not|"
+                             r"there is a (\w+ \w+) in the (\w+) image but not in the (\w+) one", text):
+        side, what, other = found.groups()[:3] if found[1] else (found[5], found[4], found[6])
+        return count(what, side) > 0 and count(what, other) == 0
+    if found := re.fullmatch(r"the (\w+) image contains a (\w+ \w+)|there is a (\w+ \w+) in the (left|right) image", text):
+        return count(found[2] or found[3], found[1] or found[4]) > 0
     (what,) = re.findall(r"\ba (\w+ \w+)", text)
     present = sum(count(what, side) > 0 for side in scenes)
     patterns = {r"both images contain _|there is _ in each of the two images": present == 2,
