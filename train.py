@@ -562,9 +562,12 @@ def training_lengths(table, tok, out, rank):
 
 
 def check_same_run(path, saved, settings, config):
-    """A run resumes under the settings it was started with; ValueError names those that differ."""
+    """A run resumes under the settings it was started with; ValueError names those that differ.
+
+    What the version that saved it did not know yet stood, as it were, at its default.
+    """
     ours = {k: v for k, v in (asdict(settings) | asdict(config)).items() if k not in FREE_TO_CHANGE}
-    theirs = saved["settings"] | saved["config"]
+    theirs = asdict(Settings()) | asdict(type(config)()) | saved["settings"] | saved["config"]
     differ = [f"{k} {theirs.get(k)!r} -> {v!r}" for k, v in ours.items()
               if theirs.get(k) != v and not (k == "datasets" and list(theirs.get(k, ())) == list(v))]
     if differ:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -313,3 +313,12 @@ def test_real_photographs_and_captions_train(shared, tmp_path):
     training = [x for x in lines if "lr" in x]
     assert training[-1]["loss"] < training[0]["loss"] - 1 and training[-1]["unreadable"] == 0
     assert weights.load(tmp_path / "run/last.pt").config.vocab_size == 50265
+
+
+def test_a_run_of_a_version_that_had_fewer_settings_resumes():
+    settings, config = train.Settings(), flm.PRESETS["base-b32"]
+    saved = {"settings": asdict(settings), "config": asdict(config)}
+    del saved["settings"]["bucket"], saved["config"]["image_positions"]
+    train.check_same_run("last.pt", saved, settings, config)
+    with pytest.raises(ValueError, match="bucket 1 -> 8"):
+        train.check_same_run("last.pt", saved, replace(settings, bucket=8), config)
