@@ -395,8 +395,8 @@ def sine_waves(side, width):
     of" is a direction in them from the first step on, where random positions would have to be told pair by pair.
     """
     waves = width // 4
-    frequency = torch.pi / (2 * side) * (2 * side) ** torch.linspace(0, 1, waves)                   # radians per patch
-    angle = (torch.arange(side)[:, None] - (side - 1) / 2) * frequency                              # (side, waves)
+    frequency = torch.pi / (2 * side) * (2 * side) ** torch.linspace(0, 1, waves, device="cpu")     # radians per patch
+    angle = (torch.arange(side, device="cpu")[:, None] - (side - 1) / 2) * frequency                # (side, waves)
     place = torch.cat([angle.sin(), angle.cos()], dim=1)                                            # (side, W/2)
     rows, columns = place[:, None].expand(-1, side, -1), place.expand(side, -1, -1)
     return torch.cat([rows, columns], dim=2).flatten(0, 1)                                          # (side², W)
@@ -623,7 +623,7 @@ class FLM(nn.Module):
         nn.init.normal_(self.vit.cls, std=width_std)
         nn.init.normal_(self.vit.position, std=width_std)
         if c.image_positions:
-            self.image_position[1:] = c.image_positions * sine_waves(self.vit.grid, c.width)
+            self.image_position[1:].copy_(c.image_positions * sine_waves(self.vit.grid, c.width))   # (also onto "meta")
         for block in self.vit.blocks:
             nn.init.normal_(block.attention.q.weight, std=width_std)
             nn.init.normal_(block.attention.kv.weight, std=width_std)
