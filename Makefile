@@ -22,7 +22,7 @@ SPLITS ?= $(if $(TOY),holdout test,$(if $(filter vqa nlvr2,$@),val,test))
 
 .PHONY: all $(TASKS) vilt help test quick pictures masks bench clean
 
-all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (about eight minutes)
+all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (a quarter of an hour)
 	@echo "pictures: docs/masks.png, $(RUN)/curves.png, $(RUN)/words.png"
 
 vqa:        ## fine-tune for visual question answering, score, show examples (minutes on the toy world)
