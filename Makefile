@@ -49,7 +49,7 @@ $(TUNED)vqa/.trained:
 	$(MAKE) vqa
 
 # Retrieval on the toy: among 1,000 scenes by the longest caption of each; of the million pairs those that a cheap score finds likely
-# (all of them take a quarter of an hour). Black pictures tell what the text alone gives away.
+# (all of them would take about twenty minutes). Black pictures tell what the text alone gives away.
 $(TASKS):
 	$(RUNNER) train.py --task $@ --recipe $(RECIPE) --load $(FROM) --data $(DATA) --out $(TUNED)$@ --resume $(FLAGS)
 	@touch $(TUNED)$@/.trained

@@ -26,8 +26,8 @@ PRETRAINING = {
                 fusion_lr=3.3, clip=1.0, eval_every=800, eval_samples=1000, log_every=100, save_every=400),
 }
 # Some more of it, with image-text matching beside: that is what first trains the class vector, which tasks read.
+PRETRAINING["toy-itm"] = PRETRAINING["toy"] | dict(steps=2000, itm=True)
 PRETRAINING |= {
-    "toy-itm": PRETRAINING["toy"] | dict(steps=2000, itm=True),
     # A small model for a few thousand photographs of one's own, from scratch.
     "small": dict(model="small", steps=2000, global_batch=64, micro_batch=32, lr=5e-4, warmup=0.05, head_lr=1.0,
                   fusion_lr=1.0, clip=1.0, eval_every=250, log_every=20),

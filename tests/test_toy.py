@@ -146,6 +146,14 @@ def test_captions_vary_in_length_and_detail(world):
     assert np.mean([bool(colour and kind) for colour, kind in has]) > .93
 
 
+def test_the_first_caption_of_a_scene_is_its_longest():
+    """It is the one that retrieval asks with (`--captions 1`)."""
+    rng = random.Random(3)
+    for _ in range(50):
+        lengths = [len(text.split()) for text in toy.captions(toy.sample_scene(rng), rng)]
+        assert lengths == sorted(lengths, reverse=True)
+
+
 def test_words_of_a_group_are_equally_frequent(world):
     counts = collections.Counter(re.findall(r"\w+", " ".join(text for _, captions, _ in world for text in captions)))
     for group in (COLOURS, KINDS, ("above", "below"), ("left", "right")):

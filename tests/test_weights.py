@@ -800,12 +800,14 @@ def test_captioning_begins_from_flm_with_two_words_more(tmp_path):
 
 
 def test_nlvr2_begins_with_the_second_image_as_the_first_at_another_resolution(tmp_path):
-    source, model = randomise(tiny_flm()), tiny_flm(head="nlvr2", image_size=32)
+    source, model = randomise(tiny_flm(image_positions=1.0)), tiny_flm(head="nlvr2", image_size=32, image_positions=1.0)
     report = weights.start(model, checkpoint=saved(source, tmp_path / "a.pt"))
     assert torch.equal(model.token_type, source.token_type[[0, 1, 1]])
     assert torch.equal(model.vit.position, flm.resize_positions(source.vit.position, (4, 4)))
+    assert torch.equal(model.image_position, flm.resize_positions(source.image_position, (4, 4)))
     assert set(report.names("fresh")) == {name for name in model.state_dict() if name.startswith("head.")}
-    assert report.names("interpolated") == ["vit.position"] and report.names("grown") == ["token_type"]
+    assert sorted(report.names("interpolated")) == ["image_position", "vit.position"]
+    assert report.names("grown") == ["token_type"]
     assert {name.split(".")[0] for name in report.names("ignored")} == {"vocab_head"}
 
 
