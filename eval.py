@@ -27,17 +27,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-import single
+import predict
 import tokenizer
-import vilt
 import weights
-from data import Captions, evaluation_batches, find_files, token_lengths
-from flm import see, task_logits
+from data import evaluation_batches, token_lengths
+from layers import encode_batch_images, task_logits
+from machine import loader_workers, set_up
 from metrics import caption_scores, check_official_tools, nlvr2_scores, recall_at_k, vqa_accuracy
-from probe import IMAGES, alignments, word_table
-from retrieval import Gallery, fill_scores, shortlist
+from predict import Gallery, fill_scores
 from tasks import task_of
-from train import Settings, loader_workers, set_up, to_device
+from train import Settings, to_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the commands share: a model, a split, a function of a batch; each text exactly once, on any number of processes.
@@ -155,7 +154,7 @@ def open_model(args, task=None):
             raise ValueError(f"{args.checkpoint} carries no tokenizer: --tokenizer DIR must name the directory of its files")
         tok = model.tokenizer = tokenizer.load(args.tokenizer)
     if model.task == "caption":             # <bos> and <eos> come last, and in a released file's tokenizer not at all
-        task_of("caption", c).grow(tok)
+        task_of("caption", c).add_special_tokens(tok)
     if len(tok) > c.vocab_size or model.task == "caption" and len(tok) < c.vocab_size:
         raise ValueError(f"{args.tokenizer or args.checkpoint}: a tokenizer of {len(tok)} tokens; the model knows "
                          f"{c.vocab_size}")
@@ -295,11 +294,10 @@ def caption(args):
     references, of_row = {}, {int(run.table.row_of[i]): name for i, name in ids.items()}
     for i, row in enumerate(run.table.row_of.tolist()):
         references.setdefault(of_row[row], []).append(run.table.text(i))
-    scenes = toy_scenes(args.data)
 
     def describe(batch, numbers):
         how = decoding_of(args, [[args.seed or 0, i] for i in numbers])
-        return single.write_captions(run.model, see(run.model, batch), **how)
+        return predict.write_captions(run.model, encode_batch_images(run.model, batch), **how)
 
     said_of = {name: {ids[i]: text for i, text in run.each(describe, f"captions, {name}", firsts, blank).items()}
                for name, blank in headings(args)}
@@ -310,16 +308,14 @@ def caption(args):
     for name, said in said_of.items():
         columns[name] = caption_scores(said, references, official=args.official)
         del columns[name]["per_image"]
-        if scenes:
-            columns[name]["true of the scene"] = sum(true_of(scenes, *pair) for pair in said.items()) / len(said)
     run.report(f"captions {args.split}", columns, f"{len(firsts):,} images, {len(run.table.row_of):,} references")
     shown = [firsts[k] for k in spread(len(firsts), args.examples)]
-    run.sheet(f"Captions, {args.split}", [(i, chosen[ids[i]], "", true_of(scenes, ids[i], chosen[ids[i]]) if scenes else None,
+    run.sheet(f"Captions, {args.split}", [(i, chosen[ids[i]], "", None,
                                            {"text": ""}) for i in shown])
 
 
 def decoding_of(args, seeds):
-    """The arguments of single.write_captions; ValueError for a flag that would change nothing."""
+    """The arguments of predict.write_captions; ValueError for a flag that would change nothing."""
     sampled = args.top_p is not None
     for flag, needs, used in (("temperature", "--top-p", sampled), ("seed", "--top-p", sampled),
                               ("length_penalty", "--beams of more than 1", args.beams > 1)):
@@ -333,25 +329,11 @@ def decoding_of(args, seeds):
     return how
 
 
-def toy_scenes(directory):
-    """The scenes of the toy world, where the data are its: what is drawn there is known, so captions can be checked."""
-    path = Path(directory) / "toy_scenes.jsonl"
-    if not path.is_file():
-        return None
-    import toy
-    return toy.load_scenes(path)
-
-
-def true_of(scenes, image_id, text):
-    import toy
-    return bool(toy.is_true(text.rstrip("."), scenes[str(image_id)]))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Retrieval.
 
 def retrieval(args):
-    for flag in ("images", "captions", "top"):
+    for flag in ("images", "captions"):
         if getattr(args, flag) < 0:
             raise ValueError(f"--{flag} {getattr(args, flag)}: 0 or more is expected")
     run = Evaluation(args, "retrieval")
@@ -365,16 +347,12 @@ def retrieval(args):
         return Gallery(run.model, dataset, rows, numbers.tolist(), run.device), np.searchsorted(rows, table.row_of[numbers])
 
     shown, image_of = gallery(run.table, args.images, args.captions)
-    candidates = None
-    if args.top:
-        with run.autocast:
-            candidates = shortlist(shown, *gallery(run.table_of("train"), 1500, 2), args.top, run.rank > 0)
     # The scores are a file, so that an interrupted run goes on; its name says of what they are: other weights or other
     # data, other name.
     size = len(shown.rows), len(shown.numbers)
     sources = [(Path(p).name, Path(p).stat().st_mtime_ns) for p in (args.checkpoint, *run.table.paths)]
     stamp = zlib.crc32(repr((sources, args.precision)).encode())
-    path = run.out / f"scores_{args.split}_{size[0]}x{size[1]}_{f'top{args.top}' if args.top else 'all'}_{stamp:08x}.npy"
+    path = run.out / f"scores_{args.split}_{size[0]}x{size[1]}_{stamp:08x}.npy"
     if run.rank == 0 and not path.is_file():
         run.out.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".partial")
@@ -384,75 +362,19 @@ def retrieval(args):
         dist.barrier()
     scores = np.lib.format.open_memmap(path, "r+")
     with run.autocast:
-        fill_scores(shown, scores, range(run.rank, size[0], run.world), candidates, args.batch_size, run.rank > 0)
+        fill_scores(shown, scores, range(run.rank, size[0], run.world), args.batch_size, run.rank > 0)
     scores.flush()
     run.warn(shown.unreadable, shown.cut if run.rank == 0 else 0)       # (all read all captions); all wait for all here
     if run.rank == 0:
         for old in run.out.glob("scores_*.npy"):        # of other weights or data
-            if re.fullmatch(rf"scores_{re.escape(args.split)}_\d+x\d+_(all|top\d+)_(?!{stamp:08x})\w+\.npy", old.name):
+            if re.fullmatch(rf"scores_{re.escape(args.split)}_\d+x\d+_(?!{stamp:08x})\w+\.npy", old.name):
                 old.unlink()
-        how = "every pair was scored" if not args.top else f"APPROXIMATE: a cheap score chose the {args.top} likeliest of " \
-            f"each, so only {100 * candidates.mean():.1f} % of the pairs were scored, among them " \
-            f"{100 * candidates[image_of, np.arange(size[1])].mean():.1f} % of the true ones"
         run.report(f"retrieval {args.split}", {"recall": recall_at_k(scores, image_of)},
-                   f"{size[0]:,} images x {size[1]:,} captions; {how}. ir: the image of a text, tr: a text of an image")
+                   f"{size[0]:,} images x {size[1]:,} captions, every pair scored. ir: the image of a text, tr: a text of an image")
         found = [(k, int(scores[:, k].argmax())) for k in spread(size[1], args.examples)]
         run.sheet(f"Retrieval, {args.split}: the image found for a text", [
             (shown.numbers[k], "", "", best == image_of[k], dict(zip(("file", "row"), run.table.place(int(shown.rows[best])))))
             for k, best in found])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a pretrained model reads from its pictures.
-
-def words(args):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = open_model(args, "pretrain").to(device)
-    groups_path = Path(args.groups or Path(args.data) / "toy_words.json")
-    if not groups_path.is_file():
-        raise FileNotFoundError(f"{groups_path}: a JSON file {{group: [words]}} is expected here (--groups names another)")
-    groups = data.read_json(groups_path)
-    if not isinstance(groups, dict) or not all(isinstance(some, list) for some in groups.values()):
-        raise ValueError(f"{groups_path}: a JSON file {{group: [words]}} is expected")
-    datasets = choose_datasets(args, model, "caption")
-    results = {}
-    for split in args.splits:
-        files = find_files(args.data, datasets, split)
-        if files:
-            results[split] = word_table(model, Captions(files), groups, device, args.captions)
-            print_table(split, results[split])
-    if not results:
-        raise no_split(args.data, datasets, " or ".join(args.splits))
-    out = Path(args.out or Path(args.checkpoint).with_name("words.json"))
-    out.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {out}")
-
-
-def align(args):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = open_model(args).to(device)
-    if not isinstance(model, vilt.ViLT):
-        raise ValueError(f"{args.checkpoint}: word-patch alignment is ViLT's; this is another model")
-    datasets = choose_datasets(args, model, "caption")
-    files = find_files(args.data, datasets, args.split)
-    if not files:
-        raise no_split(args.data, datasets, args.split)
-    table = Captions(files)
-    count = min(args.captions, len(table.row_of))
-    found = alignments(model, table, [k * len(table.row_of) // count for k in range(count)], device)
-    nearer = sum(a["distance"] < a["other_distance"] for a in found)
-    print(f"{count} captions: their words are {sum(a['distance'] for a in found) / count:.3f} from the patches of their own "
-          f"picture, {sum(a['other_distance'] for a in found) / count:.3f} from another's; nearer to their own: "
-          f"{nearer} of {count}")
-    out = Path(args.out or Path(args.checkpoint).with_name("align.json"))
-    out.write_text(json.dumps(found) + "\n")
-    print(f"wrote {out}")
-
-
-def print_table(split, result):
-    print(f"\n{split:<12}" + "".join(f"{name:>15}" for name in IMAGES) + f"{'words':>9}")
-    for group, row in result["accuracy"].items():
-        print(f"{group:<12}" + "".join(f"{100 * row[name]:>13.1f} %" for name in IMAGES) + f"{result['words'][group]:>9}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,7 +384,7 @@ def ask(args):
     model = open_model(args, "vqa")
     if not model.answer_list:
         raise ValueError(f"{args.checkpoint} carries no answer list: weights.py convert --answers FILE puts one in")
-    for answer, share in single.ask(model, args.image, args.question, args.k):
+    for answer, share in predict.ask(model, args.image, args.question, args.k):
         print(f"{100 * share:5.1f} %  {answer}")
 
 
@@ -470,23 +392,23 @@ def describe(args):
     model = open_model(args, "caption")
     how = decoding_of(args, [args.seed or 0])
     with torch.no_grad():
-        print(single.write_captions(model, single.look_at(model, [args.image]), **how)[0])
+        print(predict.write_captions(model, predict.look_at(model, [args.image]), **how)[0])
 
 
 def compare(args):
     model = open_model(args, "nlvr2")
-    share = single.compare(model, args.left, args.right, args.sentence)
+    share = predict.compare(model, args.left, args.right, args.sentence)
     print(f"{share > 0.5} ({100 * max(share, 1 - share):.1f} %)")
 
 
 def search(args):
     model = open_model(args, "retrieval")
-    for path, score in single.search(model, args.text, args.images):
+    for path, score in predict.search(model, args.text, args.images):
         print(f"{score:8.3f}  {path}")
 
 
 def fill(args):
-    text, words = single.fill(open_model(args), args.image, args.text)
+    text, words = predict.fill(open_model(args), args.image, args.text)
     print(text)
     for word, share in words:
         print(f"{100 * share:5.1f} %  {word}")
@@ -533,19 +455,6 @@ def main(argv=None):
     p = command(retrieval, "recall at 1, 5 and 10, of images and of texts", "test")
     p.add_argument("--images", type=int, default=0, help="the first so many; 0: all")
     p.add_argument("--captions", type=int, default=0, help="at most so many of each image; 0: all")
-    p.add_argument("--top", type=int, default=0, help="approximate: score only the so many likeliest by a cheap score")
-    for function, says in ((words, "accuracy of groups of words with the right, another and no image"),
-                           (align, "which patches ViLT's optimal transport carries each word to")):
-        p = command(function, says)
-        p.add_argument("--data", required=True, help="directory of Arrow files")
-        p.add_argument("--datasets", nargs="*", default=(), help="names of datasets in it; default: what was trained on")
-        p.add_argument("--out", help=f"default: {function.__name__}.json beside the checkpoint")
-        p.add_argument("--captions", type=int, default=2000 if function is words else 100, help="at most so many, evenly spread")
-        if function is words:
-            p.add_argument("--splits", nargs="+", default=["test", "holdout"])
-            p.add_argument("--groups", help="JSON file {group: [words]}; default DATA/toy_words.json")
-        else:
-            p.add_argument("--split", default="test")
     p = command(ask, "answers a question about a picture")
     p.add_argument("image")
     p.add_argument("question")

@@ -29,7 +29,7 @@ import flm
 def uncached_logits(model, visual, ids):
     """The logits of the next word, as the model is defined: visual (M, P, D), ids (B, n) without `<s>` -> (B, V)."""
     ids = F.pad(ids, (1, 0), value=model.config.cls_id)
-    return model.vocab_logits(model.fuse(visual, model.encode_text(ids)).forward[:, -1])
+    return model.vocab_logits(model.fuse(visual, model.encode_text(ids)).left_to_right[:, -1])
 
 
 class Uncached:

@@ -41,8 +41,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from prepare_tasks import nlvr2, nlvr2_jsonl, nlvr2_problems, vqa_jsonl, vqa_problems, vqav2
-from shards import (KINDS, SURROGATE, Record, Shard, Skip, bar, convert, decode, fail, first_existing, in_order, inside,
+from sources.questions import nlvr2, nlvr2_jsonl, nlvr2_problems, vqa_jsonl, vqa_problems, vqav2
+from sources.shards import (KINDS, SURROGATE, Record, Shard, Skip, bar, convert, decode, fail, first_existing, in_order, inside,
                     json_items, json_lines, read_json, simple)
 
 SHARD_ROWS = 100_000   # ViLT cuts SBU and Conceptual Captions into files of this many rows

@@ -22,53 +22,53 @@ MODELS = flm.PRESETS | vilt.PRESETS
 PRETRAINING = {
     # The drawn world of toy.py. The ViT and the text layers learn at a third of the others' rate: at the full one, what patches
     # show soon drowns where they are (docs/LOG.md).
-    "toy": dict(model="toy", steps=4000, global_batch=32, micro_batch=32, bucket=16, lr=3e-4, warmup=0.05, head_lr=3.3,
-                fusion_lr=3.3, clip=1.0, eval_every=800, eval_samples=1000, log_every=100, save_every=400),
+    "toy": dict(model="toy", steps=4000, global_batch=32, micro_batch=32, bucket=16, lr=3e-4, warmup=0.05, head_lr_scale=3.3,
+                fusion_lr_scale=3.3, clip=1.0, eval_every=800, eval_samples=1000, log_every=100, save_every=400),
 }
 # Some more of it, with image-text matching beside: that is what first trains the class vector, which tasks read.
 PRETRAINING["toy-itm"] = PRETRAINING["toy"] | dict(steps=2000, itm=True)
 PRETRAINING |= {
     # A small model for a few thousand photographs of one's own, from scratch.
-    "small": dict(model="small", steps=2000, global_batch=64, micro_batch=32, lr=5e-4, warmup=0.05, head_lr=1.0,
-                  fusion_lr=1.0, clip=1.0, eval_every=250, log_every=20),
+    "small": dict(model="small", steps=2000, global_batch=64, micro_batch=32, lr=5e-4, warmup=0.05, head_lr_scale=1.0,
+                  fusion_lr_scale=1.0, clip=1.0, eval_every=250, log_every=20),
     # The paper's pretraining on COCO, VG, SBU and CC3M: 30,000 steps of 4,096 pairs at 288 pixels.
     "flm-b32": dict(model="base-b32", image_size=288, steps=30_000, global_batch=4096, micro_batch=64, lr=8e-5,
-                    warmup=0.05, head_lr=5.0, fusion_lr=5.0, max_tokens=50, datasets=("coco", "vg", "sbu", "gcc")),
+                    warmup=0.05, head_lr_scale=5.0, fusion_lr_scale=5.0, max_tokens=50, datasets=("coco", "vg", "sbu", "gcc")),
 }
 # The objectives that the paper compares with, under the same recipe.
 PRETRAINING |= {f"{objective}-b32": PRETRAINING["flm-b32"] | dict(objective=objective) for objective in ("mlm", "ar", "prefix")}
 
 # ViLT's paper, on the same four datasets: 2,500 steps of warm-up however long the run.
 PRETRAINING |= {f"vilt-{steps // 1000}k": dict(
-    model="vilt", steps=steps, global_batch=4096, micro_batch=64, lr=1e-4, warmup=2500 / steps, head_lr=1.0,
+    model="vilt", steps=steps, global_batch=4096, micro_batch=64, lr=1e-4, warmup=2500 / steps, head_lr_scale=1.0,
     max_tokens=40, datasets=("coco", "vg", "sbu", "gcc")) for steps in (25_000, 50_000, 100_000, 200_000)}
 # COCO alone, as ColossalAI's example trains it: 16 accumulated batches of 256, Adam without decay. (That example has masked
 # words only; `--no-itm` leaves the others out here too.)
 PRETRAINING["vilt-coco"] = PRETRAINING["vilt-25k"] | dict(datasets=("coco",), lr=1e-3, beta2=0.99, weight_decay=0.0,
                                                           clip=1.0, micro_batch=256)
-PRETRAINING["vilt-toy"] = PRETRAINING["toy"] | dict(model="vilt-toy", max_tokens=40, steps=3000, lr=2.5e-3, head_lr=1.0,
-                                                  fusion_lr=1.0)
+PRETRAINING["vilt-toy"] = PRETRAINING["toy"] | dict(model="vilt-toy", max_tokens=40, steps=3000, lr=2.5e-3, head_lr_scale=1.0,
+                                                  fusion_lr_scale=1.0)
 PRETRAINING["vilt-small"] = PRETRAINING["small"] | dict(model="vilt-small", max_tokens=40)
 
 # Fine-tuning. FLM's published commands (--load names what it starts from), then ViLT's.
-FLM_TUNING = dict(model="base-b32", warmup=0.1, augment=True, fusion_lr=5.0, head_lr=5.0, max_tokens=50)
-VILT_TUNING = dict(model="vilt", warmup=0.1, augment=True, epochs=10, lr=1e-4, head_lr=1.0, max_tokens=40)
-TOY_TUNING = dict(model="toy", steps=1600, global_batch=64, micro_batch=64, bucket=16, lr=1e-4, warmup=0.05, head_lr=10.0,
-                  fusion_lr=5.0, clip=1.0, eval_every=400, eval_samples=500, log_every=100, save_every=400)
+FLM_TUNING = dict(model="base-b32", warmup=0.1, augment=True, fusion_lr_scale=5.0, head_lr_scale=5.0, max_tokens=50)
+VILT_TUNING = dict(model="vilt", warmup=0.1, augment=True, epochs=10, lr=1e-4, head_lr_scale=1.0, max_tokens=40)
+TOY_TUNING = dict(model="toy", steps=1600, global_batch=64, micro_batch=64, bucket=16, lr=1e-4, warmup=0.05, head_lr_scale=10.0,
+                  fusion_lr_scale=5.0, clip=1.0, eval_every=400, eval_samples=500, log_every=100, save_every=400)
 RECIPES = {
     "pretrain": PRETRAINING,
     "vqa": {
-        "flm-b32": FLM_TUNING | dict(datasets=("vqav2",), image_size=576, epochs=10, global_batch=512, lr=5e-6, head_lr=50.0),
-        "vilt": VILT_TUNING | dict(datasets=("vqav2",), global_batch=256, head_lr=10.0),
+        "flm-b32": FLM_TUNING | dict(datasets=("vqav2",), image_size=576, epochs=10, global_batch=512, lr=5e-6, head_lr_scale=50.0),
+        "vilt": VILT_TUNING | dict(datasets=("vqav2",), global_batch=256, head_lr_scale=10.0),
         "toy": TOY_TUNING},
     "nlvr2": {
-        "flm-b32": FLM_TUNING | dict(datasets=("nlvr2",), image_size=288, epochs=10, global_batch=256, lr=1e-5, head_lr=10.0),
+        "flm-b32": FLM_TUNING | dict(datasets=("nlvr2",), image_size=288, epochs=10, global_batch=256, lr=1e-5, head_lr_scale=10.0),
         "vilt": VILT_TUNING | dict(datasets=("nlvr2",), global_batch=128),
         # So slowly, or noise wears off what the VQA model knows before the head has begun to compare (docs/LOG.md).
-        "toy": TOY_TUNING | dict(global_batch=32, micro_batch=32, lr=2e-5, head_lr=50.0)},
+        "toy": TOY_TUNING | dict(global_batch=32, micro_batch=32, lr=2e-5, head_lr_scale=50.0)},
     "caption": {
         "flm-b32": FLM_TUNING | dict(datasets=("coco",), image_size=288, epochs=20, global_batch=256, lr=3e-6),
-        "toy": TOY_TUNING | dict(steps=2400, global_batch=32, micro_batch=32, lr=2e-4, head_lr=5.0)},
+        "toy": TOY_TUNING | dict(steps=2400, global_batch=32, micro_batch=32, lr=2e-4, head_lr_scale=5.0)},
     "retrieval": {
         "flm-b32": FLM_TUNING | dict(datasets=("f30k",), image_size=384, epochs=10, global_batch=512, lr=5e-6),
         "flm-b32-coco": FLM_TUNING | dict(datasets=("coco",), image_size=384, epochs=10, global_batch=512, lr=5e-6),
@@ -94,7 +94,7 @@ def normalized(config, images):
     return normalize(images, mean, std)
 
 
-def places(config, pictures, rngs=None):
+def patch_layout(config, pictures, rngs=None):
     """What a model must know of a batch's pictures (3, h, w) beside their pixels: nothing (FLM), sizes and patches (ViLT).
 
     ViLT in training shows at most max_patches patches of each, drawn by `rngs`; without rngs it shows all.
@@ -114,7 +114,7 @@ def places(config, pictures, rngs=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # What all tasks share.
 
-# Which of a model's parameters learn at head_lr and fusion_lr times the rate, by the beginning of their names; the others
+# Which of a model's parameters learn at head_lr_scale and fusion_lr_scale times the rate, by the beginning of their names; the others
 # are the group "base".
 GROUPS = {
     flm.Config: {"head": ("vocab_head.", "itm_head.", "head."),
@@ -138,7 +138,7 @@ class Task:
         return replace(config, head=cls.HEAD, answers=answers, pooler=True, itm=False, **patches)
 
     @staticmethod
-    def grow(tok):
+    def add_special_tokens(tok):
         """The tokenizer as the task needs it."""
         return tok
 
@@ -165,7 +165,7 @@ class Task:
         rngs = [sample["rng"] for sample in samples] if samples[0]["train"] else None
         batch = {"image": pad_pictures([sample["image"] for sample in samples]),
                  "ids": pad_texts(texts, c.pad_id, self.settings.pad_to, c.max_tokens)}
-        batch |= places(c, [sample["image"] for sample in samples], rngs)
+        batch |= patch_layout(c, [sample["image"] for sample in samples], rngs)
         counts = self.draw(samples, batch)
         notes = {"counts": counts, "samples": len(samples), "tokens": sum(map(len, texts)),
                  "padded_tokens": batch["ids"].numel(), "cut": sum(sample["cut"] for sample in samples),
@@ -334,7 +334,7 @@ class NLVR2(Task):
         seconds = [sample["images"][1] for sample in samples]
         rngs = [sample["rng"] for sample in samples] if samples[0]["train"] else None
         batch["image_1"] = pad_pictures(seconds)
-        batch |= {f"{name}_1": value for name, value in places(self.config, seconds, rngs).items()}
+        batch |= {f"{name}_1": value for name, value in patch_layout(self.config, seconds, rngs).items()}
         batch["label"] = torch.tensor([sample["label"] for sample in samples])
         return {"nlvr2": len(samples)}
 
@@ -358,7 +358,7 @@ class Caption(Task):
         return replace(config, objective="ar", head="vocab", answers=0, pooler=False, itm=False)
 
     @staticmethod
-    def grow(tok):
+    def add_special_tokens(tok):
         tok.add_tokens([BOS, EOS])
         return tok
 
@@ -369,8 +369,8 @@ class Caption(Task):
     def draw(self, samples, batch):
         L = batch["ids"].shape[1]
         rows = [b * L + np.arange(1, len(sample["ids"]) - 1) for b, sample in enumerate(samples)]
-        batch["forward_rows"] = torch.from_numpy(np.concatenate(rows))
-        return {"forward": len(batch["forward_rows"])}
+        batch["left_to_right_rows"] = torch.from_numpy(np.concatenate(rows))
+        return {"left_to_right": len(batch["left_to_right_rows"])}
 
 
 BOS, EOS = "<bos>", "<eos>"

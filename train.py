@@ -29,6 +29,7 @@ import tokenizer
 import vilt
 import weights
 from data import GlobalBatches, evaluation_batches, token_lengths
+from machine import choose_precision, loader_workers, memory_gb, set_up
 from tasks import GROUPS, MODELS, RECIPES, TASKS, UNDECAYED, normalized, task_of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,8 +54,8 @@ class Settings:
     global_batch: int = 256         # pairs per optimizer step, over all processes
     micro_batch: int = 0            # pairs per forward pass of one process; 0: as many as its share of the global batch
     lr: float = 1e-4                # peak rate of the group "base"
-    head_lr: float = 5.0            # multiples of lr: vocabulary and task heads …
-    fusion_lr: float = 5.0          # … fusion layers, reconstructor, and what leads to them
+    head_lr_scale: float = 5.0            # multiples of lr: vocabulary and task heads …
+    fusion_lr_scale: float = 5.0          # … fusion layers, reconstructor, and what leads to them
     warmup: float = 0.05            # share of the steps with a linearly rising rate; then it falls linearly to 0
     weight_decay: float = 0.01
     beta1: float = 0.9
@@ -128,57 +129,6 @@ def parse(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes and devices.
 
-def find_ranks(env):
-    """(rank, world size, local rank) from what torchrun, OpenMPI's mpirun or SLURM's srun set; alone: (0, 1, 0).
-
-    ValueError where one of them is set and another missing: each process would train alone, over the others' files.
-    """
-    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-                  ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-                  ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
-        there = [name in env for name in names]
-        if all(there):
-            return tuple(int(env[name]) for name in names)
-        if all(there[:2]) and int(env[names[1]]) > 1 or there[0] != there[1]:
-            missing = [name for name, is_there in zip(names, there) if not is_there]
-            raise ValueError(f"{', '.join(missing)} is not set, though {names[there.index(True)]} is: a launcher sets all of "
-                             f"{', '.join(names)}")
-    return 0, 1, 0
-
-
-def set_up(settings):
-    """Joins the process group, if there are several processes -> (rank, world size, device)."""
-    rank, world, local_rank = find_ranks(os.environ)
-    try:
-        device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"--device {settings.device}: cpu or cuda is expected") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {settings.device}: there is no GPU here that torch can use")
-    if device.type == "cuda":
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1 and not dist.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")       # several nodes: the launcher or the user sets both
-        os.environ.setdefault("MASTER_PORT", "29500")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
-    return rank, world, device
-
-
-def choose_precision(settings, device):
-    """fp32, bf16 or fp16: what was asked for, else the fastest that the device does well."""
-    if settings.precision not in ("", "fp32", "bf16", "fp16"):
-        raise ValueError(f"precision {settings.precision!r}: one of fp32, bf16, fp16 is expected")
-    if settings.precision == "fp16" and device.type != "cuda":
-        raise ValueError("precision fp16 needs a GPU; bf16 and fp32 run everywhere")
-    if settings.precision:
-        return settings.precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "fp32"
-
-
 def split_batch(settings, world):
     """The global batch -> (micro-batch, micro-batches that one process accumulates per step)."""
     share, rest = divmod(settings.global_batch, world)
@@ -198,7 +148,7 @@ def parameter_groups(model, settings):
     Decayed are matrices (weights of linear layers, convolutions, embeddings); biases, LayerNorms, the class token and the
     grid of the image's positions are not.
     """
-    scales = {"base": 1.0, "head": settings.head_lr, "fusion": settings.fusion_lr}
+    scales = {"base": 1.0, "head": settings.head_lr_scale, "fusion": settings.fusion_lr_scale}
     groups = {(group, decayed): [] for group in scales for decayed in (True, False)}
     for name, parameter in model.named_parameters():
         group = next((g for g, prefixes in GROUPS[type(model.config)].items() if name.startswith(prefixes)), "base")
@@ -251,17 +201,6 @@ def to_device(batch, device, config):
     return batch | {name: normalized(config, batch[name]) for name in ("image", "image_1") if name in batch}
 
 
-def memory_gb(device):
-    """The GPU's peak memory; on a CPU, what this process holds now (its peak, where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
-    except OSError:
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-
-
 def clock(seconds):
     return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
 
@@ -290,12 +229,6 @@ def evaluate(model, task, table, settings, device, autocast, rank, world):
             sums.add(results, torch.tensor([notes["counts"][name] for name in weights_of], device=device))
     model.train()
     return sums.read(weights_of, "val_")
-
-
-def loader_workers(settings, device):
-    if settings.workers >= 0:
-        return settings.workers
-    return min(8, max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count()))) if device.type == "cuda" else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,7 +279,7 @@ def train(settings, config_flags):
         raise ValueError(f"--false-captions {settings.false_captions}: at least 1 is expected, or there is no choice")
     task_class = task_of(settings.task, config)
     tables = {split: task_class.table(settings, split) for split in ("train", "val")}
-    tok = task_class.grow(open_tokenizer(settings, config_flags, saved, source, tables["train"], rank, say))
+    tok = task_class.add_special_tokens(open_tokenizer(settings, config_flags, saved, source, tables["train"], rank, say))
     config = replace(config, **{"pooler": True} | config_flags)         # the task takes away what it does not train
     config = task_class.adapt(replace(config, vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id,
                                       sep_id=tok.sep_id, mask_id=tok.mask_id), settings)

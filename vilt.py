@@ -22,7 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import flm
-from flm import TASK_HEADS, TextEmbedding, ViTBlock, VocabHead, check_head, check_pairs, score, task_head, task_loss
+from layers import (TASK_HEADS, TextEmbedding, ViTBlock, VocabHead, check_head, check_pairs, loss_and_hits, task_head,
+                    task_loss)
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)        # pixels arrive as (x - MEAN) / STD, from -1 to 1
 
@@ -322,7 +323,7 @@ class ViLT(nn.Module):
     def forward(self, batch):
         """The losses of a batch: output -> (sum of the losses of its targets, number predicted right), both scalars.
 
-        Of a fine-tuned head: see `flm.task_loss`. Of pretraining:
+        Of a fine-tuned head: see `layers.task_loss`. Of pretraining:
 
         `batch` holds `image` (B, 3, H, W) normalised, `sizes`, `patches`, `ids` (B, L), and what `tasks.py` drew:
         `masked_ids` and `mlm_rows`, the masked words as indices into (B L); for itm `image_of` (B,), the picture that each
@@ -337,12 +338,12 @@ class ViLT(nn.Module):
         text = self.encode_text(batch["masked_ids"])
         fused = self.fuse(visual, replace(text, rows=ids.shape[1]))                                 # the words alone are read
         x = fused.reconstructed.flatten(0, 1).index_select(0, batch["mlm_rows"])                    # (targets, D)
-        result = {"mlm": score(self.vocab_logits(x), ids.flatten().index_select(0, batch["mlm_rows"]))}
+        result = {"mlm": loss_and_hits(self.vocab_logits(x), ids.flatten().index_select(0, batch["mlm_rows"]))}
         if c.itm:
             same = batch["same_image"]
             shown, text = visual[batch["image_of"]], self.encode_text(ids, class_only=not c.wpa_weight)
             fused = self.fuse(shown, text)
-            result["itm"] = score(self.itm_head(fused.pooled), same.long())
+            result["itm"] = loss_and_hits(self.itm_head(fused.pooled), same.long())
             if c.wpa_weight:
                 distance, _ = self.align(shown, text, fused, ids == c.sep_id)
                 result["wpa"] = torch.where(same, distance, -distance).sum(), distance.new_tensor(float("nan"))
@@ -352,7 +353,7 @@ class ViLT(nn.Module):
             x = patches.index_select(0, batch["mpp_rows"])                                          # (targets, D)
             colours = self.patch_colours(batch["image"], batch["patches"]).flatten(0, 1)            # (B K, 3)
             colours = colours.index_select(0, batch["mpp_rows"])                                    # (targets, 3)
-            result["mpp"] = score(self.patch_head(x).view(-1, 256), colours.flatten())
+            result["mpp"] = loss_and_hits(self.patch_head(x).view(-1, 256), colours.flatten())
         return result
 
     def patch_colours(self, images, patches):

@@ -26,15 +26,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import download
+from released import download
 import flm
-import names
-import released
+import layers
+from released import names
+from released import models
 import tokenizer
 import vilt
-from names import Report
-from released import Source, checked, plain_dict
-from unpickle import open_file, shown
+from released.names import Report
+from released.models import Source, checked, plain_dict
+from released.unpickle import open_file, shown
 
 FORMAT = "flm-vilt-1"
 BACKBONES = {"flm": (flm.Config, flm.FLM), "vilt": (vilt.Config, vilt.ViLT)}
@@ -285,9 +286,9 @@ class Undrawn(torch.overrides.TorchFunctionMode):
 def model_parts(source, report):
     """A whole model -> (Config, our tensors, our name -> the file's names, task)."""
     if source.family is names.FLM:
-        return released.flm_parts(source, report)
+        return models.flm_parts(source, report)
     if source.family in (names.VILT, names.VILT_TRANSFORMERS):
-        return released.vilt_parts(source, report)
+        return models.vilt_parts(source, report)
     if source.family is not None:
         raise ValueError(f"{source.path}: {source.family.about}, a part of a model: {beginning(source)}")
     odd = next((name for name, tensor in source.state.items() if not tensor.is_floating_point()), None)
@@ -347,8 +348,8 @@ def start(model, vit=None, text=None, checkpoint=None):
     """
     report, own, filled = Report(), model.state_dict(), set()
     is_flm = isinstance(model.config, flm.Config)
-    for path, parts_of in ((checkpoint, checkpoint_parts), (vit, released.clip_parts if is_flm else released.vit_parts),
-                           (text, released.text_parts if is_flm else released.bert_embeddings)):
+    for path, parts_of in ((checkpoint, checkpoint_parts), (vit, models.clip_parts if is_flm else models.vit_parts),
+                           (text, models.text_parts if is_flm else models.bert_embeddings)):
         if not path:
             continue
         found, called = parts_of(open_source(path), model, report)
@@ -379,7 +380,7 @@ def adapt(name, tensor, own, keys, report, path):
         how = "bilinear" if name == "position" else "bicubic"
         report.add("interpolated", keys, f"position grid, {old} x {old} -> {new} x {new}, {how}", path)
         if how == "bicubic":
-            return flm.resize_positions(tensor, (new, new))
+            return layers.resize_positions(tensor, (new, new))
         # ViLT stretches its grid over every picture, bilinearly and corner on corner; so does this.
         grid = tensor[1:].T.reshape(1, -1, old, old)                                                # (1, D, g, g)
         grid = F.interpolate(grid, size=(new, new), mode="bilinear", align_corners=True)

@@ -16,8 +16,8 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-import download
-from download import FILES, File, fetch
+from released import download
+from released.download import FILES, File, fetch
 
 pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS, picture, write_captions
-from test_flm import caption, tiny
-from test_tasks import ANSWERS, finetune, write_world
+from conftest import ANSWERS, WORDS, caption, finetune, picture, tiny, write_captions, write_world
 
 import eval as evaluation
 import flm
+import layers
 import metrics
-import probe
-import single
+import predict
+from tools import probe
+
 import weights
 from data import Captions, Questions, Statements
 from tokenizer import BPE
@@ -126,7 +126,7 @@ def balance(world, kind):
     """A step teaches little, and all answers are one: gives every answer's logit mean 0 and variance 1 over the questions."""
     path, said = world / f"vqa-{kind}/last.pt", []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "task_logits", lambda model, batch: said.append(flm.task_logits(model, batch)) or said[-1])
+        patch.setattr(evaluation, "task_logits", lambda model, batch: said.append(layers.task_logits(model, batch)) or said[-1])
         evaluate(world, "vqa", kind, world / "balance")
     mean, std = said[0].mean(0), said[0].std(0)
 
@@ -180,7 +180,7 @@ def test_vqa_answers_are_those_of_the_picture_and_the_question(world, tmp_path):
     for i in range(0, len(table.row_of), 3):
         if table.row_of[i] not in (3, 7):
             (tmp_path / "x.jpg").write_bytes(table.image(table.row_of[i]))
-            assert single.ask(model, tmp_path / "x.jpg", table.text(i), k=1)[0][0] == said[table.details(i)["question_id"]]
+            assert predict.ask(model, tmp_path / "x.jpg", table.text(i), k=1)[0][0] == said[table.details(i)["question_id"]]
 
 
 def test_without_annotations_the_score_is_that_of_the_labels(world, tmp_path):
@@ -216,20 +216,20 @@ def test_nlvr2s_prediction_file_scores_as_printed(world, tmp_path, capsys, kind)
 
 
 def test_nlvr2s_answers_are_those_of_the_two_pictures_in_their_order(world, tmp_path, monkeypatch):
-    logits, shares = flm.task_logits, []
+    logits, shares = layers.task_logits, []
     monkeypatch.setattr(evaluation, "task_logits", lambda *a: shares.append(logits(*a)) or shares[-1])
     for kind in ("flm", "vilt"):
         shares.clear()
         model, table = weights.load(world / f"nlvr2-{kind}/last.pt"), Statements([world / "mine_nlvr2_dev.arrow"])
         lines = evaluate(world, "nlvr2", kind, tmp_path / kind)["nlvr2_val_predictions.csv"].splitlines()
         said = torch.cat(shares).softmax(-1)[:, 1]
-        near = lambda *pictures: (said - single.compare(model, *pictures, table.text(row))).abs().min()
+        near = lambda *pictures: (said - predict.compare(model, *pictures, table.text(row))).abs().min()
         swapped = 0
         for row in [row for row in range(len(table)) if row != 6]:
             left, right = (tmp_path / f"{kind}{row}{which}.jpg" for which in (0, 1))
             for which, path in enumerate((left, right)):
                 path.write_bytes(table.image(row, which))
-            share = single.compare(model, left, right, table.text(row))
+            share = predict.compare(model, left, right, table.text(row))
             assert lines[row] == f"{table.cell('identifier', row).as_py()},{share > 0.5}"
             assert near(left, right) < 1e-5
             swapped += near(right, left) > 1e-5
@@ -410,11 +410,11 @@ def test_ask_prints_the_likeliest_answers_of_the_checkpoints_own_list(world, pho
 @torch.no_grad()
 def test_search_orders_pictures_by_the_score_of_the_pair(world, photo):
     model = weights.load(world / "vilt.pt")
-    found = single.search(model, "a red dog", [photo, world / "other.png"])
+    found = predict.search(model, "a red dog", [photo, world / "other.png"])
     scores = {}
     for path, score in found:
-        text = model.encode_text(single.token_ids(model, "a red dog"))
-        logits = model.itm_head(model.fuse(single.look_at(model, [path]), text).pooled)[0]
+        text = model.encode_text(predict.token_ids(model, "a red dog"))
+        logits = model.itm_head(model.fuse(predict.look_at(model, [path]), text).pooled)[0]
         scores[path] = score
         assert score == pytest.approx(math.log(torch.softmax(logits, -1)[1]), abs=1e-5)
     assert [path for path, _ in found] == sorted(scores, key=lambda p: -scores[p]) and len(found) == 2
@@ -425,17 +425,17 @@ def test_search_orders_pictures_by_the_score_of_the_pair(world, photo):
 def test_fill_puts_the_likeliest_word_into_every_blank(world, photo, kind):
     model = weights.load(world / f"{kind}.pt")
     tok = model.tokenizer
-    text, words = single.fill(model, photo, "a red <mask> on a car")
+    text, words = predict.fill(model, photo, "a red <mask> on a car")
     (word, share), = words
     ids = torch.tensor([[0, *tok.encode("a red <mask> on a car", specials=True), 2]])
     place = ids[0].tolist().index(tok.mask_id)
-    logits = model.vocab_logits(model.fuse(single.look_at(model, [photo]), model.encode_text(ids)).reconstructed[0, place])
+    logits = model.vocab_logits(model.fuse(predict.look_at(model, [photo]), model.encode_text(ids)).reconstructed[0, place])
     shares = logits.softmax(-1)
     logits[[0, 1, 2, 3, 4]] = -math.inf
     best = int(logits.argmax())
     assert word == tok.decode([best]).strip() and share == pytest.approx(shares[best].item(), abs=1e-5)
     assert text == tok.decode([*ids[0, 1:place].tolist(), best, *ids[0, place + 1:-1].tolist()])
-    text, words = single.fill(model, photo, "<mask> red <mask> <mask> car")
+    text, words = predict.fill(model, photo, "<mask> red <mask> <mask> car")
     assert len(words) == 3 and "<mask>" not in text and text.endswith(" car") and all(0 < share <= 1 for _, share in words)
 
 
@@ -443,9 +443,9 @@ def test_fill_puts_the_likeliest_word_into_every_blank(world, photo, kind):
 def test_several_blanks_are_read_again_with_the_guesses_in_them(world, photo, monkeypatch):
     model, reads = weights.load(world / "flm.pt"), []
     tok, encode_text = model.tokenizer, model.encode_text
-    visual = single.look_at(model, [photo])
+    visual = predict.look_at(model, [photo])
     monkeypatch.setattr(model, "encode_text", lambda ids: reads.append(ids) or encode_text(ids))
-    text, words = single.fill(model, photo, "<mask> red <mask> <mask> car", rounds=50)
+    text, words = predict.fill(model, photo, "<mask> red <mask> <mask> car", rounds=50)
     blanks = (reads[0][0] == tok.mask_id).nonzero()[:, 0].tolist()
     assert len(blanks) == 3 <= len(reads)
     for read, then in zip(reads, reads[1:] + reads[-1:]):       # the last one is what it makes of itself
@@ -456,7 +456,7 @@ def test_several_blanks_are_read_again_with_the_guesses_in_them(world, photo, mo
     assert text == tok.decode(reads[-1][0, 1:-1].tolist())
     assert [share for _, share in words] == pytest.approx(shares.amax(-1).tolist(), abs=1e-6)
     reads.clear()
-    single.fill(model, photo, "<mask> red <mask> <mask> car", rounds=2)
+    predict.fill(model, photo, "<mask> red <mask> <mask> car", rounds=2)
     assert len(reads) == 2
 
 
@@ -464,9 +464,9 @@ def test_several_blanks_are_read_again_with_the_guesses_in_them(world, photo, mo
 @pytest.mark.parametrize("name", ["<eos>", "</s>"])
 def test_a_caption_ends_at_eos_or_at_the_end_of_the_text(world, photo, name):
     model = weights.load(world / "caption-flm/last.pt")
-    assert single.write_captions(model, single.look_at(model, [photo]), max_tokens=6)[0]
+    assert predict.write_captions(model, predict.look_at(model, [photo]), max_tokens=6)[0]
     model.vocab_head.decoder.bias[model.tokenizer.ids[name]] += 1000
-    assert single.write_captions(model, single.look_at(model, [photo]), max_tokens=6, no_repeat=1) == [""]     # not twice
+    assert predict.write_captions(model, predict.look_at(model, [photo]), max_tokens=6, no_repeat=1) == [""]     # not twice
 
 
 @pytest.mark.parametrize("arguments, sentence", [

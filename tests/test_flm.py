@@ -9,35 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import TINY, caption, tiny
+
 import flm
-import names
+import layers
+from layers import Layer, TextEmbedding, ViT, VocabHead, roberta_positions
+from released import names
 import weights
 
 TOL = 1e-5      # rounding is 3e-6, every known mistake at least 1e-5 (a wrong eps) and mostly 3e-2
 FIXTURE = Path(__file__).parent / "fixtures" / "seed0_flm.pt"
 FIXTURE3 = Path(__file__).parent / "fixtures" / "seed3_downstream.pt"
-TINY = flm.Config(image_size=24, patch_size=8, vit_width=32, vit_layers=2, vit_heads=2, vocab_size=97, text_width=32,
-                  text_layers=2, text_heads=4, max_positions=40, mask_id=96, width=32, heads=4, fusion_layers=2,
-                  reconstructor_text_layers=2, reconstructor_fusion_layers=2, dropout=0.0)
-
-
-def tiny(seed=0, **changes):
-    """A tiny model whose every parameter has a non-trivial value, so that no term can be missing unseen."""
-    torch.manual_seed(seed)
-    model = flm.FLM(replace(TINY, **changes)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
-
-
-def caption(n, length, seed=0):
-    ids = torch.full((1, length), 1)
-    ids[0, :n] = torch.randint(4, 96, (n,), generator=torch.Generator().manual_seed(seed))
-    ids[0, 0], ids[0, n - 1] = 0, 2
-    return ids
-
-
 # -- masks -------------------------------------------------------------------------------------------------------------
 
 def drawing(function):
@@ -48,7 +30,7 @@ def drawing(function):
 
 
 @pytest.mark.parametrize("function, arguments, columns", [
-    (flm.bidirectional_mask, (), 5), (flm.forward_mask, (), 5), (flm.reverse_mask, (), 5),
+    (flm.bidirectional_mask, (), 5), (flm.left_to_right_mask, (), 5), (flm.right_to_left_mask, (), 5),
     (flm.prefix_mask, (torch.tensor([2]),), 5), (flm.reconstructor_mask, (), 10)])
 def test_masks_are_what_their_docstrings_draw(function, arguments, columns):
     picture = drawing(function)
@@ -58,7 +40,7 @@ def test_masks_are_what_their_docstrings_draw(function, arguments, columns):
 
 def test_masks_hide_padding():
     real = torch.tensor([[True] * 4 + [False] * 3])
-    for mask in (flm.bidirectional_mask(real), flm.forward_mask(real), flm.reverse_mask(real),
+    for mask in (flm.bidirectional_mask(real), flm.left_to_right_mask(real), flm.right_to_left_mask(real),
                  flm.prefix_mask(real, torch.tensor([3]))):
         assert not mask[:, :, 4:].any() and mask[:, :4, :4].any()
     both = flm.reconstructor_mask(real)
@@ -69,7 +51,7 @@ def test_masks_equal_the_original():
     recorded = torch.load(FIXTURE, weights_only=True)
     real, masks = recorded["inputs"]["text_masks"].bool(), recorded["masks"]
     rows = real[:, :, None]                         # what pad rows see has no consequence
-    for ours, name in ((flm.forward_mask(real), "extend_text_masks"), (flm.reverse_mask(real), "extend_text_masks_r"),
+    for ours, name in ((flm.left_to_right_mask(real), "extend_text_masks"), (flm.right_to_left_mask(real), "extend_text_masks_r"),
                        (flm.reconstructor_mask(real), "bi_attention_mask")):
         assert torch.equal(ours & rows, (masks[name][:, 0] == 0) & rows), name
 
@@ -123,7 +105,7 @@ def test_features_equal_the_original(original):
     real, out = recorded["inputs"]["text_masks"].bool(), recorded["outputs"]
     fused = run(model, recorded, original_queries=True)
     torch.testing.assert_close(model.vit(recorded["inputs"]["image"][0]), out["image_embeds"], atol=TOL, rtol=0)
-    for ours, theirs in ((fused.forward, "text_feats1"), (fused.reverse, "text_feats2"),
+    for ours, theirs in ((fused.left_to_right, "text_feats1"), (fused.right_to_left, "text_feats2"),
                          (fused.reconstructed, "text_feats")):
         torch.testing.assert_close(ours[real], out[theirs][real], atol=TOL, rtol=0, msg=theirs)
     torch.testing.assert_close(fused.pooled, out["cls_feats"], atol=TOL, rtol=0)
@@ -136,7 +118,7 @@ def test_every_layer_equals_the_original(original):
     model, recorded = original
     seen = {}
     for name, module in model.named_modules():
-        if isinstance(module, flm.Layer):
+        if isinstance(module, Layer):
             module.register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, o))
     run(model, recorded, original_queries=True)
     real = recorded["inputs"]["text_masks"].bool()
@@ -164,11 +146,11 @@ def test_only_the_leaking_query_differs_from_the_original(original):
 def batch_of(recorded, leaks):
     """The fixture's captions as a training batch; with `leaks`, the original's free targets are added back."""
     ids, lens = recorded["inputs"]["text_ids"], recorded["inputs"]["lens"]
-    rows = {"reconstructed": [], "forward": [], "reverse": []}
+    rows = {"reconstructed": [], "left_to_right": [], "right_to_left": []}
     for b, n in enumerate(lens):
         for name, positions in flm.predicting_rows("flm", n).items():
             positions = list(positions)
-            if leaks and name == "reverse" and n < ids.shape[1]:
+            if leaks and name == "right_to_left" and n < ids.shape[1]:
                 positions.append(n)                 # the first pad row predicts </s>, which it sees
             rows[name] += [b * ids.shape[1] + p for p in positions]
     return {"image": recorded["inputs"]["image"][0], "ids": ids} | {f"{k}_rows": torch.tensor(v) for k, v in rows.items()}
@@ -201,20 +183,20 @@ def test_losses_equal_the_original_with_its_leaks(original):
     model, out = original_training_model(recorded), recorded["outputs"]
     batch = batch_of(recorded, leaks=True)
     results = with_pad_row_leak(model, batch)
-    assert [len(batch[f"{k}_rows"]) for k in ("reconstructed", "forward", "reverse")] == out["n_targets"].tolist()
-    for name, theirs in (("reconstructed", "loss_reconstruction"), ("forward", "loss_l2r"), ("reverse", "loss_r2l")):
+    assert [len(batch[f"{k}_rows"]) for k in ("reconstructed", "left_to_right", "right_to_left")] == out["n_targets"].tolist()
+    for name, theirs in (("reconstructed", "loss_reconstruction"), ("left_to_right", "loss_l2r"), ("right_to_left", "loss_r2l")):
         assert abs(results[name][0] / len(batch[f"{name}_rows"]) - out[theirs]) < TOL, name
     assert abs(total(model, results, batch) - out["loss_combined"]) < TOL
 
 
 def with_pad_row_leak(model, batch):
     """Runs the model with the original's view of pad rows in the reverse stream: they see every word."""
-    reverse = flm.reverse_mask
-    flm.reverse_mask = lambda real: torch.where(real[:, :, None], reverse(real), flm.forward_mask(real))
+    reverse = flm.right_to_left_mask
+    flm.right_to_left_mask = lambda real: torch.where(real[:, :, None], reverse(real), flm.left_to_right_mask(real))
     try:
         return model(batch)
     finally:
-        flm.reverse_mask = reverse
+        flm.right_to_left_mask = reverse
 
 
 @torch.no_grad()
@@ -223,7 +205,7 @@ def test_losses_without_the_leaks_equal_those_of_the_recorded_logits(original):
     model = original_training_model(recorded)
     results, batch = model(batch_of(recorded, leaks=False)), batch_of(recorded, leaks=False)
     ids, lens = batch["ids"], recorded["inputs"]["lens"]
-    for name, logits, start in (("forward", out["l2r_logits"], 1), ("reverse", out["r2l_logits"], 2)):
+    for name, logits, start in (("left_to_right", out["l2r_logits"], 1), ("right_to_left", out["r2l_logits"], 2)):
         loss = 0.0
         for b, n in enumerate(lens):
             for i in flm.predicting_rows("flm", n)[name]:
@@ -296,7 +278,7 @@ def test_single_stream_objectives_equal_the_original(objective):
     I, out = recorded["inputs"], recorded["outputs"]
     ids = I["text_ids_mlm"] if objective == "mlm" else I["text_ids"]
     fused = model.fuse(model.encode_image(I["image"][0]), model.encode_text(ids))
-    x = fused.reconstructed if objective == "mlm" else fused.forward
+    x = fused.reconstructed if objective == "mlm" else fused.left_to_right
     real = ids != 1
     torch.testing.assert_close(x[real], out["text_feats"][real], atol=TOL, rtol=0)
     logits, theirs = model.vocab_logits(x), out[f"{objective}_logits"]
@@ -304,7 +286,7 @@ def test_single_stream_objectives_equal_the_original(objective):
         torch.testing.assert_close(logits[real], theirs[real], atol=TOL, rtol=0)
         loss = F.cross_entropy(logits.flatten(0, 1), I["text_labels_mlm"].flatten(), ignore_index=-100)
     else:
-        rows = [(b, i) for b, n in enumerate(real.sum(1).tolist()) for i in flm.predicting_rows("ar", n)["forward"]]
+        rows = [(b, i) for b, n in enumerate(real.sum(1).tolist()) for i in flm.predicting_rows("ar", n)["left_to_right"]]
         loss = torch.stack([F.cross_entropy(logits[b, i], ids[b, i + 1]) for b, i in rows]).mean()
     assert abs(loss - out[f"{objective}_loss"]) < TOL
 
@@ -312,7 +294,7 @@ def test_single_stream_objectives_equal_the_original(objective):
 @pytest.mark.parametrize("side", [4, 2])
 def test_position_grid_resizes_as_the_original(side):
     recorded = torch.load(FIXTURE3, weights_only=True)["adapt_position_encoding"]
-    torch.testing.assert_close(flm.resize_positions(recorded["before_3x3"], (side, side)), recorded[f"after_{side}x{side}"],
+    torch.testing.assert_close(layers.resize_positions(recorded["before_3x3"], (side, side)), recorded[f"after_{side}x{side}"],
                                atol=TOL, rtol=0)
 
 
@@ -338,9 +320,9 @@ def test_no_reconstructed_word_knows_itself(rate):
 
 
 @pytest.mark.parametrize("objective, output, sees", [
-    ("ar", "forward", lambda i, j: j <= i), ("prefix", "forward", lambda i, j: j <= max(i, 3)),
-    ("mlm", "reconstructed", lambda i, j: True), ("flm", "forward", lambda i, j: j <= i),
-    ("flm", "reverse", lambda i, j: j >= i)])
+    ("ar", "left_to_right", lambda i, j: j <= i), ("prefix", "left_to_right", lambda i, j: j <= max(i, 3)),
+    ("mlm", "reconstructed", lambda i, j: True), ("flm", "left_to_right", lambda i, j: j <= i),
+    ("flm", "right_to_left", lambda i, j: j >= i)])
 @torch.no_grad()
 def test_streams_see_exactly_their_words(objective, output, sees):
     model, n = tiny(objective=objective), 9
@@ -365,7 +347,7 @@ def test_padding_changes_nothing(objective):
     alone = model.fuse(model.encode_image(images[:1]), model.encode_text(short))
     batched = model.fuse(model.encode_image(images), model.encode_text(both))
     torch.testing.assert_close(batched.pooled[:1], alone.pooled, atol=TOL, rtol=0)
-    for name in ("forward", "reverse", "reconstructed"):
+    for name in ("left_to_right", "right_to_left", "reconstructed"):
         if getattr(alone, name) is not None:
             torch.testing.assert_close(getattr(batched, name)[:1, :5], getattr(alone, name)[:, :5], atol=TOL, rtol=0)
 
@@ -375,7 +357,7 @@ def test_rows_that_see_nothing_stay_finite_forwards_and_backwards():
     ids = caption(2, 8)                                             # <s> </s>: a caption without a word
     first, last = (torch.from_numpy(e)[None] for e in flm.draw_spans(2, 8, 1.0, np.random.default_rng(0)))
     fused = model.fuse(model.encode_image(torch.randn(1, 3, 24, 24)), model.encode_text(ids, first, last))
-    (fused.reconstructed.sum() + fused.forward.sum() + fused.reverse.sum()).backward()
+    (fused.reconstructed.sum() + fused.left_to_right.sum() + fused.right_to_left.sum()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
@@ -399,7 +381,7 @@ def test_the_image_reaches_every_output():
     model, ids = tiny(), caption(7, 8)
     text = model.encode_text(ids)
     a, b = (model.fuse(model.encode_image(torch.randn(1, 3, 24, 24)), text) for _ in range(2))
-    for name in ("pooled", "forward", "reverse", "reconstructed"):
+    for name in ("pooled", "left_to_right", "right_to_left", "reconstructed"):
         assert (getattr(a, name) - getattr(b, name)).abs().amax(-1).min() > 1e-4, name
 
 
@@ -408,7 +390,7 @@ def test_fewer_reconstructor_layers_stand_beside_the_last_ones():
     ids = caption(7, 8)
     text = model.encode_text(ids)
     queries = torch.tensor([[0, 96, 96, 96, 96, 96, 96, 1]])
-    torch.testing.assert_close(text.queries, model.embed(queries, flm.roberta_positions(ids != 1)))
+    torch.testing.assert_close(text.queries, model.embed(queries, roberta_positions(ids != 1)))
     calls = []
     model.fusion_layers[1].register_forward_hook(lambda *a: calls.append("layer 1"))
     model.fusion_reconstructor[0].register_forward_hook(lambda *a: calls.append("reconstructor"))
@@ -419,7 +401,7 @@ def test_fewer_reconstructor_layers_stand_beside_the_last_ones():
 @torch.no_grad()
 @pytest.mark.parametrize("side, width", [(4, 128), (9, 24)])
 def test_waves_tell_row_and_column_apart_and_left_from_right_is_one_direction(side, width):
-    waves = flm.sine_waves(side, width)
+    waves = layers.sine_waves(side, width)
     place = torch.stack([torch.arange(side * side) // side, torch.arange(side * side) % side], dim=1).float()
     centred = place - place.mean(0)
     direction = torch.linalg.lstsq(waves - waves.mean(0), centred).solution
@@ -435,12 +417,12 @@ def test_image_tokens_are_told_their_places_where_they_enter_the_fusion_layers()
     without = flm.FLM(TINY)
     without.load_state_dict({k: v for k, v in with_places.state_dict().items() if k != "image_position"})
     told = with_places.encode_image(images) - without.encode_image(images)
-    waves = 2 * flm.sine_waves(with_places.vit.grid, TINY.width)
+    waves = 2 * layers.sine_waves(with_places.vit.grid, TINY.width)
     torch.testing.assert_close(told, torch.cat([torch.zeros(1, TINY.width), waves]).expand(2, -1, -1), atol=1e-5, rtol=0)
     side = TINY.patch_size * (with_places.vit.grid + 1)             # another size: the same places, interpolated
     larger = torch.randn(1, 3, side, side)
     told = with_places.encode_image(larger) - without.encode_image(larger)
-    torch.testing.assert_close(told[0], flm.resize_positions(with_places.image_position, (side // TINY.patch_size,) * 2),
+    torch.testing.assert_close(told[0], layers.resize_positions(with_places.image_position, (side // TINY.patch_size,) * 2),
                                atol=1e-5, rtol=0)
 
 
@@ -464,12 +446,12 @@ def test_text_layers_equal_transformers_roberta(width, heads, layers, length):
     ids = torch.cat([caption(length, length + 3), caption(4, length + 3)])
     real = ids != 1
     state = theirs.state_dict()
-    embed = flm.TextEmbedding(97, width, 40, 0.0).eval()
+    embed = TextEmbedding(97, width, 40, 0.0).eval()
     embed.load_state_dict({names.rename(k, {r"embeddings\.": ("", names.EMBEDDINGS)}): v for k, v in state.items()
                            if k.startswith("embeddings.") and not k.endswith("_ids")})
-    stack = torch.nn.ModuleList(flm.Layer(width, heads, 0.0, 1e-5, self_attention=True) for _ in range(layers)).eval()
+    stack = torch.nn.ModuleList(Layer(width, heads, 0.0, 1e-5, self_attention=True) for _ in range(layers)).eval()
     stack.load_state_dict(bert_state(r"encoder\.layer\.", state, names.BERT_LAYER))
-    x = embed(ids, flm.roberta_positions(real))
+    x = embed(ids, roberta_positions(real))
     for layer in stack:
         x = layer(x, flm.bidirectional_mask(real))
     expected = theirs(input_ids=ids, attention_mask=real.long()).last_hidden_state
@@ -485,7 +467,7 @@ def test_vit_equals_transformers_clip(image, patch, width, heads, layers):
                                               num_attention_heads=heads, image_size=image, patch_size=patch)).eval()
     for p in theirs.parameters():
         p.add_(torch.randn_like(p) * 0.2)
-    ours = flm.ViT(image, patch, width, layers, heads).eval()
+    ours = ViT(image, patch, width, layers, heads).eval()
     ours.load_state_dict(clip_vision_state(theirs.state_dict()))
     images = torch.randn(3, 3, image, image)
     hidden = theirs(pixel_values=images).last_hidden_state
@@ -518,7 +500,7 @@ def test_vocabulary_head_equals_transformers_lm_head():
     theirs = RobertaLMHead(RobertaConfig(hidden_size=24, vocab_size=50, layer_norm_eps=1e-12))
     for p in theirs.parameters():
         p.add_(torch.randn_like(p) * 0.2)
-    ours = flm.VocabHead(24, 50)
+    ours = VocabHead(24, 50)
     ours.load_state_dict({k.replace("layer_norm", "norm"): v for k, v in theirs.state_dict().items() if k != "bias"})
     x = torch.randn(5, 24)
     torch.testing.assert_close(ours(x), theirs(x), atol=TOL, rtol=0)
@@ -537,7 +519,7 @@ def test_itm_labels_a_chance_match_as_a_match():
     model = tiny(itm=True)
     ids = torch.cat([caption(7, 8), caption(4, 8, 1)])
     batch = {"image": torch.randn(2, 3, 24, 24), "ids": ids, "other_image": torch.tensor([1, 0])}
-    batch |= {f"{k}_rows": torch.tensor([2]) for k in ("reconstructed", "forward", "reverse")}
+    batch |= {f"{k}_rows": torch.tensor([2]) for k in ("reconstructed", "left_to_right", "right_to_left")}
     no, yes = (model(batch | {"same_image": torch.tensor([s, s])})["itm"][0] for s in (False, True))
     fused = model.fuse(model.encode_image(batch["image"])[[1, 0]], model.encode_text(ids))
     log_odds = model.itm_head(fused.pooled).diff(dim=-1).sum()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flm
+import layers
 import vilt
 import weights
 from generate import Cached, Uncached, beam_search, forbid_repeats, generate, nucleus_sample, uncached_logits
@@ -86,8 +87,8 @@ def test_every_word_is_computed_once_and_the_image_too(monkeypatch):
     model, visual = make()
     rows, images = [], []
     model.embed.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[:2]))
-    keys_and_values = flm.Attention.keys_and_values
-    monkeypatch.setattr(flm.Attention, "keys_and_values", lambda self, memory: (
+    keys_and_values = layers.Attention.keys_and_values
+    monkeypatch.setattr(layers.Attention, "keys_and_values", lambda self, memory: (
         images.append(len(memory)) if memory is visual else None, keys_and_values(self, memory))[1])
     write(model, visual, [BOS, 7, 8], stop=[], max_tokens=6, beams=3)
     assert rows == [(5, 3)] + [(15, 1)] * 5                             # the prompt once, then one word a step
@@ -214,7 +215,7 @@ def log_probability(model, visual, tokens):
     """Of `<bos>` and these tokens, `<bos>` not counted: read in one piece, as in training.   visual (1, P, D)"""
     ids = torch.tensor([[0, BOS, *tokens]])
     with torch.no_grad():
-        log_probs = model.vocab_logits(model.fuse(visual, model.encode_text(ids)).forward).log_softmax(-1)
+        log_probs = model.vocab_logits(model.fuse(visual, model.encode_text(ids)).left_to_right).log_softmax(-1)
     return sum(log_probs[0, i + 1, token].item() for i, token in enumerate(tokens))
 
 

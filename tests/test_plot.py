@@ -9,7 +9,7 @@ from PIL import Image
 
 import data
 import flm
-import plot
+from tools import plot
 
 pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
 
@@ -84,7 +84,7 @@ def test_no_row_that_predicts_is_drawn_as_seeing_its_answer():
 
 
 def test_a_change_of_the_models_masks_changes_the_picture(monkeypatch):
-    monkeypatch.setattr(flm, "forward_mask", flm.bidirectional_mask)
+    monkeypatch.setattr(flm, "left_to_right_mask", flm.bidirectional_mask)
     assert plot.draw_panels(CHESS)[1].right.any()
 
 
@@ -113,7 +113,7 @@ FLM_RUN = [{"step": 0, "val_loss": 6.0, "val_reconstructed_accuracy": 0.0},
            {"step": 10, "loss": 5.0, "reconstructed_accuracy": 0.1, "seconds": 20.0},
            {"step": 20, "loss": 4.0, "reconstructed_accuracy": 0.2, "seconds": 30.0},
            {"step": 15, "val_loss": 4.5, "val_reconstructed_accuracy": 0.15}]
-AR_RUN = [{"step": 10, "loss": 5.5, "forward_accuracy": 0.05, "seconds": 5.0}, {"step": 20, "lr": 0.1, "seconds": 9.0}]
+AR_RUN = [{"step": 10, "loss": 5.5, "left_to_right_accuracy": 0.05, "seconds": 5.0}, {"step": 20, "lr": 0.1, "seconds": 9.0}]
 
 
 def test_a_last_line_that_is_being_written_is_left_out(tmp_path):
@@ -139,11 +139,11 @@ def test_each_x_axis_measures_what_it_says(tmp_path):
 
 
 def test_the_accuracy_shown_belongs_to_the_loss_shown():
-    rows = [{"step": 1, "forward_accuracy": 0.1, "reconstructed_accuracy": 0.1, "val_reverse_accuracy": 0.1}]
+    rows = [{"step": 1, "left_to_right_accuracy": 0.1, "reconstructed_accuracy": 0.1, "val_right_to_left_accuracy": 0.1}]
     assert plot.accuracy_key("loss", rows) == "reconstructed_accuracy"
-    assert plot.accuracy_key("reverse_loss", rows) == "reverse_accuracy"
+    assert plot.accuracy_key("right_to_left_loss", rows) == "right_to_left_accuracy"
     assert plot.accuracy_key("itm_loss", rows) is None
-    assert plot.accuracy_key("loss", AR_RUN) == "forward_accuracy"
+    assert plot.accuracy_key("loss", AR_RUN) == "left_to_right_accuracy"
 
 
 def test_curves_of_runs_with_different_keys_share_a_picture(tmp_path, capsys):

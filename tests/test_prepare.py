@@ -10,7 +10,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tarfile
 import time
 import zlib
 from pathlib import Path
@@ -20,74 +19,15 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from conftest import (arrow, checked, jsonl, names_in, noise_picture, prepare_main, put, rows, sentence, skipped, tar, texts)
+
 import prepare
-import shards
-from data import CAPTIONS
+from sources import shards
 
 pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
 
 ROOT = Path(__file__).resolve().parents[1]
 COCO_SMALL = ROOT.parent / "shared" / "data" / "coco_small"
-
-
-def picture(seed=0, size=(40, 30), mode="RGB", format="JPEG", **options):
-    """Bytes of a picture of coloured noise, different for each seed."""
-    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    image = Image.fromarray(small).resize(size, Image.Resampling.NEAREST).convert(mode)
-    image.save(out := io.BytesIO(), format, **options)
-    return out.getvalue()
-
-
-def put(path, data):
-    """Writes bytes, text, or anything else as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = data if isinstance(data, (bytes, str)) else json.dumps(data)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-
-
-def jsonl(path, *lines):
-    put(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as file:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-
-
-def prepare_main(*arguments):
-    prepare.main([str(argument) for argument in arguments])
-
-
-def rows(path):
-    """The rows of a finished file, without the pictures' bytes unless `image` is asked for."""
-    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    assert table.schema.equals(CAPTIONS)
-    return table.to_pylist()
-
-
-def texts(path):
-    return {row["image_id"]: row["caption"] for row in rows(path)}
-
-
-def skipped(path):
-    return {entry["key"]: entry["reason"] for entry in map(json.loads, path.read_text().splitlines())}
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def sentence(capsys, *arguments):
-    """Runs a command that must be refused, and returns its one sentence."""
-    with pytest.raises(SystemExit) as stop:
-        prepare_main(*arguments)
-    message = str(stop.value.code)
-    assert message.startswith("prepare.py: ") and "\n" not in message, message
-    return message
 
 
 def karpathy_entry(filename, split, *captions, **more):
@@ -103,30 +43,30 @@ def test_coco_makes_one_file_per_karpathy_split(tmp_path):
     entries = []
     for i, split in enumerate(("train", "restval", "val", "test")):
         folder = "train2014" if split == "train" else "val2014"
-        put(root / folder / f"COCO_{folder}_{i}.jpg", picture(i))
+        put(root / folder / f"COCO_{folder}_{i}.jpg", noise_picture(i))
         entries.append(karpathy_entry(f"COCO_{folder}_{i}.jpg", split, f" caption {i}. ", "twice", filepath=folder))
     put(root / "karpathy/dataset_coco.json", {"images": entries, "dataset": "coco"})
     prepare_main("coco", root, "--out", out)
-    assert names(out) == sorted(f"coco_caption_karpathy_{s}.arrow" for s in ("train", "restval", "val", "test"))
+    assert names_in(out) == sorted(f"coco_caption_karpathy_{s}.arrow" for s in ("train", "restval", "val", "test"))
     assert rows(out / "coco_caption_karpathy_restval.arrow") == [
-        {"image": picture(1), "caption": ["caption 1.", "twice"], "image_id": "COCO_val2014_1.jpg", "split": "restval"}]
+        {"image": noise_picture(1), "caption": ["caption 1.", "twice"], "image_id": "COCO_val2014_1.jpg", "split": "restval"}]
 
     (root / "karpathy/dataset_coco.json").rename(root / "dataset_coco.json")       # the other place it may lie in
     prepare_main("coco", root, "--out", tmp_path / "again")
-    assert names(tmp_path / "again") == names(out)
+    assert names_in(tmp_path / "again") == names_in(out)
 
 
 def test_f30k_finds_its_pictures(tmp_path):
-    put(tmp_path / "flickr30k-images/7.jpg", picture())
+    put(tmp_path / "flickr30k-images/7.jpg", noise_picture())
     put(tmp_path / "karpathy/dataset_flickr30k.json", {"images": [karpathy_entry("7.jpg", "test", "a dog")]})
     prepare_main("f30k", tmp_path, "--out", tmp_path / "out")
     assert texts(tmp_path / "out/f30k_caption_karpathy_test.arrow") == {"7.jpg": ["a dog"]}
 
 
 def test_vg_takes_region_phrases_from_both_folders(tmp_path):
-    put(tmp_path / "images/VG_100K/10.jpg", picture(1))
-    put(tmp_path / "images/VG_100K_2/2.jpg", picture(2))
-    put(tmp_path / "images/VG_100K_2/3.jpg", picture(3))
+    put(tmp_path / "images/VG_100K/10.jpg", noise_picture(1))
+    put(tmp_path / "images/VG_100K_2/2.jpg", noise_picture(2))
+    put(tmp_path / "images/VG_100K_2/3.jpg", noise_picture(3))
     put(tmp_path / "annotations/region_descriptions.json", [
         {"id": i, "regions": [{"region_id": 1, "image_id": i, "phrase": phrase, "x": 0} for phrase in phrases]}
         for i, phrases in [(10, ["red roof", "a  tree "]), (2, ["sky"]), (4, ["lost"])]])
@@ -139,11 +79,11 @@ def test_vg_takes_region_phrases_from_both_folders(tmp_path):
 def test_sbu_is_cut_into_shards_and_understands_every_spelling_of_a_path(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "SHARD_ROWS", 2)
     for name in ("0000/0000001", "0000/0000002", "0001/0001000", "0001/0001001", "0001/0001009"):
-        put(tmp_path / "images_train" / name, picture(len(name)))
+        put(tmp_path / "images_train" / name, noise_picture(len(name)))
     put(tmp_path / "annot.json", [["images_train/0000/0000001", "one"], ["/old/disk/images_train/0000/0000002", "two"],
                                   ["0001/0001000", "three"], ["0001001", "four"], ["0002/gone", "five"]])
     prepare_main("sbu", tmp_path, "--out", tmp_path / "out")
-    assert names(tmp_path / "out") == ["sbu_0.arrow", "sbu_1.arrow", "sbu_2.skipped.jsonl"]
+    assert names_in(tmp_path / "out") == ["sbu_0.arrow", "sbu_1.arrow", "sbu_2.skipped.jsonl"]
     assert texts(tmp_path / "out/sbu_0.arrow") == {"images_train/0000/0000001": ["one"],
                                                    "images_train/0000/0000002": ["two"]}
     assert texts(tmp_path / "out/sbu_1.arrow") == {"images_train/0001/0001000": ["three"],
@@ -156,39 +96,39 @@ def test_sbu_is_cut_into_shards_and_understands_every_spelling_of_a_path(tmp_pat
                                              ("cc12m", "conceptual_caption12M")])
 def test_conceptual_captions_have_train_and_val_shards(tmp_path, command, prefix):
     for split in ("train", "val"):
-        put(tmp_path / f"images_{split}/0000/0000001", picture())
+        put(tmp_path / f"images_{split}/0000/0000001", noise_picture())
         put(tmp_path / f"{split}_annot.json", [[f"images_{split}/0000/0000001", split], ["0000/0000001", "again"]])
     prepare_main(command, tmp_path, "--out", tmp_path / "out")
     for split in ("train", "val"):
         key = f"images_{split}/0000/0000001"
         assert rows(tmp_path / f"out/{prefix}_{split}_0.arrow") == [
-            {"image": picture(), "caption": [split, "again"], "image_id": key, "split": split}]
+            {"image": noise_picture(), "caption": [split, "again"], "image_id": key, "split": split}]
 
 
 def test_tar_shards_become_files_one_by_one(tmp_path):
     tar(tmp_path / "cc/00000.tar", [
-        ("000000000.jpg", picture(0)), ("000000000.json", b'{"caption": "json"}'), ("000000000.txt", b"from txt\n"),
-        ("000000001.png", picture(1, format="PNG")), ("000000001.json", b'{"caption": "json alone", "url": "x"}'),
-        ("000000002.webp", picture(2, format="WEBP")), ("000000002.json", b'{"caption": null, "top_caption": "top"}'),
-        ("000000003.jpg", picture(3)), ("000000003.json", b'{"caption": null}'),
+        ("000000000.jpg", noise_picture(0)), ("000000000.json", b'{"caption": "json"}'), ("000000000.txt", b"from txt\n"),
+        ("000000001.png", noise_picture(1, format="PNG")), ("000000001.json", b'{"caption": "json alone", "url": "x"}'),
+        ("000000002.webp", noise_picture(2, format="WEBP")), ("000000002.json", b'{"caption": null, "top_caption": "top"}'),
+        ("000000003.jpg", noise_picture(3)), ("000000003.json", b'{"caption": null}'),
         ("000000004.txt", b"the download failed"),
-        ("deep/5.x.JPG", b""), ("deep/5.jpeg", picture(5)), ("deep/5.txt", "é".encode())])
-    tar(tmp_path / "cc/00001.tar", [("000010000.jpg", picture(9)), ("000010000.txt", b"second")])
+        ("deep/5.x.JPG", b""), ("deep/5.jpeg", noise_picture(5)), ("deep/5.txt", "é".encode())])
+    tar(tmp_path / "cc/00001.tar", [("000010000.jpg", noise_picture(9)), ("000010000.txt", b"second")])
     prepare_main("img2dataset", tmp_path / "cc", "--out", tmp_path / "out", "--split", "val")
-    assert names(tmp_path / "out") == ["cc_00000.arrow", "cc_00000.skipped.jsonl", "cc_00001.arrow"]
+    assert names_in(tmp_path / "out") == ["cc_00000.arrow", "cc_00000.skipped.jsonl", "cc_00001.arrow"]
     assert texts(tmp_path / "out/cc_00000.arrow") == {"000000000": ["from txt"], "000000001": ["json alone"],
                                                       "000000002": ["top"], "deep/5": ["é"]}
-    assert rows(tmp_path / "out/cc_00000.arrow")[1]["image"] == picture(1, format="PNG")
+    assert rows(tmp_path / "out/cc_00000.arrow")[1]["image"] == noise_picture(1, format="PNG")
     assert rows(tmp_path / "out/cc_00001.arrow")[0]["split"] == "val"
     assert skipped(tmp_path / "out/cc_00000.skipped.jsonl") == {
         "000000003": "empty caption", "000000004": "missing file: no picture of this key"}
     prepare_main("img2dataset", tmp_path / "cc/*1.tar", "--out", tmp_path / "two", "--name", "some")
-    assert names(tmp_path / "two") == ["some_00001.arrow"]
+    assert names_in(tmp_path / "two") == ["some_00001.arrow"]
 
 
 def test_jsonl_lines_of_one_image_become_one_row(tmp_path):
     for name in ("a/1.jpg", "a/2.jpg", "3.jpg"):
-        put(tmp_path / name, picture(1))
+        put(tmp_path / name, noise_picture(1))
     jsonl(tmp_path / "mine.jsonl", {"image": "a/1.jpg", "caption": "one"}, {"image": "./a/1.jpg", "captions": ["two"]},
           {"image": "3.jpg", "captions": ["held out"], "split": "val", "image_id": 33},
           {"image": "a/2.jpg", "caption": "three"}, {"image": "a/1.jpg", "caption": "too late"})
@@ -204,8 +144,8 @@ def test_jsonl_lines_of_one_image_become_one_row(tmp_path):
 
 def test_equal_file_names_in_two_folders_keep_their_own_captions(tmp_path):
     for folder in "ab":
-        put(tmp_path / f"images_train/{folder}/1.jpg", picture(ord(folder)))
-        put(tmp_path / f"k/images/{folder}/1.jpg", picture(ord(folder)))
+        put(tmp_path / f"images_train/{folder}/1.jpg", noise_picture(ord(folder)))
+        put(tmp_path / f"k/images/{folder}/1.jpg", noise_picture(ord(folder)))
     put(tmp_path / "annot.json", [["images_train/a/1.jpg", "in a"], ["images_train/b/1.jpg", "in b"]])
     entries = [karpathy_entry("1.jpg", "train", f"in {folder}", filepath=folder) for folder in "ab"]
     put(tmp_path / "k/dataset.json", {"images": entries})
@@ -213,16 +153,16 @@ def test_equal_file_names_in_two_folders_keep_their_own_captions(tmp_path):
     prepare_main("karpathy", tmp_path / "k", "--out", tmp_path / "out")
     assert texts(tmp_path / "out/sbu_0.arrow") == {"images_train/a/1.jpg": ["in a"], "images_train/b/1.jpg": ["in b"]}
     assert texts(tmp_path / "out/k_caption_train.arrow") == {"a/1.jpg": ["in a"], "b/1.jpg": ["in b"]}
-    assert [row["image"] for row in rows(tmp_path / "out/k_caption_train.arrow")] == [picture(97), picture(98)]
+    assert [row["image"] for row in rows(tmp_path / "out/k_caption_train.arrow")] == [noise_picture(97), noise_picture(98)]
 
 
 def test_broken_pictures_and_empty_captions_are_left_out_counted_and_named(tmp_path, capsys):
-    whole = picture(1, size=(200, 200))
+    whole = noise_picture(1, size=(200, 200))
     headers = [b"IHDR" + struct.pack(">IIBBBBB", width, width * 3 // 4, 8, 2, 0, 0, 0) for width in (40, 20_000)]
     bomb = [header + struct.pack(">I", zlib.crc32(header)) for header in headers]      # 300 megapixels, it says
-    files = {"ok.jpg": whole, "cut.jpg": whole[:len(whole) // 2], "cut.png": picture(1, (200, 200), format="PNG")[:-40],
+    files = {"ok.jpg": whole, "cut.jpg": whole[:len(whole) // 2], "cut.png": noise_picture(1, (200, 200), format="PNG")[:-40],
              "text.jpg": b"<html>404</html>", "empty.jpg": b"", "blank.jpg": whole, "half.jpg": whole, "odd.jpg": whole,
-             "bomb.png": picture(format="PNG").replace(*bomb)}
+             "bomb.png": noise_picture(format="PNG").replace(*bomb)}
     for name, data in files.items():
         put(tmp_path / name, data)
     (tmp_path / "folder.jpg").mkdir()
@@ -253,7 +193,7 @@ def odd_pictures(folder):
             Image.fromarray(np.full((30, 40), 128 << 8, np.uint16)).save(out := io.BytesIO(), "PNG")
             put(folder / name, out.getvalue())
         else:
-            put(folder / name, picture(3, **options))
+            put(folder / name, noise_picture(3, **options))
     jsonl(folder / "odd.jsonl", *({"image": name, "caption": name} for name in ODD))
 
 
@@ -278,7 +218,7 @@ def test_shorter_turns_every_mode_into_rgb_jpeg_without_enlarging_it(tmp_path):
                                                    ((2000, 1501), 100, (133, 100)), ((64, 64), 64, (64, 64)),
                                                    ((900, 9), 5, (500, 5))])
 def test_shorter_is_the_length_of_the_shorter_side(size, limit, expected):
-    image = Image.open(io.BytesIO(shards.encoded(picture(1, size), limit)))
+    image = Image.open(io.BytesIO(shards.encoded(noise_picture(1, size), limit)))
     assert image.size == expected
 
 
@@ -297,7 +237,7 @@ def test_shorter_applies_the_cameras_orientation_and_plain_copies_keep_it():
 
 
 def test_a_small_upright_jpeg_is_not_compressed_again():
-    assert shards.encoded(picture(1), 30) == picture(1)
+    assert shards.encoded(noise_picture(1), 30) == noise_picture(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,7 +245,7 @@ def test_a_small_upright_jpeg_is_not_compressed_again():
 
 def many(folder, count):
     for i in range(count):
-        put(folder / f"{i}.jpg", picture(i, size=(30 + 40 * (i % 5), 30)))
+        put(folder / f"{i}.jpg", noise_picture(i, size=(30 + 40 * (i % 5), 30)))
     jsonl(folder / "many.jsonl", *({"image": f"{i}.jpg", "caption": str(i)} for i in range(count)))
     return folder / "many.jsonl"
 
@@ -315,8 +255,8 @@ def test_the_order_and_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path
     put(tmp_path / "7.jpg", b"broken")
     for workers in (1, 5):
         prepare_main("jsonl", source, "--out", tmp_path / f"out{workers}", "--workers", workers, "--shorter", 24)
-    assert names(tmp_path / "out1") == ["many_caption_train.arrow", "many_caption_train.skipped.jsonl"]
-    for name in names(tmp_path / "out1"):
+    assert names_in(tmp_path / "out1") == ["many_caption_train.arrow", "many_caption_train.skipped.jsonl"]
+    for name in names_in(tmp_path / "out1"):
         assert (tmp_path / "out1" / name).read_bytes() == (tmp_path / "out5" / name).read_bytes()
     assert [row["image_id"] for row in rows(tmp_path / "out1/many_caption_train.arrow")] == [
         f"{i}.jpg" for i in range(60) if i != 7]
@@ -327,14 +267,14 @@ def test_a_second_run_leaves_finished_files_alone_and_force_redoes_them(tmp_path
     put(tmp_path / "1.jpg", b"broken")
     put(out / "many_caption_train.arrow.partial", "left over")
     prepare_main("jsonl", source, "--out", out)
-    assert names(out) == ["many_caption_train.arrow", "many_caption_train.skipped.jsonl"]
-    put(tmp_path / "1.jpg", picture(1))
+    assert names_in(out) == ["many_caption_train.arrow", "many_caption_train.skipped.jsonl"]
+    put(tmp_path / "1.jpg", noise_picture(1))
     capsys.readouterr()
     prepare_main("jsonl", source, "--out", out)
     assert "already finished" in capsys.readouterr().out and len(rows(out / "many_caption_train.arrow")) == 2
     prepare_main("jsonl", source, "--out", out, "--force")
     assert len(rows(out / "many_caption_train.arrow")) == 3
-    assert names(out) == ["many_caption_train.arrow"]       # the old log would tell of a file that is no more
+    assert names_in(out) == ["many_caption_train.arrow"]       # the old log would tell of a file that is no more
 
 
 def test_force_on_lost_pictures_does_not_destroy_the_finished_file(tmp_path, capsys):
@@ -363,7 +303,7 @@ def test_a_killed_run_leaves_no_finished_file_and_can_be_repeated(tmp_path):
     assert partial.exists() and not (out / "many_caption_train.arrow").exists()
     put(source, lines)
     prepare_main("jsonl", source, "--out", out)
-    assert len(rows(out / "many_caption_train.arrow")) == 20 and names(out) == ["many_caption_train.arrow"]
+    assert len(rows(out / "many_caption_train.arrow")) == 20 and names_in(out) == ["many_caption_train.arrow"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,12 +311,12 @@ def test_a_killed_run_leaves_no_finished_file_and_can_be_repeated(tmp_path):
 
 @pytest.mark.parametrize("path", ["../out.jpg", "a/../../out.jpg", "/etc/out.jpg", "..\\out.jpg", "C:\\out.jpg"])
 def test_paths_that_leave_the_folder_are_refused(tmp_path, capsys, path):
-    put(tmp_path / "out.jpg", picture())
+    put(tmp_path / "out.jpg", noise_picture())
     (tmp_path / "d/images_train").mkdir(parents=True)
     jsonl(tmp_path / "d/x.jsonl", {"image": path, "caption": "text"})
     put(tmp_path / "d/annot.json", [[path, "text"]])
     put(tmp_path / "d/dataset.json", {"images": [karpathy_entry(path, "train", "text")]})
-    tar(tmp_path / "d/0.tar", [(path, picture())])
+    tar(tmp_path / "d/0.tar", [(path, noise_picture())])
     for command, source, name in (("jsonl", "d/x.jsonl", "x.jsonl, line 1"), ("sbu", "d", "annot.json"),
                                   ("karpathy", "d", "dataset.json"), ("img2dataset", "d", "0.tar")):
         message = sentence(capsys, command, tmp_path / source, "--out", tmp_path / "out")
@@ -416,7 +356,7 @@ def test_a_wrong_line_of_jsonl_is_named(tmp_path, capsys):
 
 
 def test_a_tar_that_was_cut_anywhere_is_refused(tmp_path, capsys):
-    parts = {"jpg": picture(), "txt": b"x"}
+    parts = {"jpg": noise_picture(), "txt": b"x"}
     tar(tmp_path / "0.tar", [(f"{i}.{end}", data) for i in range(3) for end, data in parts.items()])
     whole = (tmp_path / "0.tar").read_bytes()
     damaged = whole[:1536] + bytes([1]) * 512 + whole[2048:]          # the second header
@@ -436,22 +376,6 @@ def test_json_lists_are_read_the_same_in_chunks_of_any_size(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # check
 
-def checked(capsys, *arguments):
-    """(exit status, what was printed)"""
-    try:
-        prepare_main("check", *arguments)
-        status = 0
-    except SystemExit as stop:
-        status = 1 if isinstance(stop.code, str) else stop.code
-    return status, capsys.readouterr().out
-
-
-def arrow(path, columns):
-    table = pa.table(columns)
-    with pa.ipc.new_file(str(path), table.schema) as file:
-        file.write_table(table)
-
-
 def test_check_describes_a_good_file(tmp_path, capsys):
     prepare_main("jsonl", many(tmp_path, 5), "--out", tmp_path)
     capsys.readouterr()
@@ -462,13 +386,13 @@ def test_check_describes_a_good_file(tmp_path, capsys):
 
 
 def test_check_accepts_files_that_vilt_wrote_itself(tmp_path, capsys):
-    arrow(tmp_path / "vg.arrow", {"image": [picture()], "caption": [["a b c d e"]], "width": [[5]], "image_id": ["1"]})
+    arrow(tmp_path / "vg.arrow", {"image": [noise_picture()], "caption": [["a b c d e"]], "width": [[5]], "image_id": ["1"]})
     status, printed = checked(capsys, tmp_path / "vg.arrow")
     assert status == 0 and "without split" in printed and "width" in printed
 
 
 def test_check_finds_what_is_wrong_in_the_rows(tmp_path, capsys):
-    good = picture(1, size=(300, 300))
+    good = noise_picture(1, size=(300, 300))
     arrow(tmp_path / "x.arrow", {"image": [good, good[:len(good) // 2], b"", None],
                                  "caption": [["ok"], [], ["fine", " "], ["x"]], "split": ["val"] * 4})
     status, printed = checked(capsys, tmp_path / "x.arrow")
@@ -501,7 +425,7 @@ def test_check_names_files_that_are_cut_foreign_or_missing(tmp_path, capsys):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     """20,000 rows of a 10 kB picture, 200 MB in all, written and checked in a process of its own."""
-    put(tmp_path / "p.bmp", picture(1, size=(64, 52), format="BMP"))
+    put(tmp_path / "p.bmp", noise_picture(1, size=(64, 52), format="BMP"))
     jsonl(tmp_path / "x.jsonl", *({"image": "p.bmp", "caption": "the same", "image_id": str(i)} for i in range(20_000)))
     code = """if True:
         import resource, sys, prepare
@@ -519,7 +443,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
 def test_real_photographs_and_captions_arrive_complete(tmp_path, capsys):
     prepare_main("karpathy", COCO_SMALL, "--out", tmp_path)
     counts = {split: len(rows(tmp_path / f"coco_small_caption_{split}.arrow")) for split in ("train", "val", "test")}
-    assert counts == {"train": 188, "val": 23, "test": 23} and len(names(tmp_path)) == 3
+    assert counts == {"train": 188, "val": 23, "test": 23} and len(names_in(tmp_path)) == 3
     expected = {image["filename"]: [sentence["raw"] for sentence in image["sentences"]]
                 for image in json.loads((COCO_SMALL / "dataset.json").read_text())["images"]}
     written = {row["image_id"]: row for split in counts for row in rows(tmp_path / f"coco_small_caption_{split}.arrow")}

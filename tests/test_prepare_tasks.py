@@ -8,10 +8,10 @@ import json
 import pyarrow as pa
 import pytest
 
-import prepare_tasks
+from sources import questions as prepare_tasks
 from data import NLVR2, VQA
-from prepare_tasks import answer_list, soft_labels, ten
-from test_prepare import arrow, checked, jsonl, names, picture, prepare_main, put, sentence, skipped
+from sources.questions import answer_list, soft_labels, ten
+from conftest import arrow, checked, jsonl, names_in, noise_picture, prepare_main, put, sentence, skipped
 
 pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
 
@@ -46,7 +46,7 @@ def put_vqa(root, year, questions, annotations=None):
 
 
 def coco_picture(root, folder, image_id):
-    put(root / folder / f"COCO_{folder}_{image_id:012}.jpg", picture(image_id))
+    put(root / folder / f"COCO_{folder}_{image_id:012}.jpg", noise_picture(image_id))
 
 
 def official_vqa(root, val_images=4):
@@ -75,12 +75,12 @@ def test_vqav2_writes_vilts_files_and_labels(tmp_path):
     out = tmp_path / "out"
     prepare_main("vqav2", tmp_path / "vqa", "--out", out)
     splits = ("train", "val", "trainable_val", "rest_val", "test", "test-dev")
-    assert {name for name in names(out) if name.endswith(".arrow")} == {f"vqav2_{split}.arrow" for split in splits}
+    assert {name for name in names_in(out) if name.endswith(".arrow")} == {f"vqav2_{split}.arrow" for split in splits}
     assert json.loads((out / "vqav2_answers.json").read_text()) == ["cat"]         # "dog" is the majority 6 times
 
     train = vqa_rows(out / "vqav2_train.arrow")
     assert list(train) == [1, 2]                           # image 3 has a question without an answer of the list only
-    assert train[2] == {"image": picture(2), "questions": ["what is it?"] * 6, "answers": [["cat"]] * 6,
+    assert train[2] == {"image": noise_picture(2), "questions": ["what is it?"] * 6, "answers": [["cat"]] * 6,
                         "answer_labels": [[0]] * 6, "answer_scores": [[0.6]] * 6, "image_id": 2,
                         "question_id": [20, 21, 22, 23, 24, 25], "split": "train"}
     assert train[1]["question_id"] == [10, 11, 12, 13, 14, 15] and train[1]["answer_scores"] == [[1.0]] * 6
@@ -117,7 +117,7 @@ def test_rest_val_is_the_last_images_of_val_and_trainable_val_the_others(tmp_pat
     assert list(vqa_rows(out / "vqav2_rest_val.arrow")) == [107, 108, 109]
     assert list(vqa_rows(out / "vqav2_trainable_val.arrow")) == [100, 101, 102]     # 103… have no answer of the list
     assert len(skipped(out / "vqav2_trainable_val.skipped.jsonl")) == 4
-    assert "vqav2_test.arrow" not in names(out)
+    assert "vqav2_test.arrow" not in names_in(out)
 
 
 def test_annotations_beside_a_file_are_official_and_of_its_questions_only(tmp_path):
@@ -147,13 +147,13 @@ def test_vqa_leaves_out_and_names_what_cannot_be_used(tmp_path, capsys):
             [annotation(q, q // 10, {answer: 10}) for q, answer in ((1000, "cat"), (1001, "cat"), (1003, "cat"),
              (1004, "cat"), (1010, "cat"), (1020, "cat"), (1030, " "), (9999, "cat"), (1000, "dog"))])
     (root / "val2014/COCO_val2014_000000000101.jpg").unlink()
-    (root / "val2014/COCO_val2014_000000000102.jpg").write_bytes(picture(3)[:200])
+    (root / "val2014/COCO_val2014_000000000102.jpg").write_bytes(noise_picture(3)[:200])
     prepare_main("vqav2", root, "--out", tmp_path / "out")
     printed = capsys.readouterr().out
     assert "1 annotations have no question" in printed and "1 annotations left out" in printed
     val = vqa_rows(tmp_path / "out/vqav2_val.arrow")
     assert list(val) == [100, 101, 102] and val[100]["question_id"] == [1000, 1004]
-    assert val[101]["image"] == b"" and val[102]["image"] == picture(3)[:200]       # their questions want answers all the same
+    assert val[101]["image"] == b"" and val[102]["image"] == noise_picture(3)[:200]       # their questions want answers all the same
     assert val[101]["question_id"] == [1010] and val[102]["question_id"] == [1020]
     assert list(vqa_rows(tmp_path / "out/vqav2_trainable_val.arrow")) == [100]      # but nothing is learned without a picture
     assert val[100]["questions"] == ["what is it?", "why?"] and val[100]["answers"] == [["cat"], ["cat"]]
@@ -224,7 +224,7 @@ def test_vqav2_without_train_makes_no_other_answer_list_silently(tmp_path, capsy
     assert "the answer list is made of train and val" in sentence(capsys, "vqav2", tmp_path, "--out", tmp_path / "out")
     put(tmp_path / "list.json", ["cat"])
     prepare_main("vqav2", tmp_path, "--out", tmp_path / "out", "--answers", tmp_path / "list.json")
-    assert "vqav2_train.arrow" not in names(tmp_path / "out") and "vqav2_val.arrow" in names(tmp_path / "out")
+    assert "vqav2_train.arrow" not in names_in(tmp_path / "out") and "vqav2_val.arrow" in names_in(tmp_path / "out")
 
 
 @pytest.mark.parametrize("questions, annotations, part", [
@@ -236,14 +236,14 @@ def test_vqav2_without_train_makes_no_other_answer_list_silently(tmp_path, capsy
 def test_wrong_questions_and_annotations_are_named(tmp_path, capsys, questions, annotations, part):
     put(tmp_path / "questions_train.json", {"questions": questions})
     put(tmp_path / "annotations_train.json", {"annotations": annotations})
-    put(tmp_path / "images/1.jpg", picture())
+    put(tmp_path / "images/1.jpg", noise_picture())
     assert part in sentence(capsys, "vqav2", tmp_path, "--out", tmp_path / "out")
 
 
 def test_two_pictures_of_one_number_are_refused(tmp_path, capsys):
     put(tmp_path / "questions_test.json", {"questions": [question(1, 1)]})
-    put(tmp_path / "images/a_1.jpg", picture())
-    put(tmp_path / "images/b/01.png", picture())
+    put(tmp_path / "images/a_1.jpg", noise_picture())
+    put(tmp_path / "images/b/01.png", noise_picture())
     assert "a_1.jpg" in sentence(capsys, "vqav2", tmp_path, "--out", tmp_path / "out")
 
 
@@ -252,7 +252,7 @@ def test_two_pictures_of_one_number_are_refused(tmp_path, capsys):
 
 def test_own_questions_are_gathered_by_image(tmp_path):
     for name in ("a/1.jpg", "2.png", "3.jpg"):
-        put(tmp_path / name, picture(len(name)))
+        put(tmp_path / name, noise_picture(len(name)))
     jsonl(tmp_path / "mine.jsonl",
           {"image": "a/1.jpg", "question": "what colour?", "answers": ["Red", "red.", "", "pink"]},
           {"image": "2.png", "question": "how many?", "answers": "two"},
@@ -264,7 +264,7 @@ def test_own_questions_are_gathered_by_image(tmp_path):
     out = tmp_path / "out"
     assert json.loads((out / "own_vqa_answers.json").read_text()) == ["red", "2", "no", "green"]
     train = vqa_rows(out / "own_vqa_train.arrow")
-    assert train[0] == {"image": picture(7), "questions": ["what colour?", "is it old?"], "answers": [["red"], ["no"]],
+    assert train[0] == {"image": noise_picture(7), "questions": ["what colour?", "is it old?"], "answers": [["red"], ["no"]],
                         "answer_labels": [[0], [2]], "answer_scores": [[1.0], [1.0]], "image_id": 0,
                         "question_id": [1, 3], "split": "train"}
     assert train[1]["answers"] == [["2"]]
@@ -279,7 +279,7 @@ def test_own_questions_are_gathered_by_image(tmp_path):
 
 
 def test_the_ids_of_own_questions_are_kept(tmp_path, capsys):
-    put(tmp_path / "1.jpg", picture())
+    put(tmp_path / "1.jpg", noise_picture())
     line = {"image": "1.jpg", "question": "why?", "answers": "so", "image_id": 77, "question_id": "770"}
     jsonl(tmp_path / "x.jsonl", line, {**line, "question": "why not?"})
     prepare_main("vqa-jsonl", tmp_path / "x.jsonl", "--out", tmp_path / "out")
@@ -292,7 +292,7 @@ def test_the_ids_of_own_questions_are_kept(tmp_path, capsys):
 
 
 def test_answers_of_a_test_split_stay_out_of_the_list(tmp_path):
-    put(tmp_path / "1.jpg", picture())
+    put(tmp_path / "1.jpg", noise_picture())
     jsonl(tmp_path / "x.jsonl", *({"image": "1.jpg", "question": "?", "answers": split, "split": split}
                                   for split in ("train", "val", "test")))
     prepare_main("vqa-jsonl", tmp_path / "x.jsonl", "--out", tmp_path / "out")
@@ -316,10 +316,10 @@ def official_nlvr2(root, train="images/train", data="nlvr2/data"):
         jsonl(root / data / f"unbalanced/unbalanced_{split}.json", line(f"{split}-8-2-0", "False"))
         for pair in ("7-0", "8-2"):
             for i in (0, 1):
-                put(root / split / f"{split}-{pair}-img{i}.png", picture(i))
+                put(root / split / f"{split}-{pair}-img{i}.png", noise_picture(i))
     for pair in ("10-0", "10-1"):
         for i in (0, 1):
-            put(root / train / f"36/train-{pair}-img{i}.png", picture(i, format="PNG"))
+            put(root / train / f"36/train-{pair}-img{i}.png", noise_picture(i, format="PNG"))
 
 
 @pytest.mark.parametrize("train, data", [("images/train", "nlvr2/data"), ("images_train", "nlvr/nlvr2/data")])
@@ -327,10 +327,10 @@ def test_nlvr2_has_a_row_for_each_statement_with_its_official_identifier(tmp_pat
     official_nlvr2(tmp_path, train, data)
     out = tmp_path / "out"
     prepare_main("nlvr2", tmp_path, "--out", out)
-    assert names(out) == sorted([*(f"nlvr2_{split}.arrow" for split in ("train", "dev", "test1")), *(
+    assert names_in(out) == sorted([*(f"nlvr2_{split}.arrow" for split in ("train", "dev", "test1")), *(
         f"nlvr2_{part}_{split}.json" for part in ("balanced", "unbalanced") for split in ("dev", "test1"))])
     assert rows(out / "nlvr2_train.arrow", NLVR2) == [
-        {"image_0": picture(0, format="PNG"), "image_1": picture(1, format="PNG"), "answers": [answer],
+        {"image_0": noise_picture(0, format="PNG"), "image_1": noise_picture(1, format="PNG"), "answers": [answer],
          "questions": [f"says {identifier}"], "identifier": identifier}
         for identifier, answer in (("train-10-0-1", "True"), ("train-10-1-0", "False"))]
     identifiers = [row["identifier"] for row in rows(out / "nlvr2_dev.arrow", NLVR2)]
@@ -374,7 +374,7 @@ def test_training_statements_without_their_pictures_are_left_out(tmp_path):
 
 def test_own_statements(tmp_path, capsys):
     for name in ("a.jpg", "b.jpg"):
-        put(tmp_path / name, picture(len(name)))
+        put(tmp_path / name, noise_picture(len(name)))
     line = {"images": ["a.jpg", "b.jpg"], "sentence": "both are noise", "label": True}
     jsonl(tmp_path / "x.jsonl", line, {**line, "label": "false", "split": "test-p"},
           {**line, "split": "dev", "identifier": "dev-1-0-1"}, {**line, "sentence": " "})
@@ -408,7 +408,7 @@ def test_shorter_applies_to_both_pictures_of_a_statement(tmp_path, capsys):
 
 
 def test_check_finds_wrong_questions(tmp_path, capsys):
-    good = picture()
+    good = noise_picture()
     columns = {"image": [good] * 4, "questions": [["a", "b"], ["c"], ["d"], [" "]],
                "question_id": [[1, 2], [2], [3, 4], [5]], "answers": [[["x"], []], [["x"]], [[]], [[]]],
                "answer_labels": [[[0], []], [[0, 1]], [[]], [[]]], "answer_scores": [[[1.5], []], [[0.3]], [[]], [[]]]}
@@ -425,7 +425,7 @@ def test_check_finds_wrong_questions(tmp_path, capsys):
 
 
 def test_check_finds_wrong_statements(tmp_path, capsys):
-    good = picture()
+    good = noise_picture()
     arrow(tmp_path / "x.arrow", {"image_0": [good, good, good], "image_1": [good, b"broken", good],
                                  "questions": [["a"], ["b"], ["c"]], "answers": [["True"], ["true"], []],
                                  "identifier": ["dev-1-0-0", "dev-1-0-0", "dev-1-0-1"]})
@@ -437,7 +437,7 @@ def test_check_finds_wrong_statements(tmp_path, capsys):
 
 
 def test_check_accepts_the_toy_worlds_files(tmp_path, capsys):
-    import toy
+    from tools import toy
     toy.make(tmp_path, images=4, eval_images=2, workers=1)
     capsys.readouterr()
     status, printed = checked(capsys, *tmp_path.glob("toy_*.arrow"))

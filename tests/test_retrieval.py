@@ -11,15 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_captions
-from test_tasks import SIZES, TOL, finetune, original, task_on, write_world
+from conftest import SIZES, TOL, finetune, original, task_on, write_captions, write_world
 
 import eval as evaluation
-import retrieval
+import predict
 import weights
 from data import Captions
-from flm import see
-from probe import picture_batch
+from layers import encode_batch_images
+from predict import picture_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +37,7 @@ def gallery_of(world, checkpoint, table=None):
     task = task_on(world, "retrieval", "vilt" if "vilt" in checkpoint else "flm", max_tokens=model.config.max_tokens)
     table = table or task.table(task.settings, "test")
     count = len(table.row_of)
-    return retrieval.Gallery(model, task.dataset(table, False), np.arange(len(table)), list(range(count)),
+    return predict.Gallery(model, task.dataset(table, False), np.arange(len(table)), list(range(count)),
                              torch.device("cpu")), table.row_of
 
 
@@ -53,7 +52,7 @@ def plain_scores(gallery):
     for i, row in enumerate(gallery.rows):
         pictures, _ = gallery.dataset.pictures(int(row))
         for j, number in enumerate(gallery.numbers):
-            visual = see(model, picture_batch(model.config, pictures, "cpu"))
+            visual = encode_batch_images(model, picture_batch(model.config, pictures, "cpu"))
             pooled = model.fuse(visual, model.encode_text(torch.tensor([gallery.dataset.tokens(number)[0]]))).pooled
             if model.config.head == "retrieval":
                 scores[i, j] = model.head(pooled).item()
@@ -70,7 +69,7 @@ def test_every_pair_has_the_score_of_that_pair_alone(world, checkpoint):
     assert expected.std(0).min() > 1e-3 and expected.std(1).min() > 1e-3        # pictures and captions both matter
     for chunk in (1, 4, 1000):
         scores = empty(gallery)
-        retrieval.fill_scores(gallery, scores, range(len(gallery.rows)), texts_at_once=chunk, quiet=True)
+        predict.fill_scores(gallery, scores, range(len(gallery.rows)), texts_at_once=chunk, quiet=True)
         np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=0)
     assert len(gallery.unreadable) == 3 and "mine_caption_test.arrow row 4" in gallery.unreadable[0]     # once in each pass
 
@@ -80,7 +79,7 @@ def test_scores_of_all_pairs_are_the_originals(tmp_path):
     texts = outputs["recall_texts"]
     ids = [row[mask.bool()].tolist() for row, mask in zip(texts["text_ids"], texts["text_masks"])]
 
-    class Recorded(retrieval.Gallery):
+    class Recorded(predict.Gallery):
         def image(self, i):
             return self.model.encode_image(inputs["image"][0][i:i + 1])
 
@@ -89,25 +88,25 @@ def test_scores_of_all_pairs_are_the_originals(tmp_path):
 
     gallery = Recorded(model, None, range(4), range(16), torch.device("cpu"))
     scores = empty(gallery)
-    retrieval.fill_scores(gallery, scores, range(4), texts_at_once=5, quiet=True)
+    predict.fill_scores(gallery, scores, range(4), texts_at_once=5, quiet=True)
     torch.testing.assert_close(torch.from_numpy(scores), outputs["recall_scores"], **TOL)
 
 
 def test_an_interrupted_run_computes_only_the_rows_that_are_missing(world, monkeypatch):
     gallery, _ = gallery_of(world, "flm/last.pt")
     whole, half = empty(gallery), empty(gallery)
-    retrieval.fill_scores(gallery, whole, range(7), texts_at_once=4, quiet=True)
+    predict.fill_scores(gallery, whole, range(7), texts_at_once=4, quiet=True)
     half[[0, 2, 3]] = whole[[0, 2, 3]]
     seen = []
     monkeypatch.setattr(gallery, "image", lambda i, image=gallery.image: seen.append(i) or image(i))
-    retrieval.fill_scores(gallery, half, range(7), texts_at_once=4, quiet=True)
+    predict.fill_scores(gallery, half, range(7), texts_at_once=4, quiet=True)
     assert seen == [1, 4, 5, 6] and np.array_equal(half, whole)
 
 
 def test_the_images_of_other_processes_are_left_alone(world):
     gallery, _ = gallery_of(world, "flm/last.pt")
     scores = empty(gallery)
-    retrieval.fill_scores(gallery, scores, range(1, 7, 2), quiet=True)
+    predict.fill_scores(gallery, scores, range(1, 7, 2), quiet=True)
     assert np.isnan(scores[::2]).all() and not np.isnan(scores[1::2]).any()
 
 
@@ -117,8 +116,8 @@ def test_only_the_candidates_are_scored_and_they_as_ever(world):
     gallery, _ = gallery_of(world, "vilt/last.pt")
     exact, some = empty(gallery), empty(gallery)
     candidates = np.random.default_rng(0).random(exact.shape) < 0.3
-    retrieval.fill_scores(gallery, exact, range(7), texts_at_once=6, quiet=True)
-    retrieval.fill_scores(gallery, some, range(7), candidates, texts_at_once=6, quiet=True)
+    predict.fill_scores(gallery, exact, range(7), texts_at_once=6, quiet=True)
+    predict.fill_scores(gallery, some, range(7), candidates, texts_at_once=6, quiet=True)
     np.testing.assert_allclose(some[candidates], exact[candidates], atol=1e-5, rtol=0)
     assert (some[~candidates] == -np.inf).all()
 
@@ -127,8 +126,8 @@ def test_only_the_candidates_are_scored_and_they_as_ever(world):
 def test_a_shortlist_of_all_is_all_and_of_k_holds_k_of_each(world, checkpoint):
     (gallery, _), (known, image_of) = gallery_of(world, checkpoint), gallery_of(
         world, checkpoint, Captions([world / "mine_caption_train.arrow"]))
-    assert retrieval.shortlist(gallery, known, image_of, 1000, quiet=True).all()
-    chosen = retrieval.shortlist(gallery, known, image_of, 2, quiet=True)
+    assert predict.shortlist(gallery, known, image_of, 1000, quiet=True).all()
+    chosen = predict.shortlist(gallery, known, image_of, 2, quiet=True)
     assert chosen.shape == (7, 14) and chosen.sum(0).min() >= 2 and chosen.sum(1).min() >= 2 and not chosen.all()
 
 
@@ -142,7 +141,7 @@ def test_canonical_directions_bring_pairs_together_that_were_not_in_the_fit():
         hidden = draw(count, 5)
         return hidden @ to_x + 2 * draw(count, 15) @ noise_x + 3, hidden @ to_y + 2 * draw(count, 10) @ noise_y - 1
 
-    of_x, of_y = retrieval.canonical_directions(*pairs(1500), dimensions=5)
+    of_x, of_y = predict.canonical_directions(*pairs(1500), dimensions=5)
     x, y = pairs(200)
     cosine = of_x(x) @ of_y(y).T
     assert cosine.abs().max() <= 1 + 1e-9
@@ -206,8 +205,8 @@ def test_an_interrupted_command_goes_on_and_other_data_or_weights_begin_anew(wor
     half = np.load(path)
     half[[1, 5, 6]] = np.nan
     np.save(path, half)
-    seen, image = [], retrieval.Gallery.image
-    monkeypatch.setattr(retrieval.Gallery, "image", lambda self, i: seen.append(i) or image(self, i))
+    seen, image = [], predict.Gallery.image
+    monkeypatch.setattr(predict.Gallery, "image", lambda self, i: seen.append(i) or image(self, i))
     again, same_recall = evaluated(world, "flm", tmp_path)
     assert seen == [1, 5, 6] and np.array_equal(again, whole) and same_recall == recall
 

@@ -5,110 +5,23 @@ Other test files take the small world of questions, statements and captions from
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, picture, write_captions
-from test_flm import tiny
-from test_vilt import TINY as TINY_VILT
-from test_vilt import model_of
+from conftest import (ANSWERS, TOL, finetune, original, task_on, write_captions, write_world)
 
 import data
 import flm
+import layers
 import tasks
 import train
 import vilt
 import weights
-from tokenizer import BPE
-
-TOL = dict(atol=1e-5, rtol=0)
-FIXTURE = Path(__file__).parent / "fixtures" / "seed3_downstream.pt"
-ANSWERS = ["yes", "no", "red", "blue", "2", "dog"]
-SIZES = ((40, 32), (24, 48), (30, 30))
-
-
-# -- a small world, and models pretrained on nothing ---------------------------------------------------------------------
-
-def write_questions(path, rows, seed, broken=()):
-    """A VQA file: up to three questions to a picture, of which some have no answer in the list -> {question id: labels}."""
-    rng, labels_of = np.random.default_rng(seed), {}
-    with data.Writer(path, data.VQA, batch_rows=3) as out:
-        for row in range(rows):
-            count = 1 + row % 3
-            labels = [rng.choice(len(ANSWERS), rng.integers(0, 4), replace=False).tolist() for _ in range(count)]
-            scores = [rng.choice([0.3, 0.6, 0.9, 1.0], len(some)).tolist() for some in labels]
-            ids = [1000 * seed + 10 * row + k for k in range(count)]
-            image = b"no picture" if row in broken else picture([seed, row], SIZES[row % len(SIZES)])
-            out.write({"image": image, "questions": [" ".join(rng.choice(WORDS, rng.integers(1, 9))) + "?" for _ in ids],
-                       "answers": [[ANSWERS[k] for k in some] for some in labels], "answer_labels": labels,
-                       "answer_scores": scores, "image_id": row, "question_id": ids, "split": "train"})
-            labels_of |= dict(zip(ids, labels))
-    return labels_of
-
-
-def write_statements(path, rows, seed, broken=()):
-    """An NLVR2 file, every second sentence about two pairs of pictures -> {identifier: label}."""
-    rng, truth = np.random.default_rng(seed), {}
-    with data.Writer(path, data.NLVR2, batch_rows=4) as out:
-        for row in range(rows):
-            identifier, answer = f"dev-{row // 2}-{row % 2}-0", str(bool(rng.integers(2)))
-            images = [picture([seed, row, k], SIZES[(row + k) % len(SIZES)]) for k in range(2)]
-            if row in broken:
-                images[1] = b"no picture"
-            out.write({"image_0": images[0], "image_1": images[1], "answers": [answer], "identifier": identifier,
-                       "questions": [" ".join(rng.choice(WORDS, rng.integers(2, 9)))]})
-            truth[identifier] = answer
-    return truth
-
-
-def write_world(root):
-    """Captions, questions and statements (dataset "mine"), a tokenizer, and a checkpoint of each kind of pretrained model."""
-    write_captions(root / "mine_caption_train.arrow", 12, sizes=SIZES)
-    write_captions(root / "mine_caption_val.arrow", 5, seed=1, sizes=SIZES)
-    write_captions(root / "mine_caption_test.arrow", 7, seed=2, broken=(4,), batch_rows=3, sizes=SIZES)
-    write_questions(root / "mine_vqa_train.arrow", 9, 1)
-    asked = write_questions(root / "mine_vqa_val.arrow", 11, 2, broken=(3, 7))
-    (root / "mine_vqa_answers.json").write_text(json.dumps(ANSWERS))
-    people = lambda labels: [{"answer": ANSWERS[labels[k % len(labels)]] if labels else "kite"} for k in range(10)]
-    (root / "mine_vqa_annotations_val.json").write_text(json.dumps({"annotations": [
-        {"question_id": q, "answers": people(labels), "answer_type": ("other", "yes/no")[q % 2]}
-        for q, labels in asked.items()]}))
-    write_statements(root / "mine_nlvr2_train.arrow", 12, 3)
-    stated = write_statements(root / "mine_nlvr2_dev.arrow", 10, 4, broken=(6,))
-    (root / "nlvr2_balanced_dev.json").write_text(json.dumps(list(stated)[:6]))
-    tok = BPE.train([" ".join(WORDS)] * 3, 300)
-    tok.save(root / "tok")
-    special = dict(vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id, sep_id=tok.sep_id, mask_id=tok.mask_id)
-    models = {name: tiny(objective=name, itm=True, **special) for name in ("flm", "mlm", "ar")}
-    models["vilt"] = model_of(replace(TINY_VILT, **special, mpp=True))
-    for name, model in models.items():
-        weights.save(root / f"{name}.pt", model.state_dict(), model.config, "pretrain", weights.pack_tokenizer(tok))
-    return root
-
-
-def finetune(world, task, kind, out, *more):
-    """One step of a task from a pretrained model -> the checkpoint."""
-    train.main(["--task", task, "--load", str(world / f"{kind}.pt"), "--data", str(world), "--out", str(out), *map(str, (
-        "--device", "cpu", "--workers", 0, "--steps", 1, "--global-batch", 4, "--lr", 1e-3, "--eval-every", 0,
-        "--max-unreadable", 1, *more))])
-    return out / "last.pt"
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("tasks"))
-
-
-def task_on(world, name, kind="flm", **settings):
-    """A task as the loop would make it for a pretrained model -> task"""
-    source = weights.load(world / f"{kind}.pt")
-    settings = train.Settings(task=name, data=str(world), **{"max_tokens": 24, "pad_to": 1} | settings)
-    task_class = tasks.task_of(name, source.config)
-    tok = task_class.grow(source.tokenizer)
-    config = task_class.adapt(replace(source.config, vocab_size=len(tok)), settings)
-    return task_class(settings, config, tok)
 
 
 def collated(task, split="train", train_mode=True, count=6, epoch=0):
@@ -118,13 +31,6 @@ def collated(task, split="train", train_mode=True, count=6, epoch=0):
 
 
 # -- the original's recorded numbers ---------------------------------------------------------------------------------------
-
-def original(name, folder):
-    """A recorded task's Lightning file, opened -> (model, inputs, outputs)."""
-    recorded = torch.load(FIXTURE, weights_only=True)["tasks"][name]
-    torch.save({"state_dict": recorded["state_dict"], "hyper_parameters": {"config": recorded["config"]}}, folder / "x.ckpt")
-    return weights.load(folder / "x.ckpt", vit_heads=2), recorded["inputs"], recorded["outputs"]
-
 
 def samples_of(ids, pad=1, **more):
     return [{"ids": row[row != pad].tolist()} | {name: values[i] for name, values in more.items()} for i, row in enumerate(ids)]
@@ -144,7 +50,7 @@ def test_vqa_logits_targets_and_loss_are_the_originals(tmp_path):
     samples = samples_of(batch["ids"], labels=inputs["vqa_labels"], scores=inputs["vqa_scores"])
     assert tasks.VQA(train.Settings(), model.config, None).draw(samples, batch) == {"vqa": 4}
     assert torch.equal(batch["targets"], outputs["vqa_targets"])
-    torch.testing.assert_close(flm.task_logits(model, batch), outputs["vqa_logits"], **TOL)
+    torch.testing.assert_close(layers.task_logits(model, batch), outputs["vqa_logits"], **TOL)
     assert_losses(model, batch, outputs["vqa_loss"])
 
 
@@ -153,7 +59,7 @@ def test_nlvr2_logits_and_loss_are_the_originals(tmp_path):
     model, inputs, outputs = original("nlvr2", tmp_path)
     batch = {"ids": inputs["text_ids"], "image": inputs["image_0"][0], "image_1": inputs["image_1"][0],
              "label": torch.tensor(inputs["answers"]).long()}
-    torch.testing.assert_close(flm.task_logits(model, batch), outputs["nlvr2_logits"], **TOL)
+    torch.testing.assert_close(layers.task_logits(model, batch), outputs["nlvr2_logits"], **TOL)
     hits = assert_losses(model, batch, outputs["nlvr2_loss"])
     assert hits == (outputs["nlvr2_logits"].argmax(1) == batch["label"]).sum()
 
@@ -166,7 +72,7 @@ def test_retrievals_scores_and_loss_are_the_originals(tmp_path):
     samples = [{"ids": rows[0], "others": list(rows[1:])} for rows in zip(*texts)]          # an image's, one after the other
     ids = torch.stack(tasks.Retrieval(train.Settings(), model.config, None).texts(samples))
     batch = {"ids": ids, "image": inputs["image"][0]}
-    torch.testing.assert_close(flm.task_logits(model, batch).view(4, 4), outputs["scores"], **TOL)
+    torch.testing.assert_close(layers.task_logits(model, batch).view(4, 4), outputs["scores"], **TOL)
     hits = assert_losses(model, batch, outputs["irtr_loss"])
     assert hits == (outputs["scores"].argmax(1) == 0).sum()
 
@@ -178,9 +84,9 @@ def test_captioning_learns_from_the_stream_that_does_not_know_the_next_word(tmp_
     model = replaced_objective(model)
     batch = {"ids": inputs["text_ids"], "image": inputs["image"][0]}
     counts = tasks.Caption(train.Settings(), model.config, None).draw(samples_of(batch["ids"]), batch)
-    total, _ = model(batch)["forward"]
-    assert counts == {"forward": int((batch["ids"][:, 2:] != 1).sum())}
-    torch.testing.assert_close(total / counts["forward"], outputs["loss_if_text_feats1"], **TOL)
+    total, _ = model(batch)["left_to_right"]
+    assert counts == {"left_to_right": int((batch["ids"][:, 2:] != 1).sum())}
+    torch.testing.assert_close(total / counts["left_to_right"], outputs["loss_if_text_feats1"], **TOL)
 
 
 def replaced_objective(model):
@@ -249,7 +155,7 @@ def test_vilt_shows_few_patches_of_both_pictures_in_training_and_all_in_evaluati
 def test_captions_are_framed_end_with_one_full_stop_and_predict_from_bos_to_the_end(world):
     task = task_on(world, "caption", max_tokens=38)
     samples, batch, notes = collated(task)
-    tok, table, rows = task.tok, task.table(task.settings, "train"), set(batch["forward_rows"].tolist())
+    tok, table, rows = task.tok, task.table(task.settings, "train"), set(batch["left_to_right_rows"].tolist())
     predicted = 0
     for i, (sample, row) in enumerate(zip(samples, batch["ids"])):
         ids, n = sample["ids"], len(sample["ids"])
@@ -258,7 +164,7 @@ def test_captions_are_framed_end_with_one_full_stop_and_predict_from_bos_to_the_
         here = [r - i * len(row) for r in rows if r // len(row) == i]
         assert sorted(here) == list(range(1, n - 1))        # <bos> says the first word, <eos> says </s>
         predicted += n - 2
-    assert notes["counts"] == {"forward": predicted} and task.config.loss_weights == {"forward": 1.0}
+    assert notes["counts"] == {"left_to_right": predicted} and task.config.loss_weights == {"left_to_right": 1.0}
     assert [tasks.full_stop(t) for t in ("a dog", "a dog.", "a dog . ", "A. B..")] == ["a dog.", "a dog.", "a dog.", "A. B."]
 
 
@@ -328,12 +234,12 @@ def test_what_a_head_says_does_not_depend_on_the_rest_of_the_batch(world, name, 
     dataset = task.dataset(task.table(task.settings, "train"), False)
     samples = [dataset[0, i] for i in range(7)]
     ready = lambda some: train.to_device(task.collate(some)[0], torch.device("cpu"), task.config)
-    together = flm.task_logits(model, ready(samples))
-    alone = torch.cat([flm.task_logits(model, ready([sample])) for sample in samples])
+    together = layers.task_logits(model, ready(samples))
+    alone = torch.cat([layers.task_logits(model, ready([sample])) for sample in samples])
     torch.testing.assert_close(together, alone, **TOL)
     batch = ready(samples)
     text = model.encode_text(batch["ids"])                                     # all rows
-    pooled = [model.fuse(flm.see(model, batch, which), text).pooled for which in range(2 if name == "nlvr2" else 1)]
+    pooled = [model.fuse(layers.encode_batch_images(model, batch, which), text).pooled for which in range(2 if name == "nlvr2" else 1)]
     torch.testing.assert_close(model.head(torch.cat(pooled, -1)), together, **TOL)
     assert together.std(0).min() > 1e-2         # or nothing was compared
 

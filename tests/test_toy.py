@@ -17,9 +17,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-import toy
+from tools import toy
 from data import CAPTIONS, NLVR2, VQA
-from toy import COLOURS, HELD_OUT, KINDS, NUMBERS, PLURAL, RELATIONS, SIZES, Scene, Shape, is_true
+from tools.toy import COLOURS, HELD_OUT, KINDS, NUMBERS, PLURAL, RELATIONS, SIZES, Scene, Shape, is_true
 
 SINGULAR = {PLURAL[kind]: kind for kind in PLURAL}
 GROUPS = (list(COLOURS), list(KINDS), list(SIZES), ["left", "right"], ["above", "below"], list(NUMBERS[2:6]))

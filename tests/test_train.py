@@ -13,6 +13,7 @@ import torch
 from conftest import WORDS, write_captions
 
 import flm
+import machine
 import tasks
 import train
 import weights
@@ -265,7 +266,7 @@ def test_files_that_are_no_checkpoint_are_refused_in_a_sentence(tmp_path, make, 
 
 def test_parameter_groups_follow_the_rule():
     model = flm.FLM(replace(flm.PRESETS["toy"], itm=True))
-    settings = train.Settings(head_lr=7.0, fusion_lr=5.0, weight_decay=0.1)
+    settings = train.Settings(head_lr_scale=7.0, fusion_lr_scale=5.0, weight_decay=0.1)
     group_of = {id(p): g for g in train.parameter_groups(model, settings) for p in g["params"]}
     rule = {"vit.patch.weight": (1, 0.1), "vit.position": (1, 0), "vit.cls": (1, 0), "vit.norm_pre.weight": (1, 0),
             "embed.word.weight": (1, 0.1), "embed.norm.bias": (1, 0), "text_layers.0.mlp.0.bias": (1, 0), "token_type": (1, 0.1),
@@ -285,10 +286,10 @@ def test_the_rate_rises_linearly_and_falls_to_zero():
 
 
 def test_launchers_of_all_kinds_are_understood():
-    assert train.find_ranks({}) == (0, 1, 0)
-    assert train.find_ranks({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == (3, 8, 1)
-    assert train.find_ranks({f"OMPI_COMM_WORLD_{k}": v for k, v in (("RANK", "5"), ("SIZE", "6"), ("LOCAL_RANK", "2"))}) == (5, 6, 2)
-    assert train.find_ranks({"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}) == (9, 16, 1)
+    assert machine.find_ranks({}) == (0, 1, 0)
+    assert machine.find_ranks({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == (3, 8, 1)
+    assert machine.find_ranks({f"OMPI_COMM_WORLD_{k}": v for k, v in (("RANK", "5"), ("SIZE", "6"), ("LOCAL_RANK", "2"))}) == (5, 6, 2)
+    assert machine.find_ranks({"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}) == (9, 16, 1)
 
 
 def test_published_recipes_parse_and_resolve():

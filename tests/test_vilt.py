@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import WORDS, write_captions
+from conftest import TINY_VILT, WORDS, vilt_model, write_captions
 
 import data
-import eval
+from tools import plot, probe
 import tasks
 import train
 import vilt
@@ -24,10 +24,6 @@ import weights
 from tokenizer import BPE, WordPiece
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = vilt.Config(image_size=48, patch_size=16, vocab_size=300, max_positions=24, cls_id=0, pad_id=1, sep_id=2, mask_id=4,
-                   width=24, layers=2, heads=3, mlp_width=40, dropout=0.0, init_std=0.2, max_patches=7)
-
-
 @pytest.fixture(scope="module")
 def recorded():
     return torch.load(ROOT / "tests/fixtures/vilt_ot_and_resize.pt", weights_only=True)
@@ -40,14 +36,6 @@ def world(tmp_path_factory):
         write_captions(root / f"mine_caption_{split}.arrow", rows, sizes=((64, 48), (40, 90), (50, 50), (200, 20)))
     BPE.train([" ".join(WORDS)] * 3, 300).save(root / "tok")
     return root
-
-
-def model_of(config, seed=0):
-    torch.manual_seed(seed)
-    model = vilt.ViLT(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 def collated(world, tmp_path, config, train_mode=True, count=8, **settings):
@@ -109,7 +97,7 @@ def test_picture_sizes_are_the_originals(recorded):
 # -- pictures of different shapes -------------------------------------------------------------------------------------
 
 def test_positions_are_the_grid_stretched_as_interpolate_does():
-    model = model_of(TINY)
+    model = vilt_model(TINY_VILT)
     grid = model.position[1:].T.reshape(1, -1, 3, 3)
     for h, w in [(3, 3), (1, 5), (7, 2), (4, 6), (1, 1), (12, 19)]:
         expected = F.interpolate(grid, (h, w), mode="bilinear", align_corners=True).flatten(2)[0].T         # (h w, D)
@@ -129,7 +117,7 @@ def batch_of_shapes(sizes, side=16, seed=0):
 
 
 def test_a_picture_alone_and_in_a_batch_of_other_shapes_gives_the_same_answer():
-    model, sizes = model_of(TINY), [(2, 5), (4, 1), (3, 3), (1, 1)]
+    model, sizes = vilt_model(TINY_VILT), [(2, 5), (4, 1), (3, 3), (1, 1)]
     alone, together = batch_of_shapes(sizes)
     ids = torch.tensor([[0, 9, 8, 7, 6, 2], [0, 5, 2, 1, 1, 1], [0, 11, 12, 2, 1, 1], [0, 2, 1, 1, 1, 1]])
     fused = model.fuse(model.encode_image(together, torch.tensor(sizes)), model.encode_text(ids))
@@ -142,7 +130,7 @@ def test_a_picture_alone_and_in_a_batch_of_other_shapes_gives_the_same_answer():
 
 
 def test_one_picture_with_many_captions_equals_as_many_copies_of_it():
-    model = model_of(TINY)
+    model = vilt_model(TINY_VILT)
     picture, ids = torch.randn(1, 3, 32, 48), torch.randint(5, 300, (4, 6))
     once = model.fuse(model.encode_image(picture), model.encode_text(ids))
     copies = model.fuse(model.encode_image(picture.expand(4, -1, -1, -1)), model.encode_text(ids))
@@ -150,9 +138,9 @@ def test_one_picture_with_many_captions_equals_as_many_copies_of_it():
 
 
 def test_the_loaders_patches_are_those_that_the_model_would_choose_itself():
-    model, sizes = model_of(TINY), [(2, 5), (4, 1), (3, 3)]
+    model, sizes = vilt_model(TINY_VILT), [(2, 5), (4, 1), (3, 3)]
     alone, together = batch_of_shapes(sizes)
-    placed = tasks.places(TINY, alone)
+    placed = tasks.patch_layout(TINY_VILT, alone)
     assert torch.equal(placed["sizes"], torch.tensor(sizes))
     assert torch.equal(placed["patches"], vilt.all_patches(torch.tensor(sizes), 4, 5))
     a, b = model.encode_image(together, torch.tensor(sizes)), model.encode_image(together, **placed)
@@ -160,18 +148,18 @@ def test_the_loaders_patches_are_those_that_the_model_would_choose_itself():
 
 
 def test_training_shows_a_seeded_choice_of_at_most_max_patches_and_evaluation_all(world, tmp_path):
-    config, _, batch, _ = collated(world, tmp_path, TINY, train_mode=True)
+    config, _, batch, _ = collated(world, tmp_path, TINY_VILT, train_mode=True)
     counts = (batch["patches"] >= 0).sum(1)
     areas = batch["sizes"].prod(1)
     assert areas.max() > 7 and torch.equal(counts, areas.clamp(max=7))
-    again = collated(world, tmp_path, TINY, train_mode=True)[2]["patches"]
-    other = collated(world, tmp_path, TINY, train_mode=True, seed=1)[2]["patches"]
+    again = collated(world, tmp_path, TINY_VILT, train_mode=True)[2]["patches"]
+    other = collated(world, tmp_path, TINY_VILT, train_mode=True, seed=1)[2]["patches"]
     assert torch.equal(batch["patches"], again) and not torch.equal(batch["patches"], other)
     columns = batch["image"].shape[3] // 16
     for places, (h, w) in zip(batch["patches"], batch["sizes"].tolist()):
         places = places[places >= 0]
         assert len(places.unique()) == len(places) and (places // columns < h).all() and (places % columns < w).all()
-    evaluated = collated(world, tmp_path, TINY, train_mode=False)[2]
+    evaluated = collated(world, tmp_path, TINY_VILT, train_mode=False)[2]
     assert torch.equal((evaluated["patches"] >= 0).sum(1), areas)
 
 
@@ -205,7 +193,7 @@ def test_whole_words_are_masked_at_the_asked_rate():
 
 
 def test_half_of_the_captions_are_shown_another_picture_and_its_label_says_so(world, tmp_path):
-    _, dataset, batch, notes = collated(world, tmp_path, TINY, count=10)
+    _, dataset, batch, notes = collated(world, tmp_path, TINY_VILT, count=10)
     own = torch.arange(10)
     assert (batch["image_of"] != own).sum() == 5 and notes["counts"]["itm"] == notes["counts"]["wpa"] == 10
     rows = torch.tensor([dataset[0, 2 * i]["row"] for i in range(10)])
@@ -214,8 +202,8 @@ def test_half_of_the_captions_are_shown_another_picture_and_its_label_says_so(wo
 
 def test_the_losses_are_what_the_formulas_say(world, tmp_path):
     """Each loss computed anew, one caption at a time, without any padding or packing."""
-    config, _, batch, notes = collated(world, tmp_path, replace(TINY, mpp=True), count=6)
-    model = model_of(config)
+    config, _, batch, notes = collated(world, tmp_path, replace(TINY_VILT, mpp=True), count=6)
+    model = vilt_model(config)
     batch = train.to_device(batch, torch.device("cpu"), config)
     results = model(batch)
     side, expected = config.patch_size, dict.fromkeys(config.loss_weights, 0.0)
@@ -260,8 +248,8 @@ def visual_length(batch, b):
 
 @pytest.mark.parametrize("changes", [{}, {"itm": False}, {"wpa_weight": 0.0}, {"mpp": True}])
 def test_every_parameter_of_every_combination_of_objectives_is_trained(world, tmp_path, changes):
-    config, _, batch, notes = collated(world, tmp_path, replace(TINY, **changes))
-    model = model_of(config).train()
+    config, _, batch, notes = collated(world, tmp_path, replace(TINY_VILT, **changes))
+    model = vilt_model(config).train()
     results = model(train.to_device(batch, torch.device("cpu"), config))
     assert set(results) == set(config.loss_weights) == set(notes["counts"])
     sum(weight * results[name][0] for name, weight in config.loss_weights.items()).backward()
@@ -270,8 +258,8 @@ def test_every_parameter_of_every_combination_of_objectives_is_trained(world, tm
 
 
 def test_bfloat16_gives_the_same_losses_roughly(world, tmp_path):
-    config, _, batch, _ = collated(world, tmp_path, replace(TINY, mpp=True))
-    model, batch = model_of(config), train.to_device(batch, torch.device("cpu"), config)
+    config, _, batch, _ = collated(world, tmp_path, replace(TINY_VILT, mpp=True))
+    model, batch = vilt_model(config), train.to_device(batch, torch.device("cpu"), config)
     exact = model(batch)
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(batch)
@@ -284,12 +272,12 @@ def test_bfloat16_gives_the_same_losses_roughly(world, tmp_path):
     (dict(head="vqa"), "0 answers"), (dict(head="speech"), "head 'speech'"), (dict(pooler=False), "pooler")])
 def test_a_config_that_cannot_be_is_refused_in_a_sentence(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        replace(TINY, **changes)
+        replace(TINY_VILT, **changes)
 
 
 def test_captions_longer_than_the_position_table_are_refused():
     with pytest.raises(ValueError, match="captions of 30 tokens"):
-        model_of(TINY).encode_text(torch.zeros(1, 30, dtype=torch.int64))
+        vilt_model(TINY_VILT).encode_text(torch.zeros(1, 30, dtype=torch.int64))
 
 
 # -- the loop and what comes after it ---------------------------------------------------------------------------------
@@ -307,13 +295,13 @@ def test_a_run_trains_saves_evaluates_and_shows_its_alignments(world, tmp_path, 
     assert "mlm + itm + wpa" in capsys.readouterr().out
     model = weights.load(tmp_path / "run/last.pt")
     assert isinstance(model, vilt.ViLT) and model.task == "pretrain" and model.step == 3
-    eval.main(["align", str(tmp_path / "run/last.pt"), "--data", str(world), "--split", "val", "--captions", "5"])
+    probe.main(["align", str(tmp_path / "run/last.pt"), "--data", str(world), "--split", "val", "--captions", "5"])
     table = data.Captions([world / "mine_caption_val.arrow"])
-    for found in eval.alignments(model, table, [0, 2, 4, 6, 7], torch.device("cpu")):
+    for found in probe.alignments(model, table, [0, 2, 4, 6, 7], torch.device("cpu")):
         plan = np.array(found["plan"])
         assert plan.shape == (len(found["tokens"]), found["grid"][0] * found["grid"][1])
         assert plan.sum(1) == pytest.approx(1, abs=0.01)
-    import plot
+
     plot.main(["align", str(tmp_path / "run/align.json"), "--out", str(tmp_path / "align.png")])
     assert (tmp_path / "align.png").stat().st_size > 5000
 

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 import flm
-import names
-import released
+import layers
+from released import names
+from released import models
 import tokenizer
 import vilt
 import weights
@@ -71,12 +72,12 @@ def test_a_pretrained_flm_file_gives_the_recorded_features(recorded, tmp_path):
     real = I["text_masks"].bool()
     fused = model.fuse(model.encode_image(I["image"][0]), model.encode_text(I["text_ids"], queries=I["text_all_masks_ids"]))
     torch.testing.assert_close(model.vit(I["image"][0]), out["image_embeds"], **TOL)
-    for ours, theirs in ((fused.forward, "text_feats1"), (fused.reverse, "text_feats2"),
+    for ours, theirs in ((fused.left_to_right, "text_feats1"), (fused.right_to_left, "text_feats2"),
                          (fused.reconstructed, "text_feats")):
         torch.testing.assert_close(ours[real], out[theirs][real], **TOL)
     torch.testing.assert_close(fused.pooled, out["cls_feats"], **TOL)
     for rows, x, theirs in ((slice(1, None), fused.reconstructed, "flm_logits"),
-                            (slice(1, -1), fused.forward, "l2r_logits"), (slice(2, None), fused.reverse, "r2l_logits")):
+                            (slice(1, -1), fused.left_to_right, "l2r_logits"), (slice(2, None), fused.right_to_left, "r2l_logits")):
         mask = real[:, rows]
         torch.testing.assert_close(model.vocab_logits(x[:, rows])[mask], out[theirs][mask], **TOL)
 
@@ -88,7 +89,7 @@ def test_a_single_stream_file_gives_the_recorded_logits(recorded, tmp_path, task
     assert model.task == "pretrain" and model.config.objective == task
     ids = I["text_ids_mlm"] if task == "mlm" else I["text_ids"]
     fused, real = model.fuse(model.encode_image(I["image"][0]), model.encode_text(ids)), I["text_masks"].bool()
-    x = fused.reconstructed if task == "mlm" else fused.forward
+    x = fused.reconstructed if task == "mlm" else fused.left_to_right
     torch.testing.assert_close(x[real], out["text_feats"][real], **TOL)
     torch.testing.assert_close(fused.pooled, out["cls_feats"][:, :32], **TOL)           # there, the class vector comes twice
     rows = slice(None) if task == "mlm" else slice(1, -1)
@@ -142,7 +143,7 @@ def test_a_captioning_file_gives_the_recorded_captions(recorded, tmp_path):
     out, visual = r["outputs"], model.encode_image(r["inputs"]["image"][0])
     ids, stopped, step = torch.tensor([[0, *r["prompt_ids"]]] * 4), torch.zeros(4, dtype=torch.bool), 0
     while not stopped.all():
-        logits = model.vocab_logits(model.fuse(visual, model.encode_text(ids)).forward[:, -1])
+        logits = model.vocab_logits(model.fuse(visual, model.encode_text(ids)).left_to_right[:, -1])
         if step < 12:
             torch.testing.assert_close(logits[~stopped], out["step_logits"][~stopped, step], **TOL)
             assert torch.equal(logits.argmax(-1)[~stopped], out["pred_ids"][~stopped, step + 1])
@@ -209,12 +210,12 @@ def test_files_with_foreign_classes_open_without_them(recorded, tmp_path, foreig
 def test_heads_come_from_the_stored_settings_else_64_dimensions_each():
     with torch.device("meta"):
         state = weights.model_of(flm.PRESETS["base-b32"]).state_dict()
-    source = released.Source(Path("x"), names.FLM, {}, {}, {}, Path("."))
+    source = models.Source(Path("x"), names.FLM, {}, {}, {}, Path("."))
     for stored, heads, vit_heads in (({}, 12, 12), ({"num_heads": 6, "num_heads_fusion": 6}, 6, 12),
                                      ({"num_heads": 3, "vit_config": {"heads": 4}}, 3, 4)):
         source.settings = stored
         source.state = as_released({name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()})
-        config, found, _, _ = released.flm_parts(source, names.Report())
+        config, found, _, _ = models.flm_parts(source, names.Report())
         assert (config.heads, config.text_heads, config.vit_heads) == (heads, heads, vit_heads)
         assert replace(config, heads=12, text_heads=12, vit_heads=12) == flm.PRESETS["base-b32"]
         assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in state.items()}
@@ -306,8 +307,8 @@ def test_released_files_of_base_size_open_by_their_names_and_shapes_alone(kind, 
             for module in json.loads(line.split(": ")[1].replace("'", '"')):
                 for key in [key for key in state if key.startswith(module + ".")]:
                     del state[key]
-    source = released.Source(Path("x"), names.family_of(state), state, {}, {}, Path("."))
-    found_config, found, _, found_task = released.flm_parts(source, names.Report())
+    source = models.Source(Path("x"), names.family_of(state), state, {}, {}, Path("."))
+    found_config, found, _, found_task = models.flm_parts(source, names.Report())
     assert (found_task, found_config) == (task, config)
     with torch.device("meta"), weights.Undrawn():
         expected = weights.model_of(config).state_dict()
@@ -678,7 +679,7 @@ def test_the_position_grid_is_interpolated_to_the_runs_resolution_and_that_is_sa
     model = tiny_flm(image_size=40)
     report = weights.start(model, vit=tmp_path)
     position = getattr(theirs, "vision_model", theirs).embeddings.position_embedding.weight
-    assert torch.equal(model.vit.position, flm.resize_positions(position, (5, 5)))
+    assert torch.equal(model.vit.position, layers.resize_positions(position, (5, 5)))
     assert "interpolated     1  position grid, 3 x 3 -> 5 x 5, bicubic" in str(report)
 
 
@@ -803,8 +804,8 @@ def test_nlvr2_begins_with_the_second_image_as_the_first_at_another_resolution(t
     source, model = randomise(tiny_flm(image_positions=1.0)), tiny_flm(head="nlvr2", image_size=32, image_positions=1.0)
     report = weights.start(model, checkpoint=saved(source, tmp_path / "a.pt"))
     assert torch.equal(model.token_type, source.token_type[[0, 1, 1]])
-    assert torch.equal(model.vit.position, flm.resize_positions(source.vit.position, (4, 4)))
-    assert torch.equal(model.image_position, flm.resize_positions(source.image_position, (4, 4)))
+    assert torch.equal(model.vit.position, layers.resize_positions(source.vit.position, (4, 4)))
+    assert torch.equal(model.image_position, layers.resize_positions(source.image_position, (4, 4)))
     assert set(report.names("fresh")) == {name for name in model.state_dict() if name.startswith("head.")}
     assert sorted(report.names("interpolated")) == ["image_position", "vit.position"]
     assert report.names("grown") == ["token_type"]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import machine
 import train
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -25,7 +26,7 @@ def now(device):
 
 
 def device_of(args):
-    return train.set_up(train.Settings(device=args.device))[2]
+    return machine.set_up(train.Settings(device=args.device))[2]
 
 
 def autocast(device, precision):

@@ -33,14 +33,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import bench_tasks
+from tools import bench_tasks
 import data
 import flm
 import tokenizer
+import machine
 import train
 import vilt
 import weights
-from measure import (HEAD, OPTIMIZER, REST, Rig, Way, adamw, compare, draw, in_turns, now, padding_multiple,
+from tools.measure import (HEAD, OPTIMIZER, REST, Rig, Way, adamw, compare, draw, in_turns, now, padding_multiple,
                      print_table, shares, text_lengths)
 from tasks import PretrainFLM, PretrainViLT, shape_of
 
@@ -500,7 +501,7 @@ def gpu(args):
                 if cuda:
                     torch.cuda.reset_peak_memory_stats(device)
                 run(name, 1)
-                memory[name] = train.memory_gb(device)
+                memory[name] = machine.memory_gb(device)
             except torch.OutOfMemoryError:
                 rig.ways["ours"].optimizer.zero_grad(set_to_none=True)
             if cuda:

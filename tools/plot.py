@@ -92,9 +92,9 @@ def draw_panels(words, rate=0.4, prefix=3, seed=7):
     return [
         stream("MLM", "masked words, from both sides", flm.bidirectional_mask(real),
                {i: i + flm.SHIFT["reconstructed"] for i in picked}, picked),
-        stream("AR", "every next word, from the left", flm.forward_mask(real), targets("ar", "forward")),
+        stream("AR", "every next word, from the left", flm.left_to_right_mask(real), targets("ar", "left_to_right")),
         stream("Prefix", "every next word after a prefix", flm.prefix_mask(real, torch.tensor([prefix])),
-               targets("prefix", "forward", prefix)),
+               targets("prefix", "left_to_right", prefix)),
         reconstructor("FLM", "every word, from both sides"),
         reconstructor("FLM, larger spans", "every word, with more hidden around it", *spans)]
 
@@ -210,7 +210,7 @@ def horizontal(run, rows, x):
 def accuracy_key(key, rows):
     """The accuracy that belongs to a loss; to the total loss, that of the objective's main output. Or None."""
     names = {name.removeprefix("val_") for row in rows for name in row}
-    wanted = [key.removesuffix("_loss")] if "_loss" in key else ["reconstructed", "forward", "mlm"]
+    wanted = [key.removesuffix("_loss")] if "_loss" in key else ["reconstructed", "left_to_right", "mlm"]
     return next((f"{name}_accuracy" for name in wanted if f"{name}_accuracy" in names), None)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from metrics import normalize_answer, soft_score
-from shards import SURROGATE, Record, Shard, fail, first_existing, inside, json_lines, read_json, simple, write_json
+from sources.shards import SURROGATE, Record, Shard, fail, first_existing, inside, json_lines, read_json, simple, write_json
 
 # rest_val: the last images of val, by their ids, at most half of them, to choose a checkpoint by; trainable_val are the
 # others. (ViLT takes the last 1,000 after shuffling, so no two of its users have the same.)

@@ -12,9 +12,10 @@ from functools import partial
 import torch
 
 import flm
+import layers
 from generate import generate, uncached_logits
-from measure import Rig, Way, adamw, autocast, compare, device_of, draw, in_turns, now, print_table, text_lengths
-from retrieval import fit
+from tools.measure import Rig, Way, adamw, autocast, compare, device_of, draw, in_turns, now, print_table, text_lengths
+from predict import match_score
 from tasks import Caption, Retrieval
 from train import to_device
 
@@ -61,7 +62,7 @@ def original_captions(whole, images, prompt, max_tokens):
     of the forward stream is looked at."""
     ids = torch.tensor([[whole.config.cls_id, *prompt]] * len(images), device=images.device)        # (B, 1 + n)
     for _ in range(max_tokens):
-        logits = whole.vocab_logits(whole.fuse(whole.encode_image(images), whole.encode_text(ids)).forward)
+        logits = whole.vocab_logits(whole.fuse(whole.encode_image(images), whole.encode_text(ids)).left_to_right)
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
     return ids[:, 1 + len(prompt):].tolist()
 
@@ -122,8 +123,8 @@ def image_and_captions(args):
         with torch.no_grad(), autocast(device, precision):
             kept[precision] = model.encode_text(short, class_only=True)
     seconds, scores = clock({
-        "ours, captions encoded before": lambda precision: fit(model, model.encode_image(image), kept[precision]),
-        "ours": lambda _: fit(model, model.encode_image(image), model.encode_text(short, class_only=True)),
+        "ours, captions encoded before": lambda precision: match_score(model, model.encode_image(image), kept[precision]),
+        "ours": lambda _: match_score(model, model.encode_image(image), model.encode_text(short, class_only=True)),
         "original": lambda _: original_scores(model, image.expand(len(long), -1, -1, -1), long)}, args, device)
     rows = table(seconds, args.captions, "pairs", ["original"])
     print()
@@ -140,11 +141,11 @@ def image_and_captions(args):
 
 
 def pair_by_pair(model, batch, class_only):
-    """The loss of flm.task_loss with the image encoded for each of its captions."""
+    """The loss of layers.task_loss with the image encoded for each of its captions."""
     B, N = len(batch["image"]), len(batch["ids"])
     images = batch["image"].repeat_interleave(N // B, dim=0)                                        # (N, 3, H, W)
     logits = original_scores(model, images, batch["ids"], class_only).view(B, -1)
-    return {"retrieval": flm.score(logits, torch.zeros(B, dtype=torch.int64, device=logits.device))}
+    return {"retrieval": layers.loss_and_hits(logits, torch.zeros(B, dtype=torch.int64, device=logits.device))}
 
 
 class TuneRig(Rig):
@@ -158,7 +159,7 @@ class TuneRig(Rig):
         captions = args.batch * (1 + args.false_captions)
         short, long = (self.pinned(draw(self.config, args.batch, captions, args.tokens, L))
                        for L in text_lengths(args, self.device).values())
-        for name, forward, batch in (("ours", flm.task_loss, short),
+        for name, forward, batch in (("ours", layers.task_loss, short),
                                      ("image for each caption", partial(pair_by_pair, class_only=True), short),
                                      ("original", partial(pair_by_pair, class_only=False), long)):
             self.ways[name] = Way(model, optimizer, forward, batch, counts)

@@ -1,15 +1,22 @@
-"""Answers about single pictures: `eval.py ask`, `describe`, `compare`, `search` and `fill`."""
+"""One model, pictures and text in, an answer out."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 import generate
-from data import decode
-from flm import see
-from probe import picture_batch
-from retrieval import fit
-from tasks import BOS, EOS, shape_of
+from data import decode, pad_pictures, pad_texts
+from layers import encode_batch_images
+from tasks import BOS, EOS, normalized, patch_layout, shape_of
+
+
+def picture_batch(config, pictures, device):
+    """Pictures, uint8 (3, h, w) each, as the batch that `flm.see` takes, on the device."""
+    batch = patch_layout(config, pictures) | {"image": pad_pictures(pictures)}
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    return batch | {"image": normalized(config, batch["image"])}
 
 
 def open_picture(path, config):
@@ -26,7 +33,7 @@ def open_picture(path, config):
 def look_at(model, paths):
     """Pictures, encoded."""
     device = next(model.parameters()).device
-    return see(model, picture_batch(model.config, [open_picture(path, model.config) for path in paths], device))
+    return encode_batch_images(model, picture_batch(model.config, [open_picture(path, model.config) for path in paths], device))
 
 
 def token_ids(model, text):
@@ -73,7 +80,7 @@ def compare(model, left, right, sentence):
     for which, path in enumerate((left, right)):
         batch = picture_batch(model.config, [open_picture(path, model.config)], device)
         suffix = "_1" if which else ""
-        pooled.append(model.fuse(see(model, {name + suffix: value for name, value in batch.items()}, which), text).pooled)
+        pooled.append(model.fuse(encode_batch_images(model, {name + suffix: value for name, value in batch.items()}, which), text).pooled)
     return model.head(torch.cat(pooled, dim=-1)).softmax(-1)[0, 1].item()
 
 
@@ -81,7 +88,7 @@ def compare(model, left, right, sentence):
 def search(model, text, paths):
     """Pictures in the order in which they fit a text -> [(path, score)]; one is encoded at a time."""
     encoded = model.encode_text(token_ids(model, text), class_only=True)
-    return sorted(((str(path), fit(model, look_at(model, [path]), encoded).item()) for path in paths), key=lambda p: -p[1])
+    return sorted(((str(path), match_score(model, look_at(model, [path]), encoded).item()) for path in paths), key=lambda p: -p[1])
 
 
 @torch.no_grad()
@@ -113,3 +120,57 @@ def fill(model, path, text, rounds=3):
             break
     words = [tok.decode([ids[i]]).strip() for i in blanks]
     return tok.decode(ids[1:-1]), list(zip(words, best.values.tolist()))
+
+
+def match_score(model, visual, text):
+    """How well captions go with images: the retrieval head's score, or what a pretrained model's matching says.   -> (B,)"""
+    pooled = model.fuse(visual, text).pooled
+    if model.config.head == "retrieval":
+        return model.head(pooled)[:, 0].float()
+    return model.itm_head(pooled).float().log_softmax(-1)[:, 1]
+
+
+class Gallery:
+    """Images and captions of a split, encoded when they are wanted.
+
+    rows (I,): the table's rows of the images; numbers (T,): its captions.
+    unreadable: a line for each picture so far that cannot be decoded, and is black; cut: how many captions are too long.
+    """
+
+    def __init__(self, model, dataset, rows, numbers, device):
+        self.model, self.dataset, self.rows, self.numbers, self.device = model, dataset, rows, numbers, device
+        self.unreadable, self.cut = [], 0
+
+    def image(self, i):
+        pictures, wrong = self.dataset.pictures(int(self.rows[i]))
+        self.unreadable += wrong
+        return encode_batch_images(self.model, picture_batch(self.model.config, pictures, self.device))
+
+    def tokens(self):
+        """The token ids of all captions, in order."""
+        tokens = [self.dataset.tokens(i) for i in self.numbers]
+        self.cut = sum(cut for _, cut in tokens)
+        return [ids for ids, _ in tokens]
+
+    def texts(self, tokens):
+        ids = pad_texts(tokens, self.model.config.pad_id).to(self.device)
+        return self.model.encode_text(ids, class_only=True)
+
+
+@torch.no_grad()
+def fill_scores(gallery, scores, mine, texts_at_once=256, quiet=False):
+    """Scores the images `mine` with all captions: fills those rows of scores (I, T) that still hold a NaN.
+
+    scores may be a file that several processes and an interrupted run share: a row appears in it whole or not at all.
+    """
+    tokens = gallery.tokens()
+    order = np.argsort([len(ids) for ids in tokens], kind="stable")
+    chunks = [order[first:first + texts_at_once] for first in range(0, len(order), texts_at_once)]
+    texts = [gallery.texts([tokens[i] for i in chunk])
+             for chunk in tqdm(chunks, "captions", unit="batch", leave=False, disable=quiet)]
+    todo = [i for i in mine if np.isnan(scores[i]).any()]
+    for i in tqdm(todo, "images", unit="image", leave=False, disable=quiet):
+        visual, line = gallery.image(i), np.full(len(tokens), -np.inf, dtype=np.float32)
+        for chunk, text in zip(chunks, texts):
+            line[chunk] = match_score(gallery.model, visual, text).cpu().numpy()
+        scores[i] = line

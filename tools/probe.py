@@ -6,21 +6,23 @@ other two was read from the picture. `alignments` shows to which patches ViLT's 
 (Commands: `eval.py words` and `eval.py align`.)
 """
 
+import argparse
+import json
+import sys
+from pathlib import Path
+
 import torch
 from tqdm import tqdm
 
-from data import CaptionDataset, evaluation_batches, pad_pictures, pad_texts, token_lengths
-from flm import see
-from tasks import normalized, places, shape_of
+import data
+import vilt
+from data import CaptionDataset, Captions, evaluation_batches, find_files, pad_texts, token_lengths
+from eval import choose_datasets, no_split, open_model
+from layers import encode_batch_images
+from predict import picture_batch
+from tasks import shape_of
 
 IMAGES = ("right image", "another image", "no image")
-
-
-def picture_batch(config, pictures, device):
-    """Pictures, uint8 (3, h, w) each, as the batch that `flm.see` takes, on the device."""
-    batch = places(config, pictures) | {"image": pad_pictures(pictures)}
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    return batch | {"image": normalized(config, batch["image"])}
 
 
 @torch.no_grad()
@@ -43,7 +45,7 @@ def reconstruct(model, visual, ids):
             guess[:, i] = model.vocab_logits(fused.reconstructed[:, i]).argmax(-1)
     else:
         fused = model.fuse(visual, model.encode_text(ids))
-        guess[:, 2:] = model.vocab_logits(fused.forward[:, 1:-1]).argmax(-1)
+        guess[:, 2:] = model.vocab_logits(fused.left_to_right[:, 1:-1]).argmax(-1)
     return guess
 
 
@@ -76,7 +78,7 @@ def word_table(model, table, groups, device, captions=2000, batch=100, examples=
         ids = pad_texts([s["ids"] for s in samples], tok.pad_id).to(device)
         right, other = (picture_batch(c, [s["image"] for s in some], device) for some in (samples, others))
         shown = dict(zip(IMAGES, (right, other, right | {"image": torch.zeros_like(right["image"])})))
-        guesses = {name: reconstruct(model, see(model, pictures), ids).tolist() for name, pictures in shown.items()}
+        guesses = {name: reconstruct(model, encode_batch_images(model, pictures), ids).tolist() for name, pictures in shown.items()}
         for b, sample in enumerate(samples):
             for word, positions in words_of(sample, tok):
                 group = group_of.get(word)
@@ -108,7 +110,7 @@ def alignments(model, table, numbers, device):
     ids = pad_texts([s["ids"] for s in samples], tok.pad_id).to(device)
     text, found = model.encode_text(ids), []
     for pictures in (samples, samples[1:] + samples[:1]):
-        visual = see(model, picture_batch(c, [s["image"] for s in pictures], device))
+        visual = encode_batch_images(model, picture_batch(c, [s["image"] for s in pictures], device))
         found.append(model.align(visual, text, model.fuse(visual, text), ids == c.sep_id))
     (distance, plan), (other, _) = found
     shares = (plan / plan.sum(1, keepdim=True).clamp(min=1e-9)).transpose(1, 2)                     # (B, L, K)
@@ -121,3 +123,85 @@ def alignments(model, table, numbers, device):
                        "plan": [[round(share, 4) for share in line] for line in shares[b, 1:n, :h * w].tolist()],
                        "distance": distance[b].item(), "other_distance": other[b].item()})
     return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a pretrained model reads from its pictures.
+
+def words(args):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = open_model(args, "pretrain").to(device)
+    groups_path = Path(args.groups or Path(args.data) / "toy_words.json")
+    if not groups_path.is_file():
+        raise FileNotFoundError(f"{groups_path}: a JSON file {{group: [words]}} is expected here (--groups names another)")
+    groups = data.read_json(groups_path)
+    if not isinstance(groups, dict) or not all(isinstance(some, list) for some in groups.values()):
+        raise ValueError(f"{groups_path}: a JSON file {{group: [words]}} is expected")
+    datasets = choose_datasets(args, model, "caption")
+    results = {}
+    for split in args.splits:
+        files = find_files(args.data, datasets, split)
+        if files:
+            results[split] = word_table(model, Captions(files), groups, device, args.captions)
+            print_table(split, results[split])
+    if not results:
+        raise no_split(args.data, datasets, " or ".join(args.splits))
+    out = Path(args.out or Path(args.checkpoint).with_name("words.json"))
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"wrote {out}")
+
+
+def align(args):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = open_model(args).to(device)
+    if not isinstance(model, vilt.ViLT):
+        raise ValueError(f"{args.checkpoint}: word-patch alignment is ViLT's; this is another model")
+    datasets = choose_datasets(args, model, "caption")
+    files = find_files(args.data, datasets, args.split)
+    if not files:
+        raise no_split(args.data, datasets, args.split)
+    table = Captions(files)
+    count = min(args.captions, len(table.row_of))
+    found = alignments(model, table, [k * len(table.row_of) // count for k in range(count)], device)
+    nearer = sum(a["distance"] < a["other_distance"] for a in found)
+    print(f"{count} captions: their words are {sum(a['distance'] for a in found) / count:.3f} from the patches of their own "
+          f"picture, {sum(a['other_distance'] for a in found) / count:.3f} from another's; nearer to their own: "
+          f"{nearer} of {count}")
+    out = Path(args.out or Path(args.checkpoint).with_name("align.json"))
+    out.write_text(json.dumps(found) + "\n")
+    print(f"wrote {out}")
+
+
+def print_table(split, result):
+    print(f"\n{split:<12}" + "".join(f"{name:>15}" for name in IMAGES) + f"{'words':>9}")
+    for group, row in result["accuracy"].items():
+        print(f"{group:<12}" + "".join(f"{100 * row[name]:>13.1f} %" for name in IMAGES) + f"{result['words'][group]:>9}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for function, says in ((words, "accuracy of groups of words with the right, another and no image"),
+                           (align, "which patches ViLT's optimal transport carries each word to")):
+        p = commands.add_parser(function.__name__, help=says, description=says)
+        p.add_argument("checkpoint")
+        p.add_argument("--tokenizer", help="directory of vocab.json and merges.txt, or vocab.txt; for files that carry none")
+        p.set_defaults(run=function)
+        p.add_argument("--data", required=True, help="directory of Arrow files")
+        p.add_argument("--datasets", nargs="*", default=(), help="names of datasets in it; default: what was trained on")
+        p.add_argument("--out", help=f"default: {function.__name__}.json beside the checkpoint")
+        p.add_argument("--captions", type=int, default=2000 if function is words else 100, help="at most so many, evenly spread")
+        if function is words:
+            p.add_argument("--splits", nargs="+", default=["test", "holdout"])
+            p.add_argument("--groups", help="JSON file {group: [words]}; default DATA/toy_words.json")
+        else:
+            p.add_argument("--split", default="test")
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"probe.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 import flm
-import names
+from released import names
 import vilt
-from unpickle import shown
+from released.unpickle import shown
 
 
 @dataclass

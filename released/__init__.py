@@ -1,0 +1,1 @@
+"""What weights.py opens: names of tensors, Configs, addresses of released files."""

@@ -1,0 +1,1 @@
+"""What prepare.py reads: raw downloads of captions, questions and statements."""

@@ -1,0 +1,1 @@
+"""Run around the study path, as `python -m tools.NAME`: nothing at the root imports these."""
