@@ -1,75 +1,194 @@
-"""Processes, devices and precision: what a run stands on."""
+"""What a run stands on: its processes, its device, its precision.
+
+    machine = set_up(device="", precision="")       # joins the other processes, if a launcher started several
+    with machine.autocast():
+        ...
+    machine.say("printed once, by the first process")
+
+torchrun, OpenMPI's mpirun and SLURM's srun are understood; without any of them a process runs alone.
+"""
 
 import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-def find_ranks(env):
-    """(rank, world size, local rank) from what torchrun, OpenMPI's mpirun or SLURM's srun set; alone: (0, 1, 0).
+# Launcher -> the variables in which it tells a process its rank, the number of processes, its rank on
+# its node, and the number of processes on its node.
+LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+               "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+}
 
-    ValueError where one of them is set and another missing: each process would train alone, over the others' files.
+# How long processes wait for each other. One of them may count the tokens of 60 million captions
+# before training starts, which takes longer than the ten minutes that NCCL would wait.
+PATIENCE = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This process's place among the others, and what it computes on."""
+    rank: int                   # 0 .. world - 1; process 0 prints and writes
+    world: int                  # number of processes
+    device: torch.device
+    precision: str              # fp32, bf16 or fp16, of matrix products
+
+    def say(self, *words, **how):
+        """Prints, in the first process only."""
+        if self.rank == 0:
+            print(*words, **how)
+
+    def autocast(self):
+        """The context in which the model runs."""
+        return torch.autocast(self.device.type, dtype=DTYPES[self.precision],
+                              enabled=self.precision != "fp32")
+
+    def wait(self):
+        """Returns when all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def union(self, part: dict) -> dict:
+        """The union of the dicts of all processes, on each of them."""
+        if self.world == 1:
+            return part
+        parts = [None] * self.world
+        dist.all_gather_object(parts, part)
+        whole = {}
+        for some in parts:
+            whole.update(some)
+        return whole
+
+
+def find_ranks(env: dict) -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this node), from a launcher's variables; alone: (0, 1, 0).
+
+    SLURM sets its variables in every shell of an allocation, also where nothing was started by srun.
+    So they count only inside a step, which srun alone opens.
+    ValueError where a launcher's variables are incomplete: each process would train alone, over the
+    others' files.
     """
-    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-                  ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-                  ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
-        there = [name in env for name in names]
-        if all(there):
-            return tuple(int(env[name]) for name in names)
-        if all(there[:2]) and int(env[names[1]]) > 1 or there[0] != there[1]:
-            missing = [name for name, is_there in zip(names, there) if not is_there]
-            raise ValueError(f"{', '.join(missing)} is not set, though {names[there.index(True)]} is: a launcher sets all of "
-                             f"{', '.join(names)}")
+    for launcher, (rank, world, local_rank, _) in LAUNCHERS.items():
+        if launcher == "srun" and "SLURM_STEP_ID" not in env:
+            if int(env.get(world, 1)) > 1:
+                print(f"{world} is {env[world]}, but srun did not start this process: it runs alone",
+                      file=sys.stderr)
+            continue
+        missing = [name for name in (rank, world, local_rank) if name not in env]
+        if not missing:
+            return int(env[rank]), int(env[world]), int(env[local_rank])
+        several = int(env.get(world, 1)) > 1
+        if rank in env or several:
+            raise ValueError(f"{', '.join(missing)} is not set: {launcher} sets "
+                             f"{rank}, {world} and {local_rank}")
     return 0, 1, 0
 
 
-def set_up(settings):
-    """Joins the process group, if there are several processes -> (rank, world size, device)."""
+def on_one_node(env: dict, world: int) -> bool:
+    """Whether all processes run on this machine, as far as their launcher tells."""
+    if int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or 1) > 1:
+        return False
+    for *_, local_world in LAUNCHERS.values():
+        if env.get(local_world, "").isdecimal():
+            return int(env[local_world]) >= world
+    return True
+
+
+def set_up(device: str = "", precision: str = "") -> Machine:
+    """Joins the process group, if there are several processes -> Machine.
+
+    device: cpu, cuda, cuda:1, …; "" is a GPU where there is one. precision: see `choose_precision`.
+    ValueError in a sentence for what cannot be.
+    """
     rank, world, local_rank = find_ranks(os.environ)
-    try:
-        device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"--device {settings.device}: cpu or cuda is expected") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {settings.device}: there is no GPU here that torch can use")
+    device = find_device(device, world, local_rank)
+    precision = choose_precision(precision, device)
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+    # fp32 means fp32. Beside half precision, the few float32 products left may use TF32.
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     if world > 1 and not dist.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")       # several nodes: the launcher or the user sets both
+        if "MASTER_ADDR" not in os.environ and not on_one_node(os.environ, world):
+            raise ValueError("MASTER_ADDR is not set: with several nodes, every process must be told "
+                             "the address of the first one (and MASTER_PORT, a free port there)")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
-    return rank, world, device
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world,
+                                timeout=PATIENCE, device_id=device if on_gpu else None)
+    return Machine(rank, world, device, precision)
 
 
-def choose_precision(settings, device):
+def tear_down():
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def find_device(asked: str, world: int, local_rank: int) -> torch.device:
+    """The device of this process: what was asked for, else its GPU, else the CPU."""
+    try:
+        device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device {asked}: cpu or cuda is expected") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {asked}: cpu or cuda is expected")
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {asked}: there is no GPU here that torch can use")
+    if device.index is None:
+        return torch.device("cuda", local_rank)
+    if world > 1:
+        raise ValueError(f"--device {asked}: {world} processes have a GPU each; say --device cuda "
+                         "(CUDA_VISIBLE_DEVICES chooses among the GPUs)")
+    if device.index >= torch.cuda.device_count():
+        raise ValueError(f"--device {asked}: there are {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def choose_precision(asked: str, device: torch.device) -> str:
     """fp32, bf16 or fp16: what was asked for, else the fastest that the device does well."""
-    if settings.precision not in ("", "fp32", "bf16", "fp16"):
-        raise ValueError(f"precision {settings.precision!r}: one of fp32, bf16, fp16 is expected")
-    if settings.precision == "fp16" and device.type != "cuda":
-        raise ValueError("precision fp16 needs a GPU; bf16 and fp32 run everywhere")
-    if settings.precision:
-        return settings.precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "fp32"
+    if asked:
+        if asked not in DTYPES:
+            raise ValueError(f"--precision {asked}: one of {', '.join(DTYPES)} is expected")
+        return asked
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def memory_gb(device):
-    """The GPU's peak memory; on a CPU, what this process holds now (its peak, where the system does not tell)."""
+def loader_workers(asked: int, device: torch.device) -> int:
+    """Number of data-loading processes beside this one; asked < 0: chosen by the device.
+
+    A CPU run has none, since they would take the model's cores. A GPU gets its share, at most eight.
+    """
+    if asked >= 0:
+        return asked
+    if device.type == "cpu":
+        return 0
+    share = (os.cpu_count() or 1) // torch.cuda.device_count()
+    return min(8, max(1, share))
+
+
+def memory_gb(device: torch.device) -> float:
+    """GB (2^30 bytes): the GPU's peak; on a CPU, what this process holds now.
+
+    Where the system does not tell that, the process's peak.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
     except OSError:
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-
-
-def loader_workers(settings, device):
-    if settings.workers >= 0:
-        return settings.workers
-    return min(8, max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count()))) if device.type == "cuda" else 0
