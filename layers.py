@@ -1,39 +1,53 @@
-"""The layers that FLM and ViLT are made of."""
+"""What FLM and ViLT are built from: attention, the ViT, text embeddings, transformer layers, heads.
+
+Letters: B batch, L text length, S streams, Q queries, K keys, P image tokens, D width, d = D /
+heads, M images (B, or fewer: each image then belongs to B / M neighbouring captions), V vocabulary.
+In every mask, True = the row may look at the column.
+"""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 TASK_HEADS = ("vqa", "nlvr2", "retrieval")
 HEADS = ("vocab", *TASK_HEADS, "none")
 
 
-def check_head(config):
-    """ValueError where a Config asks for a head, or a size, that cannot be."""
-    for name in ("image_size", "patch_size", "vocab_size", "max_positions", "width", "heads", "vit_heads", "text_heads", "layers"):
-        if getattr(config, name, 1) < 1:
-            raise ValueError(f"{name} {getattr(config, name)}: at least 1 is expected")
-    if config.head not in HEADS:
-        raise ValueError(f"head {config.head!r}: one of {', '.join(HEADS)} is expected")
-    if (config.itm or config.head in TASK_HEADS) and not config.pooler:
-        raise ValueError(f"{'itm' if config.itm else 'head ' + config.head} needs the pooler")
-    if (config.head == "vqa") != (config.answers > 0):
-        raise ValueError(f"head {config.head!r} with {config.answers} answers: head vqa, and no other, chooses from answers")
+# -------------------------------------------------------------------------------------------------
+# Attention.
+
+class Mask(NamedTuple):
+    """Where the rows of an attention may look, prepared once for all layers that share it.
+
+    A softmax over no column at all is NaN in some kernels and uniform in others. So a row that may
+    look nowhere is let look everywhere, and its output is set to zero afterwards.
+    """
+    allowed: Tensor     # (…, Q, K) bool: the row may look at the column, or the row is blind
+    sighted: Tensor     # (…, Q, 1) bool: False = a blind row, whose output is zeroed
+
+    @classmethod
+    def of(cls, may_look: Tensor) -> "Mask":
+        """may_look (…, Q, K) bool -> Mask"""
+        sighted = may_look.any(-1, keepdim=True)
+        return cls(may_look | ~sighted, sighted)
+
+    def pick(self, index) -> "Mask":
+        """The masks of some elements of the batch."""
+        return Mask(self.allowed[index], self.sighted[index])
+
+    def reshape(self, *shape: int) -> "Mask":
+        """Other leading dimensions in front of (Q, K)."""
+        Q, K = self.allowed.shape[-2:]
+        return Mask(self.allowed.reshape(*shape, Q, K), self.sighted.reshape(*shape, Q, 1))
 
 
-def check_pairs(visual, captions):
-    if len(captions) % len(visual):
-        raise ValueError(f"{len(captions)} captions for {len(visual)} images: each image has the same number of them")
-
-
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The layers.
-
-def attend(q, k, v, mask, dropout):
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, where the mask is True."""
-    if q.device.type == "cpu" and v.dtype == torch.bfloat16:    # torch's kernel for it has a slow backward (docs/LOG.md)
+    if q.device.type == "cpu" and v.dtype == torch.bfloat16:
+        # torch's fused kernel for this case has a slow backward (docs/LOG.md)
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
@@ -42,50 +56,57 @@ def attend(q, k, v, mask, dropout):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x to a memory (to itself, if the memory is x): softmax(q k^T / sqrt(d)) v.
+    """Multi-head attention of x to a memory: to the image, to the streams, or to x itself.
 
-    x (B, Q, D), memory (M, K, D), mask (B, Q, K) bool or None -> (B, Q, D). Where M is smaller than B, each memory is that
-    of B / M neighbours: one image, many captions, no copies. In place of the memory, what `keys_and_values` made of it.
+    x (B, Q, D), memory (M, K, D) or what `keys_and_values` made of it -> (B, Q, D).
+    With a mask, (B, Q, K), there is a memory for every row of the batch: M = B. Without one, M may
+    divide B: one image and several captions, and no copy of the image.
+    A fully masked row outputs zeros before the output projection: the layer returns its bias there.
     """
 
-    def __init__(self, width, heads, dropout=0.0):
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)       # what of the memory can be computed once and kept
+        self.kv = nn.Linear(width, 2 * width)       # apart from q: it can be computed once and kept
         self.out = nn.Linear(width, width)
 
-    def keys_and_values(self, memory):
+    def keys_and_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """All of the attention that does not depend on x: (M, K, D) -> two of (M, heads, K, d)."""
         M, K, D = memory.shape
-        return self.kv(memory).view(M, K, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind()
+        kv = self.kv(memory).view(M, K, 2, self.heads, D // self.heads)
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        return k, v
 
-    def forward(self, x, memory, mask=None):
+    def forward(self, x: Tensor, memory, mask: Mask | None = None) -> Tensor:
         B, Q, D = x.shape
         k, v = memory if isinstance(memory, tuple) else self.keys_and_values(memory)
-        if mask is not None and len(k) != B:
-            k, v = (kv.repeat_interleave(B // len(k), dim=0) for kv in (k, v))
-        q = self.q(x).view(len(k), -1, self.heads, D // self.heads).transpose(1, 2)                 # (M, heads, B/M Q, d)
+        M = len(k)
         dropout = self.dropout if self.training else 0.0
+        # Captions of one image stand side by side: B / M captions of Q rows are one of B / M Q
+        # rows.
+        q = self.q(x).view(M, B // M * Q, self.heads, D // self.heads)
+        q = q.transpose(1, 2)                                               # (M, heads, B/M Q, d)
         if mask is None:
             y = attend(q, k, v, None, dropout)
         else:
-            # A row that may look nowhere gets nothing. Softmax over no column would be NaN in some kernels, so such a
-            # row looks everywhere first and what it saw is then taken away.
-            mask = mask[:, None]                                                                    # (B, 1, Q, K)
-            sighted = mask.any(-1, keepdim=True)                                                    # (B, 1, Q, 1)
-            y = attend(q, k, v, mask | ~sighted, dropout) * sighted
+            allowed, sighted = mask.allowed[:, None], mask.sighted[:, None]     # (B, 1, Q, K or 1)
+            y = attend(q, k, v, allowed, dropout) * sighted
         return self.out(y.transpose(1, 2).reshape(B, Q, D))
 
+
+# -------------------------------------------------------------------------------------------------
+# The image side.
 
 class QuickGELU(nn.Module):
     """CLIP's approximation of GELU: x · sigmoid(1.702 x)."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
 
 
-def feed_forward(width, activation, hidden=0):
+def feed_forward(width: int, activation: nn.Module, hidden: int = 0) -> nn.Sequential:
+    """Linear, activation, Linear; the hidden layer is four times as wide unless told otherwise."""
     hidden = hidden or 4 * width
     return nn.Sequential(nn.Linear(width, hidden), activation, nn.Linear(hidden, width))
 
@@ -93,30 +114,37 @@ def feed_forward(width, activation, hidden=0):
 class ViTBlock(nn.Module):
     """Pre-norm: x + attention(norm x), then x + feed-forward(norm x).   (B, P, D) -> (B, P, D)
 
-    CLIP's by default; ViLT's has GELU, an eps of 1e-6, and dropout wherever a linear layer ends, but not in the attention.
+    The defaults are CLIP's. ViLT's has GELU, eps 1e-6, and dropout after every linear layer, but
+    none inside the attention.
     """
 
-    def __init__(self, width, heads, activation=QuickGELU, eps=1e-5, hidden=0, dropout=0.0):
+    def __init__(self, width: int, heads: int, activation=QuickGELU, eps: float = 1e-5,
+                 hidden: int = 0, dropout: float = 0.0):
         super().__init__()
+        activation = activation()
+        if dropout:
+            activation = nn.Sequential(activation, nn.Dropout(dropout))
         self.norm1, self.attention = nn.LayerNorm(width, eps), Attention(width, heads)
-        activation = nn.Sequential(activation(), nn.Dropout(dropout)) if dropout else activation()
         self.norm2, self.mlp = nn.LayerNorm(width, eps), feed_forward(width, activation, hidden)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, mask=None, rows=None):
-        """rows: only the first so many are wanted, as of the last block where nobody reads the others."""
+    def forward(self, x: Tensor, mask: Mask | None = None, queries: int | None = None) -> Tensor:
+        """queries: only the first rows are computed, this many: for a last block whose other rows
+        nobody reads. None: all."""
         y = self.norm1(x)
-        x = x[:, :rows] + self.dropout(self.attention(y[:, :rows], y, mask))
+        x = x[:, :queries] + self.dropout(self.attention(y[:, :queries], y, mask))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
 class ViT(nn.Module):
-    """CLIP's image encoder without its last block and projection: images (B, 3, H, W), normalised -> (B, P, D).
+    """CLIP's image encoder without its last block and its projection.
 
-    Token 0 is the class token, the rest are patches in rows from the top left.
+    images (B, 3, H, W), normalised -> (B, P, D): the class token, then the patches row by row from
+    the top left. `norm_post` runs over all tokens; in CLIP it runs over the class token alone.
+    Another resolution than image_size is accepted: see `resize_positions`.
     """
 
-    def __init__(self, image_size, patch_size, width, layers, heads):
+    def __init__(self, image_size: int, patch_size: int, width: int, layers: int, heads: int):
         super().__init__()
         self.grid = image_size // patch_size
         self.patch = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
@@ -125,154 +153,279 @@ class ViT(nn.Module):
         self.norm_pre, self.norm_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.blocks = nn.ModuleList(ViTBlock(width, heads) for _ in range(layers))
 
-    def forward(self, images):
-        x = self.patch(images)                                                                      # (B, D, h, w)
-        position = resize_positions(self.position, x.shape[2:])
-        x = x.flatten(2).transpose(1, 2)                                                            # (B, h w, D)
-        x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1) + position                        # (B, P, D)
-        x = self.norm_pre(x)
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch(images)                                                  # (B, D, h, w)
+        B, D, h, w = x.shape
+        x = x.reshape(B, D, h * w).transpose(1, 2)                              # (B, h w, D)
+        x = torch.cat([self.cls.expand(B, 1, D), x], dim=1)                     # (B, P, D)
+        x = self.norm_pre(x + resize_positions(self.position, (h, w)))
         for block in self.blocks:
             x = block(x)
         return self.norm_post(x)
 
+    @torch.no_grad()
+    def init_weights(self):
+        """Draws the weights by CLIP's rule. Their standard deviations (D width, N blocks):
 
-def sine_waves(side, width):
-    """Positions to start from: sines and cosines of a patch's row (first half) and column -> (side², width).
+        attention in D^-1/2, out D^-1/2 (2N)^-1/2; MLP in (2D)^-1/2, out D^-1/2 (2N)^-1/2;
+        patches 0.02; class token and positions D^-1/2.
+        """
+        width = len(self.cls)
+        width_std = width ** -0.5
+        depth_std = (2 * max(1, len(self.blocks))) ** -0.5
+        nn.init.normal_(self.patch.weight, std=0.02)
+        nn.init.normal_(self.cls, std=width_std)
+        nn.init.normal_(self.position, std=width_std)
+        for block in self.blocks:
+            nn.init.normal_(block.attention.q.weight, std=width_std)
+            nn.init.normal_(block.attention.kv.weight, std=width_std)
+            nn.init.normal_(block.attention.out.weight, std=width_std * depth_std)
+            nn.init.normal_(block.mlp[0].weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp[2].weight, std=width_std * depth_std)
 
-    The longest wave is four grids long, all but a straight line from edge to edge; the shortest is two patches. So "left
-    of" is a direction in them from the first step on, where random positions would have to be told pair by pair.
-    """
-    waves = width // 4
-    frequency = torch.pi / (2 * side) * (2 * side) ** torch.linspace(0, 1, waves, device="cpu")     # radians per patch
-    angle = (torch.arange(side, device="cpu")[:, None] - (side - 1) / 2) * frequency                # (side, waves)
-    place = torch.cat([angle.sin(), angle.cos()], dim=1)                                            # (side, W/2)
-    rows, columns = place[:, None].expand(-1, side, -1), place.expand(side, -1, -1)
-    return torch.cat([rows, columns], dim=2).flatten(0, 1)                                          # (side², W)
 
-
-def resize_positions(position, size, mode="bicubic"):
+def resize_positions(position: Tensor, size: tuple[int, int]) -> Tensor:
     """Interpolates a learned position grid to another resolution; the class row is kept.
 
-    position (1 + g², D), size (h, w) -> (1 + h w, D); align_corners false, no antialiasing, as the original.
+    position (1 + g², D), size (h, w) -> (1 + h w, D); bicubic, align_corners false, no
+    antialiasing.
     """
     cls, grid = position[:1], position[1:]
     side = int(len(grid) ** 0.5)
     if tuple(size) == (side, side):
         return position
-    grid = grid.T.reshape(1, -1, side, side).float()                                                # (1, D, g, g)
-    grid = F.interpolate(grid, size=tuple(size), mode=mode, align_corners=False)                    # (1, D, h, w)
-    return torch.cat([cls, grid.flatten(2)[0].T.to(cls.dtype)])
+    grid = grid.T.reshape(1, -1, side, side).float()                            # (1, D, g, g)
+    grid = F.interpolate(grid, size=tuple(size), mode="bicubic", align_corners=False)
+    grid = grid[0].flatten(1).T                                                 # (h w, D)
+    return torch.cat([cls, grid.to(cls.dtype)])
 
+
+def sine_waves(side: int, width: int) -> Tensor:
+    """Sines and cosines of a patch's row (first half) and column (second half) -> (side², width).
+
+    A start for learned positions. The longest wave is four grids long, nearly a straight line from
+    edge to edge; the shortest is two patches. So "left of" is a direction in them from the first
+    step on.
+    """
+    waves = width // 4
+    exponent = torch.linspace(0, 1, waves, device="cpu")
+    frequency = torch.pi / (2 * side) * (2 * side) ** exponent                  # radians per patch
+    place = torch.arange(side, device="cpu") - (side - 1) / 2                   # 0 in the middle
+    angle = place[:, None] * frequency                                          # (side, waves)
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)                         # (side, width / 2)
+    rows, columns = wave[:, None].expand(-1, side, -1), wave.expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=2).reshape(side ** 2, -1)             # (side², width)
+
+
+# -------------------------------------------------------------------------------------------------
+# The text side.
 
 class TextEmbedding(nn.Module):
-    """LayerNorm(word + type + position), as BERT and RoBERTa have it.   ids, position (B or 1, L) -> (B, L, D)"""
+    """LayerNorm(word + type + position), as in BERT.   ids (B, L), position (B or 1, L) -> (B, L,
+    D)"""
 
-    def __init__(self, vocab_size, width, max_positions, dropout, eps=1e-5):
+    def __init__(self, vocab_size: int, width: int, max_positions: int, dropout: float,
+                 eps: float = 1e-5):
         super().__init__()
         self.word = nn.Embedding(vocab_size, width)
         self.position = nn.Embedding(max_positions, width)
         self.token_type = nn.Parameter(torch.zeros(1, width))
         self.norm, self.dropout = nn.LayerNorm(width, eps), nn.Dropout(dropout)
 
-    def forward(self, ids, position):
-        return self.dropout(self.norm(self.word(ids) + self.token_type + self.position(position)))
+    def forward(self, ids: Tensor, position: Tensor) -> Tensor:
+        x = self.word(ids) + self.token_type + self.position(position)
+        return self.dropout(self.norm(x))
 
 
-def roberta_positions(real):
-    """RoBERTa counts the real tokens from 2; padding has position 1.   real (B, L) bool -> (B, L)"""
+def roberta_positions(real: Tensor) -> Tensor:
+    """RoBERTa counts real tokens from 2; padding has position 1.   real (B, L) bool -> (B, L)
+    int64"""
     return 1 + real.cumsum(1) * real
 
 
-class Layer(nn.Module):
-    """A post-norm transformer layer: any of self-attention, cross-attention, feed-forward; after each, add and norm.
+class StreamLayer(nn.Module):
+    """A post-norm transformer layer over the streams of a caption; after each part, add and norm.
 
-    Text layers have the first and the last, fusion layers all three, reconstructor layers the last two: a query that has
-    no self-attention cannot learn another query's answer.
-    x (B, L, D) or (B, S, L, D), mask (B S, L, L), memory (M, K, D), memory_mask (B, S L, K) -> like x
-    past: an object whose `extend` adds the keys and values of x to those of what was said before (generate.py).
+    Self-attention, in fusion layers cross-attention to the image, and a feed-forward.
+    x (B, S, L, D) -> (B, S, L, D); mask for B S streams of L rows; image (M, P, D).
     """
 
-    def __init__(self, width, heads, dropout, eps, self_attention=False, cross_attention=False):
+    def __init__(self, width: int, heads: int, dropout: float, eps: float, cross_attention=False):
         super().__init__()
-        self.self_attention = Attention(width, heads, dropout) if self_attention else None
-        self.self_norm = nn.LayerNorm(width, eps) if self_attention else None
-        self.cross_attention = Attention(width, heads, dropout) if cross_attention else None
-        self.cross_norm = nn.LayerNorm(width, eps) if cross_attention else None
+        self.self_attention = Attention(width, heads, dropout)
+        self.self_norm = nn.LayerNorm(width, eps)
+        if cross_attention:
+            self.cross_attention = Attention(width, heads, dropout)
+            self.cross_norm = nn.LayerNorm(width, eps)
         self.mlp, self.mlp_norm = feed_forward(width, nn.GELU()), nn.LayerNorm(width, eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, mask=None, memory=None, memory_mask=None, past=None):
-        if self.self_attention is not None:
-            y = x.flatten(0, -3)                                    # each stream for itself: (B S, L, D)
-            words = y if past is None else past.extend(*self.self_attention.keys_and_values(y))
-            x = self.self_norm(x + self.dropout(self.self_attention(y, words, mask)).view_as(x))
-        if self.cross_attention is not None:
-            y = x.flatten(1, -2)                                    # all streams side by side: (B, S L, D)
-            x = self.cross_norm(x + self.dropout(self.cross_attention(y, memory, memory_mask)).view_as(x))
+    def forward(self, x: Tensor, mask: Mask | None, image=None, cache=None) -> Tensor:
+        """cache: of the words before these; its `extend` adds the keys and values of x
+        (generate.py)."""
+        B, S, L, D = x.shape
+        y = x.reshape(B * S, L, D)                          # each stream looks at itself
+        words = y
+        if cache is not None:
+            words = cache.extend(*self.self_attention.keys_and_values(y))
+        y = self.self_attention(y, words, mask).view(B, S, L, D)
+        x = self.self_norm(x + self.dropout(y))
+        if image is not None:
+            y = x.reshape(B, S * L, D)                  # the streams side by side look at the image
+            y = self.cross_attention(y, image).view(B, S, L, D)
+            x = self.cross_norm(x + self.dropout(y))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
+
+class ReconstructorLayer(nn.Module):
+    """A post-norm layer of queries: cross-attention to the streams, feed-forward, NO
+    self-attention.
+
+    Without self-attention, a query cannot learn another query's answer.
+    q (B, Q, D), streams (B, S, L, D), mask for Q rows and S L columns -> (B, Q, D)
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float, eps: float):
+        super().__init__()
+        self.cross_attention = Attention(width, heads, dropout)
+        self.cross_norm = nn.LayerNorm(width, eps)
+        self.mlp, self.mlp_norm = feed_forward(width, nn.GELU()), nn.LayerNorm(width, eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, q: Tensor, streams: Tensor, mask: Mask) -> Tensor:
+        B, S, L, D = streams.shape
+        memory = streams.reshape(B, S * L, D)               # [left to right ; right to left]
+        q = self.cross_norm(q + self.dropout(self.cross_attention(q, memory, mask)))
+        return self.mlp_norm(q + self.dropout(self.mlp(q)))
+
+
+# -------------------------------------------------------------------------------------------------
+# Heads: what reads a model's outputs.
 
 class VocabHead(nn.Module):
     """decoder(LayerNorm(gelu(dense x))) + bias, not tied to the embeddings.   (…, D) -> (…, V)"""
 
-    def __init__(self, width, vocab_size, eps=1e-12):
+    def __init__(self, width: int, vocab_size: int, eps: float = 1e-12):
         super().__init__()
         self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width, eps)
         self.decoder = nn.Linear(width, vocab_size)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.norm(F.gelu(self.dense(x))))
 
 
-def task_head(config):
-    """The head of a fine-tuned model, on the class vectors (B, D): ViLT's, which METER and FLM kept.
+def task_head(config) -> nn.Module:
+    """The head of a fine-tuned model, on the class vectors (B, D). ViLT's, which METER and FLM
+    kept.
 
-    vqa: (B, D) -> (B, answers); nlvr2: the vectors of two images, (B, 2D) -> (B, 2), class 1 = True;
+    vqa: (B, D) -> (B, answers). nlvr2: the vectors of two images, (B, 2D) -> (B, 2), class 1 =
+    True.
     retrieval: (B, D) -> (B, 1), how well image and caption go together.
     """
     D = config.width
     if config.head == "retrieval":
         return nn.Linear(D, 1)
     inputs, outputs = (D, config.answers) if config.head == "vqa" else (2 * D, 2)
-    return nn.Sequential(nn.Linear(inputs, 2 * D), nn.LayerNorm(2 * D), nn.GELU(), nn.Linear(2 * D, outputs))
+    return nn.Sequential(nn.Linear(inputs, 2 * D), nn.LayerNorm(2 * D), nn.GELU(),
+                         nn.Linear(2 * D, outputs))
 
 
-def encode_batch_images(model, batch, which=0):
-    """encode_image of a batch's pictures (of the second ones of nlvr2's pairs), with all that its collate says of them."""
+def loss_and_hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies, and number of hits: logits (N, C), targets (N,) -> two
+    scalars."""
+    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+    hits = (logits.argmax(-1) == targets).float().sum()
+    return loss, hits
+
+
+def encode_batch_images(model, batch: dict, which: int = 0):
+    """model.encode_image of a batch's images, with all that its collate function says of them.
+
+    which: 1 for the second images of nlvr2's pairs.
+    """
     suffix = "_1" if which else ""
-    more = {name: batch[name + suffix] for name in ("sizes", "patches") if name + suffix in batch}
-    return model.encode_image(batch["image" + suffix], which=which, **more)
+    layout = {}
+    for name in ("sizes", "patches"):           # ViLT's; FLM has none
+        if name + suffix in batch:
+            layout[name] = batch[name + suffix]
+    return model.encode_image(batch["image" + suffix], which=which, **layout)
 
 
-def task_logits(model, batch):
-    """What a fine-tuned head says of a batch: (B, answers) for vqa, (B, 2) for nlvr2, (captions, 1) for retrieval.
+def task_logits(model, batch: dict) -> Tensor:
+    """A fine-tuned head's scores: vqa (B, answers), nlvr2 (B, 2), retrieval (captions, 1).
 
-    `batch` holds `image` (B, 3, H, W), for nlvr2 `image_1` too, and `ids` (B, L), for retrieval (B · captions, L): some
-    captions of each image, which is encoded once.
+    `batch` holds `image` (B, 3, H, W), for nlvr2 `image_1` too, and `ids` (B, L), for retrieval
+    (B · captions, L): several captions of each image, which is encoded once.
     """
     text = model.encode_text(batch["ids"], class_only=True)
-    pooled = [model.fuse(encode_batch_images(model, batch, which), text).pooled for which in range(2 if model.config.head == "nlvr2" else 1)]
+    pooled = []
+    for which in range(2 if model.config.head == "nlvr2" else 1):
+        visual = encode_batch_images(model, batch, which)
+        pooled.append(model.fuse(visual, text).pooled)
     return model.head(torch.cat(pooled, dim=-1))
 
 
-def task_loss(model, batch):
+def task_loss(model, batch: dict) -> dict:
     """The loss of a fine-tuned head: {head: (sum over the batch, hits)}, both scalars.
 
-    vqa: binary cross-entropy against soft targets (B, answers), summed over the answers; a hit counts as much as the
-    answer's score. nlvr2: cross-entropy against `label` (B,). retrieval: cross-entropy of each image's captions, of which
-    the first is the true one.
+    vqa: binary cross-entropy against soft targets (B, answers), summed over the answers. A hit
+    counts as much as the answer's score. nlvr2: cross-entropy against `label` (B,). retrieval:
+    cross-entropy over each image's captions, of which the first is the true one.
     """
     head, logits = model.config.head, task_logits(model, batch).float()
     if head == "vqa":
-        loss = F.binary_cross_entropy_with_logits(logits, batch["targets"], reduction="sum")
-        return {head: (loss, batch["targets"].gather(1, logits.argmax(1, keepdim=True)).sum())}
+        targets = batch["targets"]
+        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+        best = logits.argmax(1, keepdim=True)
+        return {head: (loss, targets.gather(1, best).sum())}
     if head == "nlvr2":
         return {head: loss_and_hits(logits, batch["label"])}
-    logits = logits.view(len(batch["image"]), -1)                                                   # (B, captions)
-    return {head: loss_and_hits(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))}
+    B = len(batch["image"])
+    first = torch.zeros(B, dtype=torch.int64, device=logits.device)
+    return {head: loss_and_hits(logits.view(B, -1), first)}
 
 
-def loss_and_hits(logits, targets):
-    """Sum of the cross-entropies and number of hits: logits (N, C), targets (N,) -> two scalars."""
-    return (F.cross_entropy(logits.float(), targets, reduction="sum"),
-            (logits.argmax(-1) == targets).float().sum())
+# -------------------------------------------------------------------------------------------------
+# Checks that both models share.
+
+def check_config(config):
+    """ValueError where a Config asks for a size or a head that cannot be."""
+    for name in ("image_size", "patch_size", "vocab_size", "max_positions", "width", "heads",
+                 "vit_heads", "text_heads", "layers"):
+        value = getattr(config, name, 1)
+        if value < 1:
+            raise ValueError(f"{name} {value}: at least 1 is expected")
+    if config.image_size % config.patch_size:
+        raise ValueError(f"image_size {config.image_size} does not divide by "
+                         f"patch_size {config.patch_size}")
+    if config.head not in HEADS:
+        raise ValueError(f"head {config.head!r}: one of {', '.join(HEADS)} is expected")
+    if config.itm and not config.pooler:
+        raise ValueError("itm needs the pooler")
+    if config.head in TASK_HEADS and not config.pooler:
+        raise ValueError(f"head {config.head} needs the pooler")
+    if (config.head == "vqa") != (config.answers > 0):
+        raise ValueError(f"head {config.head!r} with {config.answers} answers: head vqa, and no "
+                         "other, chooses from answers")
+
+
+def check_divides(config, **heads_of: str):
+    """ValueError unless each width divides by its heads: check_divides(config, width="heads")."""
+    for width, heads in heads_of.items():
+        if getattr(config, width) % getattr(config, heads):
+            raise ValueError(f"{width} {getattr(config, width)} does not divide by "
+                             f"{heads} {getattr(config, heads)}")
+
+
+def check_rates(config, *names: str):
+    """ValueError unless each rate is within 0..1."""
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} {getattr(config, name)} is outside 0..1")
+
+
+def check_pairs(images: int, captions: int):
+    """ValueError unless every image has the same number of captions."""
+    if captions % images:
+        raise ValueError(f"{captions} captions for {images} images: each image has the same number "
+                         "of them")

@@ -1,11 +1,12 @@
 """What a run stands on: its processes, its device, its precision.
 
-    machine = set_up(device="", precision="")       # joins the other processes, if a launcher started several
-    with machine.autocast():
+    machine = set_up(device="", precision="")       # joins the other processes, if a launcher
+    started several with machine.autocast():
         ...
     machine.say("printed once, by the first process")
 
-torchrun, OpenMPI's mpirun and SLURM's srun are understood; without any of them a process runs alone.
+torchrun, OpenMPI's mpirun and SLURM's srun are understood; without any of them a process runs
+alone.
 """
 
 import os
@@ -19,8 +20,8 @@ import torch.distributed as dist
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Launcher -> the variables in which it tells a process its rank, the number of processes, its rank on
-# its node, and the number of processes on its node.
+# Launcher -> the variables in which it tells a process its rank, the number of processes, its rank
+# on its node, and the number of processes on its node.
 LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -69,18 +70,19 @@ class Machine:
 
 
 def find_ranks(env: dict) -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this node), from a launcher's variables; alone: (0, 1, 0).
+    """(rank, number of processes, rank on this node), from a launcher's variables; alone: (0, 1,
+    0).
 
-    SLURM sets its variables in every shell of an allocation, also where nothing was started by srun.
-    So they count only inside a step, which srun alone opens.
+    SLURM sets its variables in every shell of an allocation, also where nothing was started by
+    srun. So they count only inside a step, which srun alone opens.
     ValueError where a launcher's variables are incomplete: each process would train alone, over the
     others' files.
     """
     for launcher, (rank, world, local_rank, _) in LAUNCHERS.items():
         if launcher == "srun" and "SLURM_STEP_ID" not in env:
             if int(env.get(world, 1)) > 1:
-                print(f"{world} is {env[world]}, but srun did not start this process: it runs alone",
-                      file=sys.stderr)
+                print(f"{world} is {env[world]}, but srun did not start this process: "
+                      "it runs alone", file=sys.stderr)
             continue
         missing = [name for name in (rank, world, local_rank) if name not in env]
         if not missing:
@@ -117,8 +119,9 @@ def set_up(device: str = "", precision: str = "") -> Machine:
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     if world > 1 and not dist.is_initialized():
         if "MASTER_ADDR" not in os.environ and not on_one_node(os.environ, world):
-            raise ValueError("MASTER_ADDR is not set: with several nodes, every process must be told "
-                             "the address of the first one (and MASTER_PORT, a free port there)")
+            raise ValueError("MASTER_ADDR is not set: with several nodes, every process must be "
+                             "told the address of the first one, and MASTER_PORT, a free port "
+                             "there")
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
         on_gpu = device.type == "cuda"
@@ -169,7 +172,8 @@ def choose_precision(asked: str, device: torch.device) -> str:
 def loader_workers(asked: int, device: torch.device) -> int:
     """Number of data-loading processes beside this one; asked < 0: chosen by the device.
 
-    A CPU run has none, since they would take the model's cores. A GPU gets its share, at most eight.
+    A CPU run has none, since they would take the model's cores. A GPU gets its share, at most
+    eight.
     """
     if asked >= 0:
         return asked

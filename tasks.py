@@ -1,141 +1,224 @@
-"""One table of tasks: what each reads, what it adds to a batch, its losses and defaults; and one of published recipes.
+"""One table of tasks: what each reads, hides, asks and adds to the model; and one of recipes.
 
-`task_of(name, config)(settings, config, tok)` gives the training loop all that is particular to a task; `RECIPES[task][name]`
-are the settings of a published command, as `train.py --task task --recipe name` uses and prints them; `MODELS[name]` the
-sizes of a model.
+`task_of(name, config)(settings, config, tok)` gives the training loop all that is particular to a
+task. `RECIPES[task][name]` are the settings of a published command, as `train.py --task task
+--recipe name` uses and prints them. `MODELS[name]` is a model's Config.
+
+What is random in a batch is drawn here, by each sample's own generator, so it does not depend on
+the number of processes: masked words, prefixes, hidden spans, patches, and which rows predict.
+
+Letters: B batch, L text length, D width.
 """
 
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import flm
 import vilt
-from data import (CLIP_MEAN, CLIP_STD, FILES, CaptionDataset, Captions, Questions, Square, Statements, Whole, find_files,
-                  known_datasets, mask_words, normalize, pad_pictures, pad_texts, read_json)
+from data import (CLIP_MEAN, CLIP_STD, CaptionDataset, Captions, Questions, Square, Statements,
+                  Whole, mask_words, normalize, pad_pictures, pad_texts)
+from files import FILES, find_files, known_datasets, read_json
 
 MODELS = flm.PRESETS | vilt.PRESETS
 
-# Settings of train.py; whatever a recipe does not name keeps train.py's default, and a flag overrides both.
-PRETRAINING = {
-    # The drawn world of toy.py. The ViT and the text layers learn at a third of the others' rate: at the full one, what patches
-    # show soon drowns where they are (docs/LOG.md).
-    "toy": dict(model="toy", steps=4000, global_batch=32, micro_batch=32, bucket=16, lr=3e-4, warmup=0.05, head_lr_scale=3.3,
-                fusion_lr_scale=3.3, clip=1.0, eval_every=800, eval_samples=1000, log_every=100, save_every=400),
-}
-# Some more of it, with image-text matching beside: that is what first trains the class vector, which tasks read.
-PRETRAINING["toy-itm"] = PRETRAINING["toy"] | dict(steps=2000, itm=True)
-PRETRAINING |= {
-    # A small model for a few thousand photographs of one's own, from scratch.
-    "small": dict(model="small", steps=2000, global_batch=64, micro_batch=32, lr=5e-4, warmup=0.05, head_lr_scale=1.0,
-                  fusion_lr_scale=1.0, clip=1.0, eval_every=250, log_every=20),
-    # The paper's pretraining on COCO, VG, SBU and CC3M: 30,000 steps of 4,096 pairs at 288 pixels.
-    "flm-b32": dict(model="base-b32", image_size=288, steps=30_000, global_batch=4096, micro_batch=64, lr=8e-5,
-                    warmup=0.05, head_lr_scale=5.0, fusion_lr_scale=5.0, max_tokens=50, datasets=("coco", "vg", "sbu", "gcc")),
-}
-# The objectives that the paper compares with, under the same recipe.
-PRETRAINING |= {f"{objective}-b32": PRETRAINING["flm-b32"] | dict(objective=objective) for objective in ("mlm", "ar", "prefix")}
+# -------------------------------------------------------------------------------------------------
+# Recipes. A row holds settings of train.py and of the model's Config. What a row does not name
+# keeps its default; a flag overrides both.
 
-# ViLT's paper, on the same four datasets: 2,500 steps of warm-up however long the run.
-PRETRAINING |= {f"vilt-{steps // 1000}k": dict(
-    model="vilt", steps=steps, global_batch=4096, micro_batch=64, lr=1e-4, warmup=2500 / steps, head_lr_scale=1.0,
-    max_tokens=40, datasets=("coco", "vg", "sbu", "gcc")) for steps in (25_000, 50_000, 100_000, 200_000)}
-# COCO alone, as ColossalAI's example trains it: 16 accumulated batches of 256, Adam without decay. (That example has masked
-# words only; `--no-itm` leaves the others out here too.)
-PRETRAINING["vilt-coco"] = PRETRAINING["vilt-25k"] | dict(datasets=("coco",), lr=1e-3, beta2=0.99, weight_decay=0.0,
-                                                          clip=1.0, micro_batch=256)
-PRETRAINING["vilt-toy"] = PRETRAINING["toy"] | dict(model="vilt-toy", max_tokens=40, steps=3000, lr=2.5e-3, head_lr_scale=1.0,
-                                                  fusion_lr_scale=1.0)
-PRETRAINING["vilt-small"] = PRETRAINING["small"] | dict(model="vilt-small", max_tokens=40)
+FOUR = ("coco", "vg", "sbu", "gcc")     # the four million images of the papers
 
-# Fine-tuning. FLM's published commands (--load names what it starts from), then ViLT's.
-FLM_TUNING = dict(model="base-b32", warmup=0.1, augment=True, fusion_lr_scale=5.0, head_lr_scale=5.0, max_tokens=50)
-VILT_TUNING = dict(model="vilt", warmup=0.1, augment=True, epochs=10, lr=1e-4, head_lr_scale=1.0, max_tokens=40)
-TOY_TUNING = dict(model="toy", steps=1600, global_batch=64, micro_batch=64, bucket=16, lr=1e-4, warmup=0.05, head_lr_scale=10.0,
-                  fusion_lr_scale=5.0, clip=1.0, eval_every=400, eval_samples=500, log_every=100, save_every=400)
 RECIPES = {
-    "pretrain": PRETRAINING,
+    "pretrain": {
+        # The drawn world of tools/toy.py. The ViT and the text layers learn at a third of the
+        # others' rate: at the full one, what patches show drowns where they are (docs/LOG.md).
+        "toy": dict(
+            model="toy", steps=4000, global_batch=32, micro_batch=32, bucket=16, clip=1.0,
+            lr=3e-4, warmup=0.05, head_lr_scale=3.3, fusion_lr_scale=3.3,
+            eval_every=800, eval_samples=1000, log_every=100, save_every=400),
+        # More of it, with image-text matching: that trains the class vector, which tasks read.
+        "toy-itm": dict(
+            model="toy", itm=True, steps=2000, global_batch=32, micro_batch=32, bucket=16, clip=1.0,
+            lr=3e-4, warmup=0.05, head_lr_scale=3.3, fusion_lr_scale=3.3,
+            eval_every=800, eval_samples=1000, log_every=100, save_every=400),
+        # A small model for a few thousand photographs of one's own, from scratch.
+        "small": dict(
+            model="small", steps=2000, global_batch=64, micro_batch=32, clip=1.0,
+            lr=5e-4, warmup=0.05, head_lr_scale=1.0, fusion_lr_scale=1.0,
+            eval_every=250, log_every=20),
+        # The paper's pretraining, and the objectives it compares with under the same recipe.
+        "flm-b32": dict(
+            model="base-b32", objective="flm", image_size=288, max_tokens=50, datasets=FOUR,
+            steps=30_000, global_batch=4096, micro_batch=64,
+            lr=8e-5, warmup=0.05, head_lr_scale=5.0, fusion_lr_scale=5.0),
+        "mlm-b32": dict(
+            model="base-b32", objective="mlm", image_size=288, max_tokens=50, datasets=FOUR,
+            steps=30_000, global_batch=4096, micro_batch=64,
+            lr=8e-5, warmup=0.05, head_lr_scale=5.0, fusion_lr_scale=5.0),
+        "ar-b32": dict(
+            model="base-b32", objective="ar", image_size=288, max_tokens=50, datasets=FOUR,
+            steps=30_000, global_batch=4096, micro_batch=64,
+            lr=8e-5, warmup=0.05, head_lr_scale=5.0, fusion_lr_scale=5.0),
+        "prefix-b32": dict(
+            model="base-b32", objective="prefix", image_size=288, max_tokens=50, datasets=FOUR,
+            steps=30_000, global_batch=4096, micro_batch=64,
+            lr=8e-5, warmup=0.05, head_lr_scale=5.0, fusion_lr_scale=5.0),
+        # ViLT's paper: 2,500 steps of warm-up, whatever the length of the run.
+        "vilt-25k": dict(
+            model="vilt", max_tokens=40, datasets=FOUR, steps=25_000, global_batch=4096,
+            micro_batch=64, lr=1e-4, warmup=2500 / 25_000, head_lr_scale=1.0),
+        "vilt-50k": dict(
+            model="vilt", max_tokens=40, datasets=FOUR, steps=50_000, global_batch=4096,
+            micro_batch=64, lr=1e-4, warmup=2500 / 50_000, head_lr_scale=1.0),
+        "vilt-100k": dict(
+            model="vilt", max_tokens=40, datasets=FOUR, steps=100_000, global_batch=4096,
+            micro_batch=64, lr=1e-4, warmup=2500 / 100_000, head_lr_scale=1.0),
+        "vilt-200k": dict(
+            model="vilt", max_tokens=40, datasets=FOUR, steps=200_000, global_batch=4096,
+            micro_batch=64, lr=1e-4, warmup=2500 / 200_000, head_lr_scale=1.0),
+        # COCO alone, as ColossalAI's example trains it: 16 accumulated batches of 256, Adam without
+        # decay. (That example has masked words only: `--no-itm`.)
+        "vilt-coco": dict(
+            model="vilt", max_tokens=40, datasets=("coco",), steps=25_000, global_batch=4096,
+            micro_batch=256, lr=1e-3, warmup=2500 / 25_000, head_lr_scale=1.0, beta2=0.99,
+            weight_decay=0.0, clip=1.0),
+        "vilt-toy": dict(
+            model="vilt-toy", max_tokens=40, steps=3000, global_batch=32, micro_batch=32, bucket=16,
+            clip=1.0, lr=2.5e-3, warmup=0.05, head_lr_scale=1.0,
+            eval_every=800, eval_samples=1000, log_every=100, save_every=400),
+        "vilt-small": dict(
+            model="vilt-small", max_tokens=40, steps=2000, global_batch=64, micro_batch=32,
+            clip=1.0, lr=5e-4, warmup=0.05, head_lr_scale=1.0, eval_every=250, log_every=20),
+    },
+    # Fine-tuning: --load names the model that it starts from.
     "vqa": {
-        "flm-b32": FLM_TUNING | dict(datasets=("vqav2",), image_size=576, epochs=10, global_batch=512, lr=5e-6, head_lr_scale=50.0),
-        "vilt": VILT_TUNING | dict(datasets=("vqav2",), global_batch=256, head_lr_scale=10.0),
-        "toy": TOY_TUNING},
+        "flm-b32": dict(
+            model="base-b32", image_size=576, max_tokens=50, datasets=("vqav2",), augment=True,
+            epochs=10, global_batch=512,
+            lr=5e-6, warmup=0.1, head_lr_scale=50.0, fusion_lr_scale=5.0),
+        "vilt": dict(
+            model="vilt", max_tokens=40, datasets=("vqav2",), augment=True, epochs=10,
+            global_batch=256, lr=1e-4, warmup=0.1, head_lr_scale=10.0),
+        "toy": dict(
+            model="toy", steps=1600, global_batch=64, micro_batch=64, bucket=16, clip=1.0,
+            lr=1e-4, warmup=0.05, head_lr_scale=10.0, fusion_lr_scale=5.0,
+            eval_every=400, eval_samples=500, log_every=100, save_every=400),
+    },
     "nlvr2": {
-        "flm-b32": FLM_TUNING | dict(datasets=("nlvr2",), image_size=288, epochs=10, global_batch=256, lr=1e-5, head_lr_scale=10.0),
-        "vilt": VILT_TUNING | dict(datasets=("nlvr2",), global_batch=128),
-        # So slowly, or noise wears off what the VQA model knows before the head has begun to compare (docs/LOG.md).
-        "toy": TOY_TUNING | dict(global_batch=32, micro_batch=32, lr=2e-5, head_lr_scale=50.0)},
+        "flm-b32": dict(
+            model="base-b32", image_size=288, max_tokens=50, datasets=("nlvr2",), augment=True,
+            epochs=10, global_batch=256,
+            lr=1e-5, warmup=0.1, head_lr_scale=10.0, fusion_lr_scale=5.0),
+        "vilt": dict(
+            model="vilt", max_tokens=40, datasets=("nlvr2",), augment=True, epochs=10,
+            global_batch=128, lr=1e-4, warmup=0.1, head_lr_scale=1.0),
+        # Slowly, or noise wears off what the VQA model knows before the head has begun to compare
+        # (docs/LOG.md).
+        "toy": dict(
+            model="toy", steps=1600, global_batch=32, micro_batch=32, bucket=16, clip=1.0,
+            lr=2e-5, warmup=0.05, head_lr_scale=50.0, fusion_lr_scale=5.0,
+            eval_every=400, eval_samples=500, log_every=100, save_every=400),
+    },
     "caption": {
-        "flm-b32": FLM_TUNING | dict(datasets=("coco",), image_size=288, epochs=20, global_batch=256, lr=3e-6),
-        "toy": TOY_TUNING | dict(steps=2400, global_batch=32, micro_batch=32, lr=2e-4, head_lr_scale=5.0)},
+        "flm-b32": dict(
+            model="base-b32", image_size=288, max_tokens=50, datasets=("coco",), augment=True,
+            epochs=20, global_batch=256,
+            lr=3e-6, warmup=0.1, head_lr_scale=5.0, fusion_lr_scale=5.0),
+        "toy": dict(
+            model="toy", steps=2400, global_batch=32, micro_batch=32, bucket=16, clip=1.0,
+            lr=2e-4, warmup=0.05, head_lr_scale=5.0, fusion_lr_scale=5.0,
+            eval_every=400, eval_samples=500, log_every=100, save_every=400),
+    },
+    # The head that ranks learns at the base rate, as in the original.
     "retrieval": {
-        "flm-b32": FLM_TUNING | dict(datasets=("f30k",), image_size=384, epochs=10, global_batch=512, lr=5e-6),
-        "flm-b32-coco": FLM_TUNING | dict(datasets=("coco",), image_size=384, epochs=10, global_batch=512, lr=5e-6),
-        "vilt": VILT_TUNING | dict(datasets=("f30k",), global_batch=256),
-        "vilt-coco": VILT_TUNING | dict(datasets=("coco",), global_batch=256),
-        "toy": TOY_TUNING | dict(steps=240, global_batch=16, micro_batch=16, false_captions=7, lr=5e-5, eval_every=120)},
+        "flm-b32": dict(
+            model="base-b32", image_size=384, max_tokens=50, datasets=("f30k",), augment=True,
+            epochs=10, global_batch=512,
+            lr=5e-6, warmup=0.1, head_lr_scale=1.0, fusion_lr_scale=5.0),
+        "flm-b32-coco": dict(
+            model="base-b32", image_size=384, max_tokens=50, datasets=("coco",), augment=True,
+            epochs=10, global_batch=512,
+            lr=5e-6, warmup=0.1, head_lr_scale=1.0, fusion_lr_scale=5.0),
+        "vilt": dict(
+            model="vilt", max_tokens=40, datasets=("f30k",), augment=True, epochs=10,
+            global_batch=256, lr=1e-4, warmup=0.1, head_lr_scale=1.0),
+        "vilt-coco": dict(
+            model="vilt", max_tokens=40, datasets=("coco",), augment=True, epochs=10,
+            global_batch=256, lr=1e-4, warmup=0.1, head_lr_scale=1.0),
+        "toy": dict(
+            model="toy", steps=240, global_batch=16, micro_batch=16, bucket=16, false_captions=7,
+            clip=1.0, lr=5e-5, warmup=0.05, head_lr_scale=10.0, fusion_lr_scale=5.0,
+            eval_every=120, eval_samples=500, log_every=100, save_every=400),
+    },
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures, as each backbone takes them.
+# -------------------------------------------------------------------------------------------------
+# Images, as each backbone takes them.
 
 def shape_of(config):
-    """The shape that a model's pictures are resized to: CLIP's square, or ViLT's whole picture."""
+    """The shape that a model's images are resized to: CLIP's square, or ViLT's whole image."""
     if isinstance(config, vilt.Config):
         return Whole(config.image_size, config.patch_size)
     return Square(config.image_size)
 
 
-def normalized(config, images):
-    """uint8 (B, 3, H, W) -> float32, by the mean and deviation that the model's weights were trained with."""
-    mean, std = (vilt.MEAN, vilt.STD) if isinstance(config, vilt.Config) else (CLIP_MEAN, CLIP_STD)
-    return normalize(images, mean, std)
+def normalized(config, images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32, by the mean and deviation of the model's pretraining."""
+    if isinstance(config, vilt.Config):
+        return normalize(images, vilt.MEAN, vilt.STD)
+    return normalize(images, CLIP_MEAN, CLIP_STD)
 
 
-def patch_layout(config, pictures, rngs=None):
-    """What a model must know of a batch's pictures (3, h, w) beside their pixels: nothing (FLM), sizes and patches (ViLT).
+def to_device(batch: dict, device: torch.device, config) -> dict:
+    """A collated batch on the device, its images normalised there."""
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    for name in ("image", "image_1"):
+        if name in batch:
+            batch[name] = normalized(config, batch[name])
+    return batch
 
-    ViLT in training shows at most max_patches patches of each, drawn by `rngs`; without rngs it shows all.
+
+def patch_layout(config, pictures: list[Tensor], rngs=None) -> dict[str, Tensor]:
+    """What ViLT must know of a batch's images (3, h, w) beside their pixels: `sizes`, `patches`.
+
+    FLM needs nothing. In training, ViLT shows at most max_patches patches of each image, drawn by
+    `rngs`; without rngs it shows all.
     """
     if not isinstance(config, vilt.Config):
         return {}
     sizes = [[side // config.patch_size for side in picture.shape[1:]] for picture in pictures]
     columns = max(w for _, w in sizes)                                      # of the padded grid
     limit = config.max_patches if rngs else 0
-    chosen = [vilt.some_patches(h, w, limit, rng) for (h, w), rng in zip(sizes, rngs or [None] * len(sizes))]
-    patches = torch.full((len(pictures), max(len(row) for row, _ in chosen)), -1)
-    for place, (row, column) in zip(patches, chosen):
-        place[:len(row)] = torch.from_numpy(row * columns + column)
+    places = []
+    for (h, w), rng in zip(sizes, rngs or [None] * len(sizes), strict=True):
+        row, column = vilt.some_patches(h, w, limit, rng)
+        places.append(torch.from_numpy(row * columns + column))
+    patches = torch.full((len(pictures), max(map(len, places))), -1)                        # (B, K)
+    for line, place in zip(patches, places, strict=True):
+        line[:len(place)] = place
     return {"sizes": torch.tensor(sizes), "patches": patches}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # What all tasks share.
 
-# Which of a model's parameters learn at head_lr_scale and fusion_lr_scale times the rate, by the beginning of their names; the others
-# are the group "base".
-GROUPS = {
-    flm.Config: {"head": ("vocab_head.", "itm_head.", "head."),
-                 "fusion": ("text_to_fusion.", "image_to_fusion.", "fusion_layers.", "text_reconstructor.",
-                            "fusion_reconstructor.", "pooler.")},
-    vilt.Config: {"head": ("vocab_head.", "itm_head.", "patch_head.", "head.")},
-}
-UNDECAYED = ("vit.position", "image_position", "position")        # tables that weight decay leaves alone, beside all vectors
-
-
 class Task:
-    """What all tasks share: a table of texts with their pictures, and how samples become a batch."""
+    """A table of texts with their images, and how samples become a batch."""
 
-    KIND, TABLE = "caption", Captions
-    targets = True          # whether batches hold what the loss needs, or (eval.py) only what is shown and asked
+    KIND, TABLE = "caption", Captions       # which files it reads
+    HEAD = ""                               # which head the model has
+    targets = True      # whether batches hold what the loss needs; eval.py only shows and asks
 
     @classmethod
-    def adapt(cls, config, settings=None, answers=0):
+    def adapt(cls, config, settings=None, answers: int = 0):
         """The model's Config as the task needs it: only parameters that are trained exist."""
-        patches = {"mpp": False} if isinstance(config, vilt.Config) else {}
-        return replace(config, head=cls.HEAD, answers=answers, pooler=True, itm=False, **patches)
+        config = replace(config, head=cls.HEAD, answers=answers, pooler=True, itm=False)
+        return replace(config, mpp=False) if isinstance(config, vilt.Config) else config
 
     @staticmethod
     def add_special_tokens(tok):
@@ -143,7 +226,7 @@ class Task:
         return tok
 
     @classmethod
-    def table(cls, settings, split):
+    def table(cls, settings, split: str):
         """The texts of a split, or None where the datasets have no such split."""
         files = find_files(settings.data, settings.datasets, split, cls.KIND)
         return cls.TABLE(files) if files else None
@@ -151,74 +234,78 @@ class Task:
     def __init__(self, settings, config, tok):
         self.settings, self.config, self.tok = settings, config, tok
 
-    def dataset(self, table, train, dataset_class=CaptionDataset, **more):
+    def dataset(self, table, train: bool, dataset_class=CaptionDataset, **more):
+        """The samples of a table."""
         s = self.settings
-        return dataset_class(table, self.tok, shape_of(self.config), s.max_tokens, train, s.seed, s.augment and train, **more)
+        return dataset_class(table, self.tok, shape_of(self.config), s.max_tokens, train, s.seed,
+                             s.augment and train, **more)
 
-    def collate(self, samples):
-        """Samples -> (batch, notes). The batch is a dict of tensors for the model; the notes stay on the host.
+    def collate(self, samples: list[dict]) -> tuple[dict, dict]:
+        """Samples -> (batch, notes): tensors for the model, and what the loop counts and reports.
 
-        What is random is drawn here, from each sample's own generator: masked words, prefixes, hidden spans, patches, and
-        which rows predict. So the loop knows the number of targets without asking the device.
+        Everything random is drawn here, so the loop knows the number of targets without asking the
+        device.
         """
         c, texts = self.config, self.texts(samples)
         rngs = [sample["rng"] for sample in samples] if samples[0]["train"] else None
-        batch = {"image": pad_pictures([sample["image"] for sample in samples]),
+        pictures = [sample["image"] for sample in samples]
+        batch = {"image": pad_pictures(pictures),
                  "ids": pad_texts(texts, c.pad_id, self.settings.pad_to, c.max_tokens)}
-        batch |= patch_layout(c, [sample["image"] for sample in samples], rngs)
+        batch |= patch_layout(c, pictures, rngs)
         counts = self.draw(samples, batch)
+        unreadable = [line for sample in samples for line in sample["unreadable"]]
         notes = {"counts": counts, "samples": len(samples), "tokens": sum(map(len, texts)),
-                 "padded_tokens": batch["ids"].numel(), "cut": sum(sample["cut"] for sample in samples),
-                 "unreadable": [line for sample in samples for line in sample["unreadable"]]}
+                 "padded_tokens": batch["ids"].numel(), "unreadable": unreadable,
+                 "cut": sum(sample["cut"] for sample in samples)}
         return batch, notes
 
-    def texts(self, samples):
+    def texts(self, samples: list[dict]) -> list[list[int]]:
         """The token ids of the batch's texts, in order."""
         return [sample["ids"] for sample in samples]
 
-    def draw(self, samples, batch):
-        """Adds to the batch what the model's `forward` asks for -> the number of targets of each loss."""
+    def draw(self, samples: list[dict], batch: dict) -> dict[str, int]:
+        """Adds to the batch what the model's losses need -> the number of targets of each loss."""
         raise NotImplementedError
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Pretraining.
 
 class Pretrain(Task):
-    """Image-caption pairs; what is hidden of them and asked for is the backbone's."""
+    """Image-caption pairs; what is hidden of them and asked for depends on the backbone."""
 
     @classmethod
     def adapt(cls, config, settings=None):
-        """Without image-text matching nothing trains the pooler."""
-        return replace(config, pooler=config.itm)
+        return replace(config, pooler=config.itm)       # nothing else trains the pooler
 
     def __init__(self, settings, config, tok):
         super().__init__(settings, config, tok)
         special = [tok.cls_id, tok.pad_id, tok.sep_id, tok.unk_id, tok.mask_id]
-        self.words = np.setdiff1d(np.arange(len(tok)), special)             # what mlm's random tokens are drawn from
+        self.words = np.setdiff1d(np.arange(len(tok)), special)     # mlm's random tokens
 
-    def mask_words(self, samples, batch, rate=1.0):
-        """Masks words of every caption: adds `masked_ids` (B, L) to the batch -> their places, int64 (targets,) in B L.
+    def mask_words(self, samples: list[dict], batch: dict, rate: float = 1.0) -> Tensor:
+        """Masks words of every caption: adds `masked_ids` (B, L) -> their places, indices into B L.
 
         rate: the share of the masked words that is asked for.
         """
-        masked, picks = batch["ids"].clone(), []
+        c, masked, places = self.config, batch["ids"].clone(), []
         for b, sample in enumerate(samples):
-            ids, starts = sample["ids"], self.tok.word_starts(sample["ids"][1:-1])
-            masked_ids, picked = mask_words(ids, starts, self.config.mask_rate, self.config.mask_id, self.words, sample["rng"])
+            ids, rng = sample["ids"], sample["rng"]
+            starts = self.tok.word_starts(ids[1:-1])
+            masked_ids, picked = mask_words(ids, starts, c.mask_rate, c.mask_id, self.words, rng)
             masked[b, :len(ids)] = torch.from_numpy(masked_ids)
             if rate < 1:
-                picked = picked[sample["rng"].random(len(picked)) < rate]
-            picks.append(b * masked.shape[1] + picked)
+                picked = picked[rng.random(len(picked)) < rate]
+            places.append(b * masked.shape[1] + picked)
         batch["masked_ids"] = masked
-        return torch.from_numpy(np.concatenate(picks))
+        return torch.from_numpy(np.concatenate(places))
 
     @staticmethod
-    def other_pictures(samples):
-        """A wrong picture for every caption, from the batch: that of the caption so many places on.
+    def other_pictures(samples: list[dict]) -> tuple[Tensor, Tensor]:
+        """A wrong image for every caption, from the micro-batch: all images move on by one shift.
 
-        -> (index (B,) of its picture, (B,) whether that happens to be the right one all the same)
-        """
+        -> (index (B,) of each caption's image, (B,) whether it happens to be the right one after
+        all) """
         B = len(samples)
         shift = int(samples[0]["rng"].integers(1, max(2, B)))
         other = (torch.arange(B) + shift) % B
@@ -231,64 +318,86 @@ class PretrainFLM(Pretrain):
 
     def draw(self, samples, batch):
         c = self.config
-        if not samples[0]["train"]:         # evaluation hides from each word itself only, and asks for every word
+        if not samples[0]["train"]:
+            # evaluation hides from each word itself only, and asks for every word
             c = replace(c, corruption_rate=0.0, prediction_rate=1.0)
-        B, L = batch["ids"].shape
-        outputs = [name for name in c.loss_weights if name != "itm"]
         if c.objective == "mlm":
             batch["reconstructed_rows"] = self.mask_words(samples, batch, c.prediction_rate)
         else:
-            rows, prefixes, spans = {name: [] for name in outputs}, [], []
-            for b, sample in enumerate(samples):
-                rng, n, prefix = sample["rng"], len(sample["ids"]), 0
-                if c.objective == "prefix":
-                    prefix = int(rng.integers(0, max(1, n - 2)))            # at least one word is left to predict
-                prefixes.append(prefix)
-                spans.append(flm.draw_spans(n, L, c.corruption_rate, rng) if c.corruption_rate else None)
-                for name, positions in flm.predicting_rows(c.objective, n, prefix).items():
-                    positions = np.asarray(positions, dtype=np.int64)
-                    if c.prediction_rate < 1:
-                        positions = positions[rng.random(len(positions)) < c.prediction_rate]
-                    rows[name].append(b * L + positions)
-            batch |= {f"{name}_rows": torch.from_numpy(np.concatenate(rows[name])) for name in outputs}
-            if c.objective == "prefix":
-                batch["prefix"] = torch.tensor(prefixes)
-            if c.corruption_rate and c.objective == "flm":
-                batch["first"], batch["last"] = (torch.from_numpy(np.stack(ends)) for ends in zip(*spans))
-        counts = {name: len(batch[f"{name}_rows"]) for name in outputs}
+            self.draw_rows(samples, batch, c)
+        counts = {name: len(batch[f"{name}_rows"]) for name in c.loss_weights if name != "itm"}
         if c.itm:
             batch["other_image"], batch["same_image"] = self.other_pictures(samples)
-            counts["itm"] = 2 * B
+            counts["itm"] = 2 * len(samples)
         return counts
+
+    def draw_rows(self, samples, batch, c):
+        """Adds the rows that predict, `<output>_rows`, and what is hidden from each query.
+
+        prefix: the prefix lengths. flm with a corruption rate: `first` and `last` of the hidden
+        spans.
+        """
+        L = batch["ids"].shape[1]
+        rows, prefixes, spans = defaultdict(list), [], []
+        for b, sample in enumerate(samples):
+            rng, n = sample["rng"], len(sample["ids"])
+            prefix = 0
+            if c.objective == "prefix":
+                prefix = int(rng.integers(0, max(1, n - 2)))        # leaves a word to predict
+            prefixes.append(prefix)
+            if c.corruption_rate:
+                spans.append(flm.draw_spans(n, L, c.corruption_rate, rng))
+            for name, positions in flm.predicting_rows(c.objective, n, prefix).items():
+                positions = np.asarray(positions, dtype=np.int64)
+                if c.prediction_rate < 1:
+                    positions = positions[rng.random(len(positions)) < c.prediction_rate]
+                rows[name].append(b * L + positions)
+        for name, places in rows.items():
+            batch[f"{name}_rows"] = torch.from_numpy(np.concatenate(places))
+        if c.objective == "prefix":
+            batch["prefix"] = torch.tensor(prefixes)
+        if c.objective == "flm" and c.corruption_rate:
+            batch["first"] = torch.from_numpy(np.stack([first for first, _ in spans]))      # (B, L)
+            batch["last"] = torch.from_numpy(np.stack([last for _, last in spans]))
 
 
 class PretrainViLT(Pretrain):
     """Masked words, image-text matching with word-patch alignment, masked patches on request."""
 
     def draw(self, samples, batch):
-        c, B, rng = self.config, len(samples), samples[0]["rng"]
+        c, B = self.config, len(samples)
         batch["mlm_rows"] = self.mask_words(samples, batch)
         counts = {"mlm": len(batch["mlm_rows"])}
-        if c.itm:                           # half of the captions are shown another's picture
+        if c.itm:                           # half of the captions are shown another's image
             other, same = self.other_pictures(samples)
             right = torch.zeros(B, dtype=torch.bool)
-            right[torch.from_numpy(rng.permutation(B)[:-(-B // 2)])] = True
+            half = (B + 1) // 2
+            right[torch.from_numpy(samples[0]["rng"].permutation(B)[:B - half])] = True
             batch["image_of"] = torch.where(right, torch.arange(B), other)
             batch["same_image"] = right | same
-            counts |= {"itm": B, "wpa": B} if c.wpa_weight else {"itm": B}
+            counts["itm"] = B
+            if c.wpa_weight:
+                counts["wpa"] = B
         if c.mpp:
-            picked = np.zeros(batch["patches"].shape, dtype=bool)
-            hidden = picked.copy()
-            for sample, real, p, h in zip(samples, (batch["patches"] >= 0).sum(1).tolist(), picked, hidden):
-                p[:real] = sample["rng"].random(real) < c.patch_mask_rate
-                h[:real] = p[:real] & (sample["rng"].random(real) < 0.8)    # the others stay, and are asked for too
-            batch["mpp_rows"] = torch.from_numpy(np.flatnonzero(picked))
-            batch["hidden_patches"] = torch.from_numpy(hidden)
+            self.mask_patches(samples, batch)
             counts["mpp"] = 3 * len(batch["mpp_rows"])
         return counts
 
+    def mask_patches(self, samples, batch):
+        """Adds `mpp_rows`, the patches that are asked for, and `hidden_patches` (B, K), 80 % of
+        them."""
+        picked = np.zeros(batch["patches"].shape, dtype=bool)                               # (B, K)
+        hidden = picked.copy()
+        real_counts = (batch["patches"] >= 0).sum(1).tolist()
+        for b, (sample, real) in enumerate(zip(samples, real_counts, strict=True)):
+            rng = sample["rng"]
+            picked[b, :real] = rng.random(real) < self.config.patch_mask_rate
+            hidden[b, :real] = picked[b, :real] & (rng.random(real) < 0.8)
+        batch["mpp_rows"] = torch.from_numpy(np.flatnonzero(picked))
+        batch["hidden_patches"] = torch.from_numpy(hidden)
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# -------------------------------------------------------------------------------------------------
 # Fine-tuning.
 
 class VQA(Task):
@@ -301,32 +410,35 @@ class VQA(Task):
         return super().adapt(config, answers=len(cls.answers(settings)))
 
     @classmethod
-    def answers(cls, settings):
-        """The answer list that belongs to the data: a list of strings, the position is the label."""
+    def answers(cls, settings) -> list[str]:
+        """The answer list of the data: the position of an answer is its label."""
         names = settings.datasets or known_datasets(settings.data, cls.KIND)
         if len(names) > 1:
-            raise ValueError(f"{settings.data}: holds questions of {', '.join(names)}, each with an answer list of its own; "
-                             f"--datasets must name one")
-        path = Path(settings.data) / f"{names[0]}{'' if names[0] in FILES[cls.KIND] else '_vqa'}_answers.json"
+            raise ValueError(f"{settings.data}: holds questions of {', '.join(names)}, each with "
+                             "an answer list of its own; --datasets must name one")
+        middle = "" if names[0] in FILES[cls.KIND] else "_vqa"
+        path = Path(settings.data) / f"{names[0]}{middle}_answers.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: there is no answer list; prepare.py writes it beside the questions")
+            raise FileNotFoundError(f"{path}: there is no answer list; prepare.py writes it beside "
+                                    "the questions")
         return read_json(path, list)
 
     def draw(self, samples, batch):
         if not self.targets:
             return {"vqa": len(samples)}
         targets = torch.zeros(len(samples), self.config.answers)
-        for target, sample in zip(targets, samples):
-            if sample["labels"] and max(sample["labels"]) >= len(target):
-                raise ValueError(f"question {sample['question_id']}: label {max(sample['labels'])} is past the end of the "
-                                 f"answer list, which has {len(target)} answers")
-            target[sample["labels"]] = torch.tensor(sample["scores"], dtype=torch.float32)
+        for target, sample in zip(targets, samples, strict=True):
+            labels = sample["labels"]
+            if labels and max(labels) >= len(target):
+                raise ValueError(f"question {sample['question_id']}: label {max(labels)} is past "
+                                 f"the end of the answer list, which has {len(target)} answers")
+            target[labels] = torch.tensor(sample["scores"], dtype=torch.float32)
         batch["targets"] = targets
         return {"vqa": len(samples)}
 
 
 class NLVR2(Task):
-    """Is the statement true of the two pictures?"""
+    """Is the statement true of the two images?"""
 
     KIND, TABLE, HEAD = "nlvr2", Statements, "nlvr2"
 
@@ -334,12 +446,16 @@ class NLVR2(Task):
         seconds = [sample["images"][1] for sample in samples]
         rngs = [sample["rng"] for sample in samples] if samples[0]["train"] else None
         batch["image_1"] = pad_pictures(seconds)
-        batch |= {f"{name}_1": value for name, value in patch_layout(self.config, seconds, rngs).items()}
+        for name, tensor in patch_layout(self.config, seconds, rngs).items():
+            batch[f"{name}_1"] = tensor
         batch["label"] = torch.tensor([sample["label"] for sample in samples])
         return {"nlvr2": len(samples)}
 
 
-def full_stop(text):
+BOS, EOS = "<bos>", "<eos>"
+
+
+def full_stop(text: str) -> str:
     """A caption as captioning learns it: ending with one full stop.
 
     >>> full_stop("A dog runs .. ")
@@ -349,12 +465,17 @@ def full_stop(text):
 
 
 class Caption(Task):
-    """Captions, word by word from the left: the forward stream alone, on `<s> <bos> w1 … wk <eos> </s>`."""
+    """Captions, word by word from the left, on `<s> <bos> w1 … wk <eos> </s>`.
+
+    The left-to-right stream alone is trained and decodes: the row of `<bos>` predicts w1, that of
+    wk predicts `<eos>`.
+    """
 
     @classmethod
     def adapt(cls, config, settings=None):
         if not isinstance(config, flm.Config):
-            raise ValueError("captioning needs a model that can read from left to right; ViLT reads from both sides only")
+            raise ValueError("captioning needs a model that can read from left to right; "
+                             "ViLT reads from both sides only")
         return replace(config, objective="ar", head="vocab", answers=0, pooler=False, itm=False)
 
     @staticmethod
@@ -363,37 +484,37 @@ class Caption(Task):
         return tok
 
     def dataset(self, table, train):
-        around = tuple((self.tok.ids[token],) for token in (BOS, EOS))
+        around = ((self.tok.ids[BOS],), (self.tok.ids[EOS],))
         return super().dataset(table, train, clean=full_stop, around=around)
 
     def draw(self, samples, batch):
         L = batch["ids"].shape[1]
-        rows = [b * L + np.arange(1, len(sample["ids"]) - 1) for b, sample in enumerate(samples)]
+        rows = []
+        for b, sample in enumerate(samples):
+            rows.append(b * L + np.arange(1, len(sample["ids"]) - 1))
         batch["left_to_right_rows"] = torch.from_numpy(np.concatenate(rows))
         return {"left_to_right": len(batch["left_to_right_rows"])}
 
 
-BOS, EOS = "<bos>", "<eos>"
-
-
 class OneOfMany(CaptionDataset):
-    """Samples with `others`: token ids of `false_captions` captions of other images."""
+    """Samples with `others`: the token ids of `false_captions` captions of other images."""
     false_captions = 15
 
     def __getitem__(self, key):
         sample = super().__getitem__(key)
-        rows, rng, chosen = self.table.row_of, sample["rng"], []
+        rows, chosen = self.table.row_of, []
         if rows[0] == rows[-1]:
-            raise ValueError(f"{', '.join(self.table.paths)}: captions of one image only, so none is false")
+            raise ValueError(f"{', '.join(self.table.paths)}: captions of one image only, "
+                             "so none is false")
         while len(chosen) < self.false_captions:
-            drawn = int(rng.integers(len(rows)))
+            drawn = int(sample["rng"].integers(len(rows)))
             if rows[drawn] != sample["row"]:
                 chosen.append(drawn)
         return sample | {"others": [self.tokens(i)[0] for i in chosen]}
 
 
 class Retrieval(Task):
-    """Which of some captions is the image's? The image is encoded once for all of them."""
+    """Which of several captions is the image's? The image is encoded once for all of them."""
 
     HEAD = "retrieval"
 
@@ -409,11 +530,11 @@ class Retrieval(Task):
         return {"retrieval": len(samples)}
 
 
-TASKS = {"pretrain": {flm.Config: PretrainFLM, vilt.Config: PretrainViLT}, "vqa": VQA, "nlvr2": NLVR2, "caption": Caption,
-         "retrieval": Retrieval}
+TASKS = ("pretrain", "vqa", "nlvr2", "caption", "retrieval")
 
 
-def task_of(name, config):
+def task_of(name: str, config) -> type[Task]:
     """The class of a task, for a model's backbone."""
-    found = TASKS[name]
-    return found[type(config)] if isinstance(found, dict) else found
+    if name == "pretrain":
+        return PretrainViLT if isinstance(config, vilt.Config) else PretrainFLM
+    return {"vqa": VQA, "nlvr2": NLVR2, "caption": Caption, "retrieval": Retrieval}[name]

@@ -13,7 +13,7 @@ from conftest import TINY, caption, tiny
 
 import flm
 import layers
-from layers import Layer, TextEmbedding, ViT, VocabHead, roberta_positions
+from layers import Mask, ReconstructorLayer, StreamLayer, TextEmbedding, ViT, VocabHead, roberta_positions
 from released import names
 import weights
 
@@ -118,7 +118,7 @@ def test_every_layer_equals_the_original(original):
     model, recorded = original
     seen = {}
     for name, module in model.named_modules():
-        if isinstance(module, Layer):
+        if isinstance(module, (StreamLayer, ReconstructorLayer)):
             module.register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, o))
     run(model, recorded, original_queries=True)
     real = recorded["inputs"]["text_masks"].bool()
@@ -365,7 +365,7 @@ def test_rows_that_see_nothing_stay_finite_forwards_and_backwards():
 def test_the_class_query_alone_is_exact():
     model, ids = tiny(), torch.cat([caption(7, 8), caption(4, 8)])
     visual, text = model.encode_image(torch.randn(2, 3, 24, 24)), model.encode_text(ids)
-    torch.testing.assert_close(model.fuse(visual, text.class_only()).pooled, model.fuse(visual, text).pooled, atol=TOL, rtol=0)
+    torch.testing.assert_close(model.fuse(visual, text.class_query()).pooled, model.fuse(visual, text).pooled, atol=TOL, rtol=0)
 
 
 @torch.no_grad()
@@ -449,11 +449,12 @@ def test_text_layers_equal_transformers_roberta(width, heads, layers, length):
     embed = TextEmbedding(97, width, 40, 0.0).eval()
     embed.load_state_dict({names.rename(k, {r"embeddings\.": ("", names.EMBEDDINGS)}): v for k, v in state.items()
                            if k.startswith("embeddings.") and not k.endswith("_ids")})
-    stack = torch.nn.ModuleList(Layer(width, heads, 0.0, 1e-5, self_attention=True) for _ in range(layers)).eval()
+    stack = torch.nn.ModuleList(StreamLayer(width, heads, 0.0, 1e-5) for _ in range(layers)).eval()
     stack.load_state_dict(bert_state(r"encoder\.layer\.", state, names.BERT_LAYER))
-    x = embed(ids, roberta_positions(real))
+    x = embed(ids, roberta_positions(real))[:, None]                # one stream
     for layer in stack:
-        x = layer(x, flm.bidirectional_mask(real))
+        x = layer(x, Mask.of(flm.bidirectional_mask(real)))
+    x = x[:, 0]
     expected = theirs(input_ids=ids, attention_mask=real.long()).last_hidden_state
     torch.testing.assert_close(x[real], expected[real], atol=TOL, rtol=0)
 

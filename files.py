@@ -1,0 +1,147 @@
+"""The Arrow files: what is in them, what they are called, and which a data set consists of.
+
+    find_files("data/4m", ["coco", "vg"], "train")      # the files of two data sets' training split
+    known_datasets("data/4m")                           # what there is in a directory
+
+Schemas and names are ViLT's, so that files made for ViLT, METER or FLM open as they are. One row
+per image. data.py reads them, sources/shards.py writes them.
+"""
+
+import fnmatch
+import json
+from pathlib import Path
+
+import pyarrow as pa
+
+CAPTIONS = pa.schema([("image", pa.binary()), ("caption", pa.list_(pa.string())),
+                      ("image_id", pa.string()), ("split", pa.string())])
+VQA = pa.schema([("image", pa.binary()), ("questions", pa.list_(pa.string())),
+                 ("answers", pa.list_(pa.list_(pa.string()))),
+                 ("answer_labels", pa.list_(pa.list_(pa.int64()))),
+                 ("answer_scores", pa.list_(pa.list_(pa.float64()))), ("image_id", pa.int64()),
+                 ("question_id", pa.list_(pa.int64())), ("split", pa.string())])
+NLVR2 = pa.schema([("image_0", pa.binary()), ("image_1", pa.binary()),
+                   ("questions", pa.list_(pa.string())), ("answers", pa.list_(pa.string())),
+                   ("identifier", pa.string())])
+
+# Kind of data -> dataset -> split -> file names, all ViLT's. Any other dataset NAME reads what
+# `prepare.py --name NAME` writes: NAME_KIND_SPLIT.arrow.
+FILES = {
+    "caption": {
+        "coco": {"train": ["coco_caption_karpathy_train.arrow",
+                           "coco_caption_karpathy_restval.arrow"],
+                 "val": ["coco_caption_karpathy_val.arrow"],
+                 "test": ["coco_caption_karpathy_test.arrow"]},
+        "f30k": {"train": ["f30k_caption_karpathy_train.arrow"],
+                 "val": ["f30k_caption_karpathy_val.arrow"],
+                 "test": ["f30k_caption_karpathy_test.arrow"]},
+        "vg": {"train": ["vg.arrow"]},
+        "sbu": {"train": ["sbu_*.arrow"]},
+        "gcc": {"train": ["conceptual_caption_train_*.arrow"],
+                "val": ["conceptual_caption_val_*.arrow"]},
+        "cc12m": {"train": ["conceptual_caption12M_train_*.arrow"],
+                  "val": ["conceptual_caption12M_val_*.arrow"]},
+    },
+    # trained on all but the last images of val, which choose the checkpoint
+    "vqa": {
+        "vqav2": {"train": ["vqav2_train.arrow", "vqav2_trainable_val.arrow"],
+                  "val": ["vqav2_rest_val.arrow"], "all-val": ["vqav2_val.arrow"],
+                  "test": ["vqav2_test.arrow"], "test-dev": ["vqav2_test-dev.arrow"]},
+    },
+    "nlvr2": {
+        "nlvr2": {"train": ["nlvr2_train.arrow"], "val": ["nlvr2_dev.arrow"],
+                  "test": ["nlvr2_test1.arrow"]},
+    },
+}
+
+
+def find_files(directory, datasets, split: str, kind: str = "caption") -> list[Path]:
+    """The Arrow files of some datasets' split, in a fixed order.
+
+    kind: caption, vqa or nlvr2. Without `datasets`: known_datasets. A dataset may lack any split
+    but train: FileNotFoundError names directory and dataset.
+    """
+    directory, found = Path(directory), []
+    names = arrow_files(directory)
+    for dataset in datasets or known_datasets(directory, kind):
+        files = files_of(names, dataset, split, kind)
+        if not files and split == "train":
+            raise FileNotFoundError(f"{directory}: no {kind} files of dataset {dataset!r}; "
+                                    f"{' or '.join(patterns_of(dataset, split, kind))} expected")
+        found += [directory / name for name in files]
+    return found
+
+
+def arrow_files(directory) -> list[str]:
+    """The names of all Arrow files in a directory, sorted."""
+    if not Path(directory).is_dir():
+        raise FileNotFoundError(f"{directory}: there is no such directory of Arrow files")
+    return sorted(path.name for path in Path(directory).glob("*.arrow"))
+
+
+def patterns_of(dataset: str, split: str, kind: str) -> list[str]:
+    """What the files of a dataset's split are called."""
+    if dataset in FILES[kind]:
+        return FILES[kind][dataset].get(split, [])
+    patterns = [f"{dataset}_{kind}_{split}.arrow"]
+    if (kind, split) == ("caption", "train"):
+        patterns.append(f"{dataset}_[0-9]*.arrow")
+    if (kind, split) == ("nlvr2", "val"):
+        patterns.append(f"{dataset}_nlvr2_dev.arrow")
+    return patterns
+
+
+def files_of(names: list[str], dataset: str, split: str, kind: str) -> list[str]:
+    """Those of some file names that belong to a dataset's split."""
+    found = []
+    for pattern in patterns_of(dataset, split, kind):
+        found += fnmatch.filter(names, pattern)
+    return found
+
+
+def splits_of(directory, kind: str = "caption") -> dict[str, list[str]]:
+    """Dataset -> its splits, of all datasets of a kind that have a file in a directory."""
+    names, found = arrow_files(directory), {}
+    for dataset, splits in FILES[kind].items():
+        there = [split for split in splits if files_of(names, dataset, split, kind)]
+        if there:
+            found[dataset] = there
+    published = [pattern for splits in FILES[kind].values() for some in splits.values()
+                 for pattern in some]
+    for name in names:
+        dataset, kind_found, split = name.removesuffix(".arrow").rpartition(f"_{kind}_")
+        if not kind_found or not dataset:
+            continue
+        if any(fnmatch.fnmatch(name, pattern) for pattern in published):
+            continue
+        if (kind, split) == ("nlvr2", "dev"):
+            split = "val"
+        found.setdefault(dataset, []).append(split)
+    return found
+
+
+def known_datasets(directory, kind: str = "caption") -> list[str]:
+    """The datasets of a kind with training files in a directory; where there are none, all.
+
+    FileNotFoundError if there is not one file of the kind.
+    """
+    splits = splits_of(directory, kind)
+    if not splits:
+        raise FileNotFoundError(f"{directory}: no {kind} files here (such as "
+                                f"NAME_{kind}_train.arrow); prepare.py and tools/toy.py write them")
+    return [name for name in splits if "train" in splits[name]] or list(splits)
+
+
+def read_json(path, what=None):
+    """The contents of a JSON file; ValueError names a file that holds something else.
+
+    what=list: a list of strings is expected.
+    """
+    try:
+        contents = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if what is list:
+        if not isinstance(contents, list) or not all(isinstance(item, str) for item in contents):
+            raise ValueError(f"{path}: a JSON list of strings is expected")
+    return contents

@@ -1,0 +1,274 @@
+"""What a run says of itself: its first lines, its reports, metrics.jsonl, and a dry run.
+
+    step    200/300 | loss 4.9376 | reconstructed 4.666 (26 %) … | lr 1.8e-04 | 12 samples/s | …
+
+A report gives the mean losses and accuracies since the last one, over the targets of all processes.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+
+import weights
+from machine import memory_gb
+from tasks import to_device
+
+
+class Halt(Exception):
+    """The run stops itself; the message says why."""
+
+
+class Sums:
+    """Losses, hits and counts, summed on the device without waiting for it."""
+
+    def __init__(self, loss_weights: dict[str, float], device: torch.device):
+        self.weights = loss_weights
+        self.values = torch.zeros(3, len(loss_weights), dtype=torch.float64, device=device)
+
+    def add(self, results: dict, counts: torch.Tensor):
+        """results: output -> (loss, hits), sums over its targets; counts (outputs,)."""
+        losses = torch.stack([results[name][0].detach() for name in self.weights])
+        hits = torch.stack([results[name][1] for name in self.weights])
+        self.values += torch.stack([losses, hits, counts]).to(self.values)
+
+    def read(self, prefix: str = "") -> dict[str, float]:
+        """{loss, <output>_loss, <output>_accuracy} over all processes' targets; starts again at
+        0."""
+        if dist.is_initialized():
+            dist.all_reduce(self.values)
+        losses, hits, counts = self.values.tolist()
+        self.values.zero_()
+        metrics = {prefix + "loss": 0.0}
+        for (name, weight), loss, hit, count in zip(self.weights.items(), losses, hits, counts,
+                                                    strict=True):
+            mean = loss / count if count else 0.0
+            metrics[prefix + "loss"] += weight * mean
+            metrics[f"{prefix}{name}_loss"] = mean
+            accuracy = hit / count if count else 0.0
+            if not math.isnan(accuracy):                    # an alignment has no right and wrong
+                metrics[f"{prefix}{name}_accuracy"] = accuracy
+        return metrics
+
+
+class Log:
+    """Counts what happens between two reports, prints, and writes OUT/metrics.jsonl.
+
+    Only the first process writes metrics.jsonl. Every process names the images that it could not
+    decode in unreadable_RANK.txt. A resumed run first drops the lines that the interrupted one
+    wrote after its last checkpoint, a torn one included.
+    """
+
+    def __init__(self, run, state):
+        self.run, self.counters = run, state.counters
+        self.sums = Sums(run.config.loss_weights, run.machine.device)
+        self.path = run.out / "metrics.jsonl"
+        self.unreadable_path = run.out / f"unreadable_{run.machine.rank}.txt"
+        if run.machine.rank == 0 and self.path.exists():
+            self.drop_lines_after(state.step)
+        self.start_window()
+
+    def start_window(self):
+        self.began = time.perf_counter()
+        self.samples, self.waiting = 0, 0.0
+
+    def drop_lines_after(self, step: int):
+        kept = [line for line in self.path.read_text().splitlines() if step_of(line) <= step]
+        if step == 0:
+            kept = []
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        os.replace(partial, self.path)
+
+    def write(self, metrics: dict):
+        if self.run.machine.rank == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(metrics) + "\n")
+
+    @contextlib.contextmanager
+    def waiting_for_data(self):
+        began = time.perf_counter()
+        yield
+        self.waiting += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What happens here is not counted as training."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
+
+    def micro_batch(self, results: dict, counts: torch.Tensor, notes: dict):
+        """Counts a micro-batch; Halt if too many images cannot be decoded."""
+        self.sums.add(results, counts)
+        for name in ("samples", "tokens", "padded_tokens", "cut"):
+            self.counters[name] += notes[name]
+        if not notes["unreadable"]:
+            return
+        self.counters["unreadable"] += len(notes["unreadable"])
+        with open(self.unreadable_path, "a") as file:
+            file.writelines(line + "\n" for line in notes["unreadable"])
+        bad, seen = self.counters["unreadable"], self.counters["samples"]
+        limit = self.run.settings.max_unreadable
+        if bad > max(10, limit * seen):
+            raise Halt(f"{bad} of {seen} images cannot be decoded (named in "
+                       f"{self.unreadable_path}), more than --max-unreadable {limit}")
+
+    def step(self, rate: float, norm: torch.Tensor):
+        self.rate, self.norm = rate, norm
+        self.samples += self.run.settings.global_batch
+
+    def validation(self, metrics: dict, step: int):
+        self.write({"step": step, **metrics})
+        self.run.machine.say(f"step {step:>6} | validation {losses_line(metrics, 'val_')}")
+
+    def report(self, state):
+        """Prints and writes the means since the last report; Halt if gradients stay non-finite."""
+        s, machine, counters = self.run.settings, self.run.machine, self.counters
+        metrics = self.sums.read()          # waits for the device, so the clock below is honest
+        if state.skipped_in_a_row >= s.max_skipped:
+            raise Halt(f"step {state.step}: {int(state.skipped_in_a_row)} gradients in a row were "
+                       "not finite; a lower --lr, --clip or --precision bf16 may help")
+        seconds = time.perf_counter() - self.began
+        counters["seconds"] += seconds
+        counters["skipped"] = int(state.skipped)
+        speed = self.samples / seconds
+        metrics = {
+            "step": state.step, **metrics, "lr": self.rate, "gradient_norm": float(self.norm),
+            "samples_per_second": speed, "data_wait": self.waiting / seconds,
+            "memory_gb": memory_gb(machine.device),
+            "padding": 1 - counters["tokens"] / counters["padded_tokens"],
+            "skipped": counters["skipped"], "unreadable": counters["unreadable"],
+            "cut": counters["cut"], "seconds": counters["seconds"]}
+        self.write(metrics)
+        remaining = (s.steps - state.step) * s.global_batch / speed
+        parts = [f"step {state.step:>6}/{s.steps}", losses_line(metrics), f"lr {self.rate:.1e}",
+                 f"{speed:.0f} samples/s", f"data wait {100 * metrics['data_wait']:.0f} %",
+                 f"{metrics['memory_gb']:.1f} GB", f"ETA {clock(remaining)}"]
+        for name, what in (("skipped", "steps skipped"), ("unreadable", "images unreadable"),
+                           ("cut", "captions cut")):
+            if counters[name]:
+                parts.append(f"{counters[name]} {what}")
+        machine.say(" | ".join(parts), flush=True)
+        self.start_window()
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for one that was torn as the process died."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def losses_line(metrics: dict, prefix: str = "") -> str:
+    """loss 2.345 | reconstructed 2.1 (45 %) left_to_right 2.5 (40 %) …"""
+    parts = []
+    for key, value in metrics.items():
+        if not key.startswith(prefix) or not key.endswith("_loss"):
+            continue
+        name = key.removeprefix(prefix).removesuffix("_loss")
+        part = f"{name} {value:.3f}"
+        accuracy = metrics.get(f"{prefix}{name}_accuracy")
+        if accuracy is not None:
+            part += f" ({100 * accuracy:.0f} %)"
+        parts.append(part)
+    return f"loss {metrics[prefix + 'loss']:.4f} | {' '.join(parts)}"
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss"""
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
+
+# -------------------------------------------------------------------------------------------------
+# Before the first step.
+
+def describe(run, model, step: int):
+    """Prints what is about to run."""
+    s, machine = run.settings, run.machine
+    table = run.tables["train"]
+    texts = {"vqa": "questions", "nlvr2": "statements"}.get(s.task, "captions")
+    epochs = s.steps * s.global_batch / len(table.row_of)
+    machine.say(f"{s.task} with {' + '.join(run.config.loss_weights)} | "
+                f"recipe {s.recipe or 'none'} | model {s.load or s.model}, "
+                f"{count_parameters(model) / 1e6:.1f} M parameters | {machine.precision} on "
+                f"{device_name(machine.device)}")
+    machine.say(f"{len(table.row_of):,} {texts} of {len(table):,} images | global batch "
+                f"{s.global_batch} = {machine.world} processes x {run.accumulation} x "
+                f"{run.micro_batch} | {s.steps} steps from step {step} = {epochs:.1f} epochs")
+
+
+def write_config(run, model):
+    """Writes OUT/config.json: a run directory explains itself."""
+    if run.machine.rank > 0:
+        return
+    run.out.mkdir(parents=True, exist_ok=True)
+    described = {
+        "command": " ".join(sys.argv), "settings": asdict(run.settings),
+        "config": asdict(run.config), "precision": run.machine.precision,
+        "processes": run.machine.world, "device": device_name(run.machine.device),
+        "micro_batch": run.micro_batch, "accumulation": run.accumulation,
+        "parameters": count_parameters(model),
+        "files": {split: table.paths for split, table in run.tables.items() if table},
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+    (run.out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+def count_parameters(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu x {torch.get_num_threads()}"
+
+
+def dry_run(run):
+    """Prints what would run, its settings, and an estimate of the memory of a process; trains
+    nothing.
+
+    Activations are counted in a forward pass of the first step's longest micro-batch.
+    """
+    s, machine = run.settings, run.machine
+    model = weights.model_of(run.config).to(machine.device)
+    describe(run, model, run.saved["step"] if run.saved else 0)
+    for title, values in (("settings", asdict(s)), ("model", asdict(run.config))):
+        machine.say(f"{title}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
+    for split, table in run.tables.items():
+        machine.say(f"{split}: " + (", ".join(table.paths) if table else "none"))
+    shards = machine.world if s.shard else 1
+    parameters = 4 * count_parameters(model) / shards
+    parts = {"weights": parameters, "gradients": parameters, "AdamW's moments": 2 * parameters,
+             "activations": activation_bytes(run, model)}
+    described = ", ".join(f"{name} {size / 2 ** 30:.2f}" for name, size in parts.items())
+    machine.say(f"memory of a process: about {sum(parts.values()) / 2 ** 30:.2f} GB ({described})")
+
+
+def activation_bytes(run, model) -> int:
+    """Bytes that the forward pass of one micro-batch keeps for the backward pass."""
+    dataset = run.task.dataset(run.tables["train"], train=True)
+    longest = list(run.sampler.micro_batches(0, 1, run.micro_batch))[-1]
+    batch, _ = run.task.collate([dataset[key] for key in longest])
+    weights_at = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights_at:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with run.machine.autocast():
+            results = model(to_device(batch, run.machine.device, run.config))
+    del results
+    return sum(kept.values())

@@ -1,0 +1,274 @@
+"""Every setting of a run, each a flag of train.py; and the checks of settings against each other.
+
+    settings, config_flags = parse(["--task", "pretrain", "--recipe", "toy", "--data", …])
+
+The fields below and those of the models' Configs are the flags. The comment beside a field is the
+flag's help text, and a comment line above fields is the title of their group. A flag beats the
+recipe, and the recipe beats the default.
+"""
+
+import argparse
+import inspect
+import re
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import flm
+import vilt
+from tasks import MODELS, RECIPES, TASKS
+from weights import backbone_of
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What train.py is told, beside the model's Config."""
+    # the run
+    task: str = "pretrain"          # pretrain, vqa, nlvr2, caption or retrieval
+    recipe: str = ""                # a row of tasks.RECIPES: settings for where no flag is given
+    data: str = ""                  # directory of Arrow files
+    datasets: tuple = ()          # names of datasets in it (coco vg sbu gcc …); none: all there are
+    out: str = ""                   # directory of the run: config.json, metrics.jsonl, last.pt
+    resume: bool = False            # go on from OUT/last.pt, if it is there
+    seed: int = 0                   # of everything that is random
+    # what it starts from
+    model: str = "base-b32"         # a row of tasks.MODELS; every field of its Config is a flag too
+    load: str = ""                 # a checkpoint, ours or a released one: sizes, weights, tokenizer
+    vit: str = ""                 # a file to start the image side from: CLIP's, or for ViLT a ViT's
+    text: str = ""                  # a file to start the text side from: RoBERTa's or BERT's
+    tokenizer: str = ""             # directory of vocab.json and merges.txt, or of vocab.txt; none:
+                                    # train one on the captions
+    # optimization
+    steps: int = 10_000             # optimizer steps
+    epochs: float = 0.0             # number of epochs; overrides --steps
+    global_batch: int = 256         # pairs per optimizer step, over all processes
+    micro_batch: int = 0          # pairs per forward pass of one process; 0: its share of the batch
+    lr: float = 1e-4                # peak learning rate of the group "base"
+    head_lr_scale: float = 5.0      # multiple of lr: vocabulary and task heads
+    fusion_lr_scale: float = 5.0  # multiple of lr: fusion layers, reconstructor, what leads to them
+    warmup: float = 0.05            # share of the steps in which the rate rises; then it falls to 0
+    weight_decay: float = 0.01      # of matrices
+    beta1: float = 0.9              # AdamW's decay of the mean gradient
+    beta2: float = 0.98             # AdamW's decay of the mean squared gradient
+    clip: float = 0.0               # largest norm of the gradient; 0: not clipped
+    max_skipped: int = 10           # non-finite gradients in a row before the run stops
+    # data
+    max_tokens: int = 50            # longer captions are cut, and counted
+    false_captions: int = 15        # retrieval: false captions beside each image's own
+    bucket: int = 1                 # global batches cut from captions sorted together: less padding
+    pad_to: int = 0                 # captions are padded to a multiple; 0: 8 on a GPU, 1 on a CPU
+    augment: bool = False           # RandAugment(2, 9) of the training images
+    max_unreadable: float = 0.01    # share of undecodable images at which the run stops
+    workers: int = -1               # data-loading processes; -1: up to 8 on a GPU, none on a CPU
+    # the machine
+    device: str = ""                # cpu, cuda or cuda:N; default: a GPU where there is one
+    precision: str = ""             # fp32, bf16 or fp16; default: bf16 on a GPU that has it, else
+                                    # fp16; fp32 on a CPU
+    compile: bool = False           # compile the model with torch.compile
+    shard: bool = False             # fully sharded parameters (FSDP2) instead of DDP
+    # reporting
+    log_every: int = 50             # steps between two reports
+    eval_every: int = 1000          # steps between two validations; 0: never
+    eval_samples: int = 5000        # captions of the validation split, evenly spread; 0: all
+    save_every: int = 1000          # steps between two checkpoints, OUT/last.pt
+    keep: int = 0                   # steps between two checkpoints kept as OUT/step_N.pt; 0: none
+    dry_run: bool = False           # print what would run, with its memory, and stop
+
+
+# What may differ between a run and its resumption without changing what is learned.
+FREE_TO_CHANGE = {"resume", "out", "data", "micro_batch", "workers", "device", "compile", "shard",
+                  "log_every", "eval_every", "eval_samples", "pad_to", "save_every", "keep",
+                  "max_unreadable", "max_skipped", "tokenizer", "dry_run"}
+
+
+# -------------------------------------------------------------------------------------------------
+# The command line.
+
+def documented_fields(config_class) -> dict[str, tuple[str, str]]:
+    """Field -> (its group, its help text), from the comments in a dataclass's source."""
+    found, group, name = {}, "", ""
+    for line in inspect.getsource(config_class).splitlines():
+        title = re.match(r"    # (.+)", line)
+        field = re.match(r"    (\w+): \w+ = .+?  # (.+)", line)
+        more = re.match(r"     +# (.+)", line)
+        if title:
+            group = title[1]
+        elif field:
+            name = field[1]
+            found[name] = (group, field[2])
+        elif more and name:
+            found[name] = (found[name][0], f"{found[name][1]} {more[1]}")
+        elif line.startswith("    def "):
+            break
+    return found
+
+
+def add_flags(parser):
+    """Adds a flag for every field of Settings and of the models' Configs."""
+    groups = {}
+
+    def add(title, name, kind, text):
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        how = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "NAME")}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        if kind is tuple:
+            how = {"nargs": "+", "metavar": "NAME"}
+        flag = "--" + name.replace("_", "-")
+        groups[title].add_argument(flag, default=None, help=text.replace("%", "%%"), **how)
+
+    help_of = documented_fields(Settings)
+    for field in fields(Settings):
+        title, text = help_of[field.name]
+        if field.default not in ("", (), False) and "default:" not in text:
+            text += f" (default: {field.default})"
+        add(title, field.name, type(field.default), text)
+
+    vilt_fields = {field.name: field for field in fields(vilt.Config)}
+    flm_help, vilt_help = documented_fields(flm.Config), documented_fields(vilt.Config)
+    for field in fields(flm.Config):
+        title, text = flm_help[field.name]
+        text += f" (default: {field.default}"
+        if field.name in vilt_fields:
+            text += f", ViLT {vilt_fields.pop(field.name).default}"
+        add(f"model: {title}" if title else "model", field.name, type(field.default), text + ")")
+    for field in vilt_fields.values():
+        text = f"{vilt_help[field.name][1]} (default: {field.default})"
+        add("model: ViLT alone", field.name, type(field.default), text)
+
+
+def parse(argv: list[str] | None) -> tuple[Settings, dict]:
+    """Command line -> (Settings, the fields of the model's Config that recipe or flags ask for)."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="ONE training loop: pretraining and every fine-tuning task.",
+        usage="train.py --task TASK --data DIR --out DIR [--recipe NAME] [--FLAG VALUE …]",
+        epilog="Published settings: train.py --list-recipes", allow_abbrev=False)
+    parser.add_argument("--list-recipes", action="store_true", help="print all recipes and stop")
+    add_flags(parser)
+    flags = vars(parser.parse_args(argv))
+    given = {name: value for name, value in flags.items() if value is not None}
+    if given.pop("list_recipes"):
+        list_recipes()
+        sys.exit(0)
+    task, recipe = given.get("task", Settings.task), given.get("recipe", "")
+    if task not in TASKS:
+        parser.error(f"--task {task}: one of {', '.join(TASKS)} is expected")
+    if recipe and recipe not in RECIPES[task]:
+        parser.error(f"--recipe {recipe}: one of {', '.join(RECIPES[task])} is expected "
+                     f"for task {task}")
+    merged = RECIPES[task].get(recipe, {}) | given
+    if "steps" in given and "epochs" not in given:
+        merged["epochs"] = 0.0              # a flag beats the recipe's epochs
+    merged["datasets"] = tuple(merged.get("datasets", ()))
+    model = merged.setdefault("model", Settings.model)
+    if model not in MODELS:
+        parser.error(f"--model {model}: one of {', '.join(MODELS)} is expected")
+    for flag, what in (("data", "Arrow files"), ("out", "the run")):
+        if not merged.get(flag):
+            parser.error(f"--{flag} is needed: the directory of {what}")
+    names = {field.name for field in fields(Settings)}
+    settings = Settings(**{name: value for name, value in merged.items() if name in names})
+    config_flags = {name: value for name, value in merged.items() if name not in names}
+    if not settings.load:
+        try:
+            check_config_flags(config_flags, MODELS[model], f"model {model}")
+        except ValueError as error:
+            parser.error(str(error))
+    return settings, config_flags
+
+
+def list_recipes():
+    """Prints every recipe with its settings."""
+    for task, recipes in RECIPES.items():
+        print(task)
+        for name, row in recipes.items():
+            settings = " ".join(f"{key}={value}" for key, value in row.items())
+            print(f"  {name:<13} {settings}")
+
+
+# -------------------------------------------------------------------------------------------------
+# Checks.
+
+def check(settings: Settings, world: int):
+    """ValueError or FileNotFoundError for settings that do not go together."""
+    s = settings
+    for flag in ("vit", "text", "load"):
+        path = getattr(s, flag)
+        if path and not Path(path).exists():
+            raise FileNotFoundError(f"--{flag} {path}: there is no such file")
+    checkpoint = Path(s.out) / "last.pt"
+    if checkpoint.exists() and not (s.resume or s.dry_run):
+        raise ValueError(f"{checkpoint} exists: --resume goes on from it; for a new run choose "
+                         "another --out")
+    if s.seed < 0:
+        raise ValueError(f"--seed {s.seed}: at least 0 is expected")
+    if s.shard and world == 1:
+        raise ValueError("--shard needs several processes: start with torchrun")
+    if s.task == "retrieval" and s.false_captions < 1:
+        raise ValueError(f"--false-captions {s.false_captions}: at least 1 is expected, or there "
+                         "is no choice")
+    split_batch(s, world)
+
+
+def split_batch(settings: Settings, world: int) -> tuple[int, int]:
+    """The global batch -> (micro-batch, micro-batches that one process accumulates per step)."""
+    share, rest = divmod(settings.global_batch, world)
+    micro = settings.micro_batch or share
+    if rest or micro < 1 or share % micro:
+        raise ValueError(f"global batch {settings.global_batch} does not divide into {world} "
+                         f"processes x micro-batches of {micro}")
+    return micro, share // micro
+
+
+def check_config_flags(config_flags: dict, config, what: str):
+    """ValueError for a flag that the model's Config does not have. what: the model, for the
+    sentence."""
+    names = {field.name for field in fields(config)}
+    for name in config_flags:
+        if name not in names:
+            raise ValueError(f"--{name.replace('_', '-')}: {what} has no such setting")
+
+
+def check_model(settings: Settings, config_flags: dict, config, loaded: bool):
+    """ValueError for settings that do not go with the model. loaded: it comes from --load."""
+    s = settings
+    if loaded:
+        check_config_flags(config_flags, config, f"the model of {s.load}")
+        meant = MODELS[RECIPES[s.task].get(s.recipe, {}).get("model", s.model)]
+        published = s.recipe and not s.recipe.startswith("toy")     # toy's serve either backbone
+        if published and type(meant) is not type(config):
+            raise ValueError(f"--recipe {s.recipe} starts from a model of {backbone_of(meant)}; "
+                             f"{s.load} is one of {backbone_of(config)}")
+
+
+def check_task(settings: Settings, config_flags: dict, config, micro_batch: int):
+    """ValueError for settings that do not go with the Config that the task made of the model's."""
+    if config_flags.get("label_smoothing") and config.head != "vocab":
+        raise ValueError(f"--label-smoothing {config_flags['label_smoothing']}: is for words, "
+                         f"which head {config.head} does not predict")
+    if config.head == "vocab" and config.itm and micro_batch < 2:
+        raise ValueError("image-text matching takes its wrong images from the micro-batch: it must "
+                         "hold at least 2 pairs")
+
+
+def check_same_run(path, saved: dict, settings: Settings, config, files: list):
+    """ValueError unless a run resumes with the settings and the data that it was started with.
+
+    Settings added since the checkpoint was written count as their defaults.
+    files: [[name, rows]] of the training data.
+    """
+    ours = asdict(settings) | asdict(config)
+    theirs = asdict(Settings()) | asdict(type(config)()) | saved["settings"] | saved["config"]
+    ours["datasets"], theirs["datasets"] = list(ours["datasets"]), list(theirs["datasets"])
+    differ = [f"{name} {theirs.get(name)!r} -> {value!r}" for name, value in ours.items()
+              if name not in FREE_TO_CHANGE and theirs.get(name) != value]
+    if differ:
+        raise ValueError(f"{path}: --resume with other settings than the run's: "
+                         f"{', '.join(differ)}")
+    before = [list(pair) for pair in saved.get("files", files)]
+    if before != files:
+        described = [", ".join(f"{name} ({rows:,} rows)" for name, rows in some)
+                     for some in (before, files)]
+        raise ValueError(f"{path}: --resume with other data than the run's: "
+                         f"{described[0]} -> {described[1]}")
