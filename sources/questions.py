@@ -1,77 +1,87 @@
-"""The sources of prepare.py whose rows hold questions or statements: VQAv2, NLVR2, and one's own data in the same form.
+"""The sources of questions and statements: VQAv2, NLVR2, and one's own data in the same form.
 
-    vqav2_{train,val,trainable_val,rest_val,test,test-dev}.arrow     ViLT's names; of one's own: NAME_vqa_{split}.arrow
-    vqav2_answers.json                     the answer list: a JSON list of strings, the position is the label
-    vqav2_annotations_{split}.json         the answers of all annotators, in the official layout, for the official score
-    nlvr2_{train,dev,test1}.arrow                                    of one's own: NAME_nlvr2_{split}.arrow
-    nlvr2_{balanced,unbalanced}_{dev,test1}.json                     the identifiers of these subsets
+    vqav2_{train,val,trainable_val,rest_val,test,test-dev}.arrow    own data: NAME_vqa_{split}.arrow
+    vqav2_answers.json                   the answer list; the position of an answer is its label
+    vqav2_annotations_{split}.json       all annotators' answers, as the official score wants them
+    nlvr2_{train,dev,test1}.arrow                                 own data: NAME_nlvr2_{split}.arrow
+    nlvr2_{balanced,unbalanced}_{dev,test1}.json                  the identifiers of these subsets
 
-**Answer list** (ViLT's): the majority answers of train and val, normalised as the official evaluation does, that are
-seen at least 9 times, in order of appearance; 3,129 of VQAv2, one of which is the empty string ("the" and "a" normalise
-to it). ViLT's own normalisation differs in one thing, it does not strip blanks first; they agree on 12,000 real ones.
-**Soft scores**: an answer of the list that n of ten annotators gave scores 0, 0.3, 0.6, 0.9, 1 for n = 0, 1, 2, 3, 4 or
-more. Fewer than ten annotators (one's own data) are repeated in turn until they are ten, so a single answer scores 1.
-A question of which no answer is in the list teaches nothing and is left out of the training files (train,
-trainable_val). The other files keep it, with empty lists, since the official accuracy counts it. (ViLT drops it there.)
-A picture that is missing or cannot be read takes its questions or statements out of the training files only. The other
-files keep them, with whatever bytes there are in the picture's place, since a results file needs an answer to each.
+Answer list. It holds the majority answers of train and val that occur at least 9 times, in order of
+appearance. They are normalised as the official evaluation does. VQAv2 has 3,129. One of them is the
+empty string, since "the" and "a" normalise to it. (ViLT's normalisation does not strip blanks
+first; the two agree on 12,000 real answers.)
+
+Soft scores. An answer of the list that n of ten annotators gave scores 0, 0.3, 0.6, 0.9, 1 for
+n = 0, 1, 2, 3, 4 or more. Fewer than ten annotators are repeated in turn until they are ten, so a
+single answer scores 1.
+
+What is left out. The training files (train, trainable_val) lack questions without an answer of the
+list, and questions and statements without their pictures: they teach nothing. The other files keep
+both, since the official accuracy counts every question. (ViLT drops the first there too.) A picture
+that cannot be read then stands in the file with what bytes there are of it.
 """
 
-import json
+from argparse import Namespace
 import os
 import re
 import sys
 from collections import Counter, defaultdict
 from functools import cache, partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
+from data import read_json
 from metrics import normalize_answer, soft_score
-from sources.shards import SURROGATE, Record, Shard, fail, first_existing, inside, json_lines, read_json, simple, write_json
+from sources.shards import (SURROGATE, Record, Shard, fail, first_existing, inside, json_lines,
+                            json_list, read_entries, simple)
 
-# rest_val: the last images of val, by their ids, at most half of them, to choose a checkpoint by; trainable_val are the
-# others. (ViLT takes the last 1,000 after shuffling, so no two of its users have the same.)
+# rest_val is the last images of val by their ids, at most half of them; the checkpoint is chosen by
+# it. trainable_val is the others. (ViLT takes the last 1,000 after shuffling, so that no two of its
+# users have the same.)
 REST = 1000
-normalized = cache(normalize_answer)     # most of the 6.6 million answers of VQAv2 have been given before
+normalized = cache(normalize_answer)        # most of VQAv2's 6.6 million answers repeat others
 
 
 class Annotation(NamedTuple):
     """What people answered to one question."""
-    majority: str                        # the official multiple_choice_answer
-    answers: tuple                       # of each annotator, as they typed it
-    answer_type: str                     # "yes/no", "number", "other"
+    majority: str                           # the official multiple_choice_answer
+    answers: tuple[str, ...]                # of each annotator, as typed
+    answer_type: str                        # "yes/no", "number", "other"
     question_type: str
 
 
 class Question(NamedTuple):
     question_id: int
     text: str
-    annotation: Annotation | None
-    wrong: str                           # why the question is left out, or ""
-    note: str = ""                       # why something of it is left out, or ""
+    annotation: Annotation | None           # None if nobody was asked
+    note: str = ""                          # why a part of it is left out
+    wrong: str = ""                         # why the whole question is left out
 
 
 class Split(NamedTuple):
-    images: dict                         # image_id: [Question], image ids ascending
-    annotations: list                    # every Annotation, in the order of their file; none where nobody was asked
-    picture: Callable                    # image_id -> (its path as messages call it, Path)
+    images: dict[int, list[Question]]       # by image_id, ascending
+    annotations: list[Annotation]           # all, in the order of their file
+    picture: Callable                       # image_id -> (key for the logs, Path)
 
 
-def is_training(split):
-    return split.startswith("train")     # train, trainable_val
+def is_training(split: str) -> bool:
+    return split.startswith("train")        # train, trainable_val
 
 
-def whole(value):
-    """An id: a whole number that fits an Arrow column, or its digits. ValueError, TypeError for anything else."""
+def whole(value: object) -> int:
+    """An id: a whole number that fits an Arrow column, or its digits.
+
+    ValueError or TypeError for anything else.
+    """
     if isinstance(value, (bool, float)) or not 0 <= int(value) < 2 ** 63:
         raise ValueError
     return int(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# VQA: answers -> labels and soft scores; questions -> one row per image.
+# --------------------------------------------------------------------------------------------------
+# VQA: answers -> labels and soft scores.
 
-def ten(answers):
+def ten(answers: tuple | list) -> list:
     """The answers of at least ten annotators; fewer are repeated in turn.
 
     >>> Counter(ten(["red", "pink", "red"]))
@@ -80,172 +90,227 @@ def ten(answers):
     return [answers[i % len(answers)] for i in range(max(10, len(answers)))]
 
 
-def answer_list(annotations, at_least):
-    """The normalised majority answers that are seen so often, in order of appearance."""
+def answer_list(annotations: Iterable[Annotation], at_least: int) -> list[str]:
+    """The normalised majority answers that occur at_least times, in order of appearance."""
     counts = Counter(normalized(annotation.majority) for annotation in annotations)
-    return [answer for answer, count in counts.items() if count >= at_least and not SURROGATE.search(answer)]
+    return [answer for answer, count in counts.items()
+            if count >= at_least and not SURROGATE.search(answer)]
 
 
-def soft_labels(answers, label_of):
+def soft_labels(answers: tuple | list, label_of: dict) -> tuple[list[int], list[float]]:
     """Annotators' answers -> (labels of those in the list, in order of appearance; their scores)
 
     >>> soft_labels(["blue"] * 7 + ["Navy", "the sky", "navy."], {"navy": 0, "blue": 1})
     ([1, 0], [1.0, 0.6])
     """
     counts = Counter(map(normalized, ten(answers)))
-    counts = {label_of[answer]: count for answer, count in counts.items() if answer in label_of}
-    return list(counts), [soft_score(count) for count in counts.values()]
+    known = [answer for answer in counts if answer in label_of]
+    return [label_of[answer] for answer in known], [soft_score(counts[answer]) for answer in known]
 
 
-def make_split(name, entries, answered, annotations, picture):
-    """Entries (image_id, question_id, text, annotation or None, note) -> Split. `answered`: all should have answers."""
-    images, seen = defaultdict(list), set()
-    for image_id, question_id, text, annotation, note in entries:
-        wrong = ("duplicate question id" if question_id in seen else
-                 "empty question" if not text else
-                 "question is not Unicode" if SURROGATE.search(text) else
-                 "question without an annotation" if annotation is None and (answered or is_training(name)) else
-                 "question with empty answers" if annotation and not any(map(str.strip, annotation.answers)) else "")
-        seen.add(question_id)
-        images[image_id].append(Question(question_id, text, annotation, wrong, note))
+def read_answers(path: Path) -> list[str]:
+    """An answer list: a JSON list of different strings."""
+    try:
+        answers = read_json(path, list)
+    except (OSError, ValueError) as error:
+        fail(f"{path} is not an answer list ({error})")
+    if not answers or len(set(answers)) < len(answers):
+        fail(f"{path} is not an answer list; expected a JSON list of different strings")
+    return answers
+
+
+def choose_answers(prefix: str, splits: dict[str, Split], args: Namespace) -> list[str]:
+    """The answer list of this run, which is also written beside the Arrow files.
+
+    Finished files must have been made with the same list.
+    """
+    if args.answers:
+        answers = read_answers(args.answers)
+        origin = f"those of {args.answers}"
+    else:
+        asked = [name for name, split in splits.items() if split.annotations]
+        # The answers of test stay unseen, unless there are no others.
+        names = [name for name in asked if not name.startswith("test")] or asked
+        annotations = (one for name in names for one in splits[name].annotations)
+        answers = answer_list(annotations, args.at_least)
+        if asked and not answers:
+            fail(f"{args.root}: no answer is the majority's at least {args.at_least} times; "
+                 "--at-least lowers that")
+        origin = f"of {' and '.join(names)}, each the majority's at least {args.at_least} times"
+    if not answers:
+        return []
+    path = args.out / f"{prefix}_answers.json"
+    finished = sorted(args.out.glob(f"{prefix}_*.arrow"))
+    if finished and not args.force and not (path.exists() and read_answers(path) == answers):
+        fail(f"{path} is not the answer list of this run, and {finished[0].name} was made with it; "
+             "use another --out, or --force to write all files again")
+    with json_list(path) as append:
+        for answer in answers:
+            append(answer)
+    print(f"{path}: {len(answers):,} answers, {origin}")
+    return answers
+
+
+# --------------------------------------------------------------------------------------------------
+# VQA: questions -> one row per image.
+
+def problem(question: Question, seen: set[int], needs_annotation: bool) -> str:
+    """Why a question is left out of its split, or "". `seen`: the ids of earlier questions."""
+    if question.question_id in seen:
+        return "duplicate question id"
+    if not question.text:
+        return "empty question"
+    if SURROGATE.search(question.text):
+        return "question is not Unicode"
+    if question.annotation is None:
+        return "question without an annotation" if needs_annotation else ""
+    if not any(answer.strip() for answer in question.annotation.answers):
+        return "question with empty answers"
+    return ""
+
+
+def make_split(name: str, questions: Iterable[tuple[int, Question]], asked: bool,
+               annotations: list[Annotation], picture: Callable) -> Split:
+    """(image_id, Question) pairs -> Split. asked: whether people answered this split at all."""
+    images = defaultdict(list)
+    seen = set()
+    for image_id, question in questions:
+        wrong = problem(question, seen, needs_annotation=asked or is_training(name))
+        seen.add(question.question_id)
+        images[image_id].append(question._replace(wrong=wrong))
     return Split(dict(sorted(images.items())), annotations, picture)
 
 
-def vqa_records(split, images, name, answers, label_of, training):
-    """The rows of some images of a split."""
-    for image_id in images:
-        key, path = split.picture(image_id)
-        columns = ("questions", "answers", "answer_labels", "answer_scores", "question_id")
-        row, left = {column: [] for column in columns} | {"image_id": image_id, "split": name}, []
-        for question in split.images[image_id]:
-            wrong, labels, scores = question.wrong, [], []
-            if question.annotation and not wrong:
-                labels, scores = soft_labels(question.annotation.answers, label_of)
-                wrong = "question without an answer of the list" if training and not labels else ""
-            for reason in filter(None, (wrong, not wrong and question.note)):
-                left.append(f"{reason}: question {question.question_id}")
-            if not wrong:
-                values = (question.text, [answers[label] for label in labels], labels, scores, question.question_id)
-                for column, value in zip(columns, values):
-                    row[column].append(value)
-        yield Record(key, {"image": path}, row, left, keep=not training)
+def official_entry(image_id: int, question: Question) -> dict:
+    """The answers to a question as the official score wants them."""
+    annotation = question.annotation
+    return {"question_id": question.question_id,
+            "image_id": image_id,
+            "question_type": annotation.question_type,
+            "answer_type": annotation.answer_type,
+            "multiple_choice_answer": annotation.majority,
+            "answers": [{"answer_id": i, "answer": answer}
+                        for i, answer in enumerate(ten(annotation.answers), 1)]}
 
 
-def write_annotations(path, split, records, is_written):
-    """The official layout, of exactly the questions that are written: what the official score is computed from."""
-    def pieces():
-        yield json.dumps({"info": {"description": path.stem}, "license": {}, "data_type": "", "data_subtype": ""})[:-1]
-        separator = ', "annotations": [\n'
-        for record in filter(lambda record: record.row["questions"] and is_written(record.row), records()):
-            kept = set(record.row["question_id"])
-            for question_id, _, annotation, wrong, _ in split.images[record.row["image_id"]]:
-                if question_id in kept and not wrong:
-                    typed = enumerate(ten(annotation.answers), 1)
-                    answers = [{"answer_id": i, "answer": answer} for i, answer in typed]
-                    yield separator + json.dumps({
-                        "question_id": question_id, "image_id": record.row["image_id"],
-                        "question_type": annotation.question_type, "answer_type": annotation.answer_type,
-                        "multiple_choice_answer": annotation.majority, "answers": answers})
-                    separator = ",\n"
-        yield "\n]}\n"
-
-    write_json(path, pieces())
-
-
-def vqa_shards(prefix, splits, args, divide_val=False):
-    """{name: Split} -> Shards; writes the answer list, which must be the one that finished files were made with.
-
-    divide_val: val stands in two more files, trainable_val and rest_val.
-    """
-    asked = [name for name, split in splits.items() if split.annotations]
-    listed = [name for name in asked if not name.startswith("test")] or asked      # the tests' answers stay unseen
-    if args.answers:
-        answers = read_json(args.answers)
-        if not (isinstance(answers, list) and all(isinstance(a, str) for a in answers)
-                and 0 < len(set(answers)) == len(answers)):
-            fail(f"{args.answers} is not an answer list; expected a JSON list of different strings")
-    else:
-        answers = answer_list((a for name in listed for a in splits[name].annotations), args.at_least)
-        if asked and not answers:
-            fail(f"{args.root}: no answer is the majority's at least {args.at_least} times; --at-least lowers that")
-    path = args.out / f"{prefix}_answers.json"
-    if answers:
-        finished = sorted(args.out.glob(f"{prefix}_*.arrow"))
-        if finished and not args.force and not (path.exists() and read_json(path) == answers):
-            fail(f"{path} is not the answer list of this run, and {finished[0].name} was made with it; use another "
-                 "--out, or --force to write all files again")
-        write_json(path, [json.dumps(answers, indent=0), "\n"])
-        print(f"{path}: {len(answers):,} answers, " + (f"those of {args.answers}" if args.answers else
-              f"of {' and '.join(listed)}, each the majority's at least {args.at_least} times"))
+def vqa_records(split: Split, images: list[int], name: str, answers: list[str], training: bool,
+                beside: Path) -> Iterator[Record]:
+    """One Record for each of some images of a split. beside: the file of their annotations."""
     label_of = {answer: label for label, answer in enumerate(answers)}
+    for image_id in images:
+        row = {"image_id": image_id, "split": name, "questions": [], "answers": [],
+               "answer_labels": [], "answer_scores": [], "question_id": []}
+        left_out = []
+        entries = []
+        for question in split.images[image_id]:
+            labels, scores, reason = [], [], question.wrong
+            if question.annotation and not reason:
+                labels, scores = soft_labels(question.annotation.answers, label_of)
+                if training and not labels:
+                    reason = "question without an answer of the list"
+            if reason or question.note:
+                left_out.append(f"{reason or question.note}: question {question.question_id}")
+            if reason:
+                continue
+            row["questions"].append(question.text)
+            row["answers"].append([answers[label] for label in labels])
+            row["answer_labels"].append(labels)
+            row["answer_scores"].append(scores)
+            row["question_id"].append(question.question_id)
+            if question.annotation:
+                entries.append(official_entry(image_id, question))
+        key, path = split.picture(image_id)
+        yield Record(key, {"image": path}, row, left_out, keep=not training,
+                     beside={beside: entries} if entries else {})
 
+
+def vqa_shards(prefix: str, splits: dict[str, Split], args: Namespace,
+               divide_val: bool = False) -> Iterator[Shard]:
+    """One Shard for each split. divide_val: val also becomes trainable_val and rest_val."""
+    answers = choose_answers(prefix, splits, args)
     parts = [(name, name, list(split.images)) for name, split in splits.items()]
-    if divide_val and "val" in asked and len(splits["val"].images) > 1:
+    if divide_val and "val" in splits and splits["val"].annotations:
         images = list(splits["val"].images)
         rest = min(REST, len(images) // 2)
-        parts += [("trainable_val", "val", images[:-rest]), ("rest_val", "val", images[-rest:])]
+        if rest:
+            parts.append(("trainable_val", "val", images[:-rest]))
+            parts.append(("rest_val", "val", images[-rest:]))
     for part, name, images in parts:
-        split = splits[name]
-        records = partial(vqa_records, split, images, name, answers, label_of, is_training(part))
-        beside = partial(write_annotations, args.out / f"{prefix}_annotations_{part}.json", split, records)
-        yield Shard(f"{prefix}_{part}", len(images), records, kind="VQA", beside=beside if name in asked else None)
+        path = args.out / f"{prefix}_annotations_{part}.json"
+        records = partial(vqa_records, splits[name], images, name, answers, is_training(part), path)
+        beside = {path: "annotations"} if splits[name].annotations else {}
+        yield Shard(f"{prefix}_{part}", len(images), records, "VQA", beside)
 
 
-def official_annotations(path):
-    """The official file -> {question_id: Annotation}, in its order."""
-    # An annotator's entry is reduced to the answer at once, equal ones to one string: 6.6 million dicts take gigabytes.
-    content = read_json(path, hook=lambda d: sys.intern(d["answer"]) if isinstance(d.get("answer"), str) else d)
-    entries, found = content.get("annotations") if isinstance(content, dict) else None, {}
-    if not isinstance(entries, list):
-        fail(f'{path} is not in the official layout; expected {{"annotations": [...]}}')
+# --------------------------------------------------------------------------------------------------
+# VQAv2: the official layout.
+
+def official_annotations(path: Path) -> dict[int, Annotation]:
+    """{question_id: Annotation}, in the order of the file."""
+    def reduced(entry):     # equal answers to one string: 6.6 million dicts would take gigabytes
+        answer = entry.get("answer")
+        return sys.intern(answer) if isinstance(answer, str) else entry
+
+    entries = read_entries(path, "annotations", "the official", reduced)
+    found = {}
     for i, entry in enumerate(entries):
         try:
-            answers, majority = tuple(entry["answers"]), entry["multiple_choice_answer"]
-            if not answers or not all(isinstance(text, str) for text in (*answers, majority)):
+            answers = tuple(entry["answers"])
+            annotation = Annotation(entry["multiple_choice_answer"], answers,
+                                    entry.get("answer_type", "other"),
+                                    entry.get("question_type", ""))
+            texts = (annotation.majority, *answers)
+            if not answers or not all(isinstance(text, str) for text in texts):
                 raise TypeError
-            found.setdefault(whole(entry["question_id"]), Annotation(
-                majority, answers, entry.get("answer_type", "other"), entry.get("question_type", "")))
+            found.setdefault(whole(entry["question_id"]), annotation)
         except (KeyError, TypeError, ValueError, AttributeError):
-            fail(f'{path}: annotations[{i}] needs "question_id", "multiple_choice_answer" and "answers", each with '
-                 '"answer"')
+            fail(f'{path}: annotations[{i}] needs "question_id", "multiple_choice_answer" and '
+                 '"answers", each with "answer"')
     if len(found) < len(entries):
-        print(f"{path}: {len(entries) - len(found):,} annotations left out, their questions have an earlier one")
+        print(f"{path}: {len(entries) - len(found):,} annotations left out, "
+              "their questions have an earlier one")
     return found
 
 
-def official_split(name, questions, annotations, folder):
-    """Questions and annotations (or None) in the official layout, and the folder of the pictures -> Split."""
+def official_split(name: str, path: Path, annotations: Path | None, folder: Path) -> Split:
+    """The Split of a file of questions, their annotations, and the folder of the pictures."""
     found = official_annotations(annotations) if annotations else {}
-    content = read_json(questions)
-    listed = content.get("questions") if isinstance(content, dict) else None
-    if not isinstance(listed, list):
-        fail(f'{questions} is not in the official layout; expected {{"questions": [...]}}')
 
-    def entries():
-        for i, entry in enumerate(listed):
+    def questions():
+        for i, entry in enumerate(read_entries(path, "questions", "the official")):
             try:
                 question_id = whole(entry["question_id"])
-                yield whole(entry["image_id"]), question_id, entry["question"].strip(), found.get(question_id), ""
+                text = entry["question"].strip()
+                question = Question(question_id, text, found.get(question_id))
+                yield whole(entry["image_id"]), question
             except (KeyError, TypeError, ValueError, AttributeError):
-                fail(f'{questions}: questions[{i}] needs "question", and "image_id" and "question_id", whole numbers')
+                fail(f'{path}: questions[{i}] needs "question", '
+                     'and "image_id" and "question_id", whole numbers')
 
-    split = make_split(name, entries(), bool(annotations), list(found.values()), numbered_pictures(folder))
-    unasked = len(found.keys() - {question.question_id for image in split.images.values() for question in image})
+    split = make_split(name, questions(), bool(annotations), list(found.values()),
+                       numbered_pictures(folder))
+    asked = {question.question_id for image in split.images.values() for question in image}
+    unasked = len(found.keys() - asked)
     if unasked:
-        print(f"{annotations}: {unasked:,} annotations have no question in {questions}; they count for the list only")
+        print(f"{annotations}: {unasked:,} annotations have no question in {path}; "
+              "they count for the list only")
     return split
 
 
-def numbered_pictures(folder):
-    """A folder of pictures, at any depth, whose names end with their image_id -> Split.picture."""
+def numbered_pictures(folder: Path) -> Callable[[int], tuple[str, Path]]:
+    """Split.picture for a folder of pictures, at any depth, with names that end in the image_id."""
     paths = {}
     for place, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
-            if found := re.search(r"(\d+)\.(jpe?g|png|webp)$", name, re.IGNORECASE):
-                other = paths.setdefault(int(found[1]), path := f"{place}/{name}")
-                if other != path:
-                    fail(f"{path} and {other} have the same number; expected one picture of each image_id")
+            number = re.search(r"(\d+)\.(jpe?g|png|webp)$", name, re.IGNORECASE)
+            if not number:
+                continue
+            path = f"{place}/{name}"
+            other = paths.setdefault(int(number[1]), path)
+            if other != path:
+                fail(f"{path} and {other} have the same number; "
+                     "expected one picture of each image_id")
 
     def picture(image_id):
         path = Path(paths.get(image_id, folder / f"{image_id:012}.jpg"))
@@ -253,183 +318,228 @@ def numbered_pictures(folder):
     return picture
 
 
-def vqav2(args):
-    """The official download as ViLT lays it out; or a folder with questions_{split}.json and, where people were asked,
-    annotations_{split}.json in the same formats, and the pictures below images/."""
-    root, files = args.root, {}
-    if any(root.glob("v2_OpenEnded_mscoco_*_questions.json")):
-        for name, year, folder in (("train", "train2014", "train2014"), ("val", "val2014", "val2014"),
-                                   ("test", "test2015", "test2015"), ("test-dev", "test-dev2015", "test2015")):
-            questions, annotations = (root / f"v2_OpenEnded_mscoco_{year}_questions.json",
-                                      root / f"v2_mscoco_{year}_annotations.json")
-            missing = next((path for path in (questions, root / folder) if not path.exists()), None)
-            if missing is None:
-                files[name] = questions, None if "test" in name else first_existing(annotations), root / folder
-            elif "test" in name or args.answers:
-                print(f"{missing} is missing: no file of {name} is written")
-            else:
-                fail(f"{missing} is missing; the answer list is made of train and val (or --answers names a file)")
+OFFICIAL = {    # split: (year in the names of the files, folder of the pictures)
+    "train": ("train2014", "train2014"),
+    "val": ("val2014", "val2014"),
+    "test": ("test2015", "test2015"),
+    "test-dev": ("test-dev2015", "test2015"),
+}
+
+
+def official_files(root: Path, args: Namespace) -> Iterator[tuple]:
+    """Yields (split, questions, annotations or None, pictures) of VQAv2 as ViLT lays it out."""
+    for name, (year, folder) in OFFICIAL.items():
+        questions = root / f"v2_OpenEnded_mscoco_{year}_questions.json"
+        missing = [path for path in (questions, root / folder) if not path.exists()]
+        annotations = None
+        if not missing and not name.startswith("test"):
+            annotations = first_existing(root / f"v2_mscoco_{year}_annotations.json")
+        if not missing:
+            yield name, questions, annotations, root / folder
+        elif name.startswith("test") or args.answers:
+            print(f"{missing[0]} is missing: no file of {name} is written")
+        else:
+            fail(f"{missing[0]} is missing; the answer list is made of train and val "
+                 "(or --answers names a file)")
+
+
+def plain_files(root: Path) -> Iterator[tuple]:
+    """The same for questions_{split}.json and annotations_{split}.json, with images/ beside."""
+    found = {path.stem.removeprefix("questions_"): path for path in root.glob("questions_*.json")}
+    if not found:
+        fail(f"{root} holds no v2_OpenEnded_mscoco_*_questions.json and no questions_*.json; "
+             "`prepare.py vqav2 --help` shows the expected layout")
+    first = [name for name in ("train", "val") if name in found]
+    for name in [*first, *sorted(found.keys() - set(first))]:
+        annotations = root / f"annotations_{simple(name, root)}.json"
+        yield (name, found[name], annotations if annotations.exists() else None,
+               first_existing(root / "images"))
+
+
+def vqav2(args: Namespace) -> Iterator[Shard]:
+    if any(args.root.glob("v2_OpenEnded_mscoco_*_questions.json")):
+        files = official_files(args.root, args)
     else:
-        found = {path.stem.removeprefix("questions_"): path for path in sorted(root.glob("questions_*.json"))}
-        if not found:
-            fail(f"{root} holds no v2_OpenEnded_mscoco_*_questions.json and no questions_*.json; `prepare.py --help` "
-                 "shows the expected layout")
-        for name in sorted(found, key=lambda name: (name != "train", name != "val", name)):
-            annotations = root / f"annotations_{simple(name, root)}.json"
-            files[name] = found[name], annotations if annotations.exists() else None, first_existing(root / "images")
-    splits = {name: official_split(name, *paths) for name, paths in files.items()}
-    return vqa_shards(f"{args.name}_vqa" if args.name else "vqav2", splits, args, divide_val=True)
+        files = plain_files(args.root)
+    splits = {name: official_split(name, *paths) for name, *paths in files}
+    prefix = f"{args.name}_vqa" if args.name else "vqav2"
+    return vqa_shards(prefix, splits, args, divide_val=True)
 
 
-def answer_kind(answer):
+# --------------------------------------------------------------------------------------------------
+# One's own questions.
+
+def answer_type(answer: str) -> str:
     """The official answer_type, for data that does not say."""
-    return "yes/no" if answer in ("yes", "no") else "number" if answer.isdecimal() else "other"
+    if answer in ("yes", "no"):
+        return "yes/no"
+    return "number" if answer.isdecimal() else "other"
 
 
-def vqa_jsonl(args):
-    """Lines of {"image", "question", "answers": one or several}, and optionally "split", "image_id", "question_id",
-    "answer_type", "question_type". The questions of an image become one row, wherever they stand in the file."""
-    entries, paths, numbers, given = defaultdict(list), {}, {}, None
+def own_annotation(entry: dict, answers: list[str]) -> Annotation | None:
+    """The Annotation of a line; None if it has no answers."""
+    if not answers:
+        return None
+    kept = tuple(answer for answer in answers if answer.strip())
+    # The majority is that of the normalised answers: "Red." and "red" are one.
+    counts = Counter(map(normalized, kept)).most_common(1)
+    majority = counts[0][0] if counts else ""
+    return Annotation(majority, kept, entry.get("answer_type") or answer_type(majority),
+                      entry.get("question_type") or "")
+
+
+def vqa_jsonl(args: Namespace) -> Iterator[Shard]:
+    """One row for each image, however its lines are spread over the file."""
+    questions = defaultdict(list)           # split: [(image_id, Question)]
+    paths = {}                              # image_id: path of the picture, beside the file
+    numbers = {}                            # path: image_id, if the lines do not give it
+    given = None                            # which ids the lines give
     for line, (where, entry) in enumerate(json_lines(args.root), 1):
-        answers = entry.get("answers") if isinstance(entry, dict) else None
-        answers = [answers] if isinstance(answers, str) else answers or []
-        if not (isinstance(entry, dict) and isinstance(answers, list)
-                and all(isinstance(text, str) for text in (entry.get("image"), entry.get("question"), *answers))):
+        entry = entry if isinstance(entry, dict) else {}
+        answers = entry.get("answers") or []
+        answers = [answers] if isinstance(answers, str) else answers
+        texts = [entry.get("image"), entry.get("question")]
+        if not (isinstance(answers, list)
+                and all(isinstance(text, str) for text in texts + answers)):
             fail(f'{where}: expected {{"image": path, "question": text, "answers": [text, …]}}')
         present = [name for name in ("image_id", "question_id") if entry.get(name) is not None]
         given = present if given is None else given
         if given != present:
-            fail(f"{where}: has {' and '.join(present) or 'no ids'}, the first line {' and '.join(given) or 'none'}; "
-                 "expected the same in every line")
+            fail(f"{where}: has {' and '.join(present) or 'no ids'}, the first line "
+                 f"{' and '.join(given) or 'none'}; expected the same in every line")
         image = inside(entry["image"], where)
+        image_id = entry.get("image_id")
+        if image_id is None:
+            image_id = numbers.setdefault(image, len(numbers))
+        question_id = entry.get("question_id")
         try:
-            image_id = whole(entry["image_id"]) if "image_id" in given else numbers.setdefault(image, len(numbers))
-            question_id = whole(entry["question_id"]) if "question_id" in given else line
+            image_id = whole(image_id)
+            question_id = line if question_id is None else whole(question_id)
         except (TypeError, ValueError):
             fail(f'{where}: "image_id" and "question_id" have to be whole numbers')
         if paths.setdefault(image_id, image) != image:
-            fail(f"{where}: image_id {image_id} is {image} here, and {paths[image_id]} in an earlier line")
-        kept = tuple(answer for answer in answers if answer.strip())
-        annotation, note = None, "empty answer (question kept)" if len(kept) < len(answers) else ""
-        if answers:
-            # Whom most agree with is asked of normalised answers: "Red." and "red" are one.
-            majority = Counter(map(normalized, kept)).most_common(1)[0][0] if kept else ""
-            annotation = Annotation(majority, kept, entry.get("answer_type") or answer_kind(majority),
-                                    entry.get("question_type") or "")
-        entries[simple(entry.get("split") or "train", where)].append(
-            (image_id, question_id, entry["question"].strip(), annotation, note))
+            fail(f"{where}: image_id {image_id} is {image} here, "
+                 f"and {paths[image_id]} in an earlier line")
+        empty = any(not answer.strip() for answer in answers)
+        question = Question(question_id, entry["question"].strip(), own_annotation(entry, answers),
+                            note="empty answer (question kept)" if empty else "")
+        split = simple(entry.get("split") or "train", where)
+        questions[split].append((image_id, question))
+
+    def picture(image_id):
+        return paths[image_id], args.root.parent / paths[image_id]
 
     splits = {}
-    for name, found in entries.items():
-        annotations = [annotation for *_, annotation, _ in found if annotation and annotation.answers]
-        splits[name] = make_split(name, found, bool(annotations), annotations,
-                                  lambda image_id: (paths[image_id], args.root.parent / paths[image_id]))
+    for name, pairs in questions.items():
+        annotations = [question.annotation for _, question in pairs]
+        annotations = [one for one in annotations if one and one.answers]
+        splits[name] = make_split(name, pairs, bool(annotations), annotations, picture)
     return vqa_shards(f"{args.name or args.root.stem}_vqa", splits, args)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# NLVR2: a row is a statement about two pictures. ViLT's rows are pairs with all their statements, and keep of their
-# identifiers what these have in common. But the last part of an identifier belongs into the prediction file, and
-# consistency is counted by it. So here a row has one statement, and a pair that has two stands in the file twice.
+# --------------------------------------------------------------------------------------------------
+# NLVR2. A row is one statement about two pictures, so a pair with two statements has two rows.
+# ViLT's rows are pairs with all their statements, and keep only the common part of the identifiers.
+# But a prediction file needs the last part too, and consistency is counted by it.
 
-def statement(where, entry, split, identifier, first, second):
-    """A Record of a line that has been read; `first`, `second`: (key, path) of the pictures."""
+def statement_record(where: str, entry: dict, split: str, identifier: object,
+                     pictures: list[tuple[str, Path]]) -> Record:
+    """The Record of a line. pictures: (key for the logs, path) of the left and the right one."""
     label = str(entry.get("label")).capitalize()
-    if not (isinstance(entry.get("sentence"), str) and label in ("True", "False")):
+    text = entry.get("sentence")
+    if not isinstance(text, str) or label not in ("True", "False"):
         fail(f'{where}: expected a "sentence", and as "label" true or false')
     if not isinstance(identifier, str) or identifier.count("-") != 3:
-        fail(f"{where}: the identifier {identifier!r} is not of the form split-set-pair-sentence, such as dev-850-0-1")
-    text = entry["sentence"].strip()
-    left = ["empty statement"] if not text else ["statement is not Unicode"] if SURROGATE.search(text) else []
-    row = {"questions": [] if left else [text], "answers": [label], "identifier": identifier}
-    return Record(f"{identifier}: {first[0]}, {second[0]}", {"image_0": first[1], "image_1": second[1]}, row, left,
-                  keep=not is_training(split))
+        fail(f"{where}: the identifier {identifier!r} is not of the form "
+             "split-set-pair-sentence, such as dev-850-0-1")
+    text = text.strip()
+    left_out = []
+    if not text:
+        left_out.append("empty statement")
+    elif SURROGATE.search(text):
+        left_out.append("statement is not Unicode")
+    row = {"questions": [] if left_out else [text], "answers": [label], "identifier": identifier}
+    keys, paths = zip(*pictures)
+    return Record(f"{identifier}: {', '.join(keys)}", {"image_0": paths[0], "image_1": paths[1]},
+                  row, left_out, keep=not is_training(split))
 
 
-def nlvr2_records(path, split, folder):
-    """The official lines: the identifier split-set-pair-sentence names the pictures split-set-pair-img{0,1}.png."""
+def nlvr2_records(path: Path, split: str, folder: Path, subsets: dict) -> Iterator[Record]:
+    """The official lines. split-set-pair-img{0,1}.png are the pictures of split-set-pair-sentence.
+
+    Those of train lie in numbered folders, but the official download script puts all into one.
+    subsets: {file to write: identifiers}.
+    """
     for where, entry in json_lines(path):
         identifier = entry.get("identifier") if isinstance(entry, dict) else None
         if not isinstance(identifier, str):
-            fail(f'{where}: expected {{"identifier": text, "sentence": text, "label": "True" or "False"}}')
-        names = [inside(f"{identifier.rpartition('-')[0]}-img{i}.png", where) for i in (0, 1)]
-        # The pictures of train lie in numbered folders; the official download script puts all into one.
-        nested = "" if entry.get("directory") in (None, "") else inside(str(entry["directory"]), where)
-        paths = [path if (path := folder / nested / name).exists() else folder / name for name in names]
-        yield statement(where, entry, split, identifier, *zip(names, paths))
+            fail(f'{where}: expected {{"identifier": text, "sentence": text, '
+                 '"label": "True" or "False"}')
+        directory = inside(str(entry.get("directory") or "."), where)
+        pictures = []
+        for i in (0, 1):
+            name = inside(f"{identifier.rpartition('-')[0]}-img{i}.png", where)
+            nested = folder / directory / name
+            pictures.append((name, nested if nested.exists() else folder / name))
+        record = statement_record(where, entry, split, identifier, pictures)
+        own = [file for file, identifiers in subsets.items() if identifier in identifiers]
+        yield record._replace(beside={file: [identifier] for file in own})
 
 
-def nlvr2_subsets(out, data, name, is_written):
-    """The identifiers of dev's or test1's balanced and unbalanced subset, of the statements that are written."""
+def read_subsets(data: Path, split: str, out: Path) -> dict[Path, set[str]]:
+    """{file to write: identifiers} of the balanced and the unbalanced subset of dev or test1."""
+    subsets = {}
     for subset in ("balanced", "unbalanced"):
-        lines = data / subset / f"{subset}_{name}.json"
-        if not lines.exists():
-            print(f"{lines} is missing: this subset cannot be scored apart")
+        path = data / subset / f"{subset}_{split}.json"
+        if not path.exists():
+            print(f"{path} is missing: this subset cannot be scored apart")
             continue
         try:
-            identifiers = [entry["identifier"] for _, entry in json_lines(lines) if is_written(entry)]
+            identifiers = {entry["identifier"] for _, entry in json_lines(path)}
         except (KeyError, TypeError):
-            fail(f'{lines} has a line without "identifier"; expected the official subset')
-        write_json(out / f"nlvr2_{subset}_{name}.json", [json.dumps(identifiers, indent=0), "\n"])
+            fail(f'{path} has a line without "identifier"; expected the official subset')
+        subsets[out / f"nlvr2_{subset}_{split}.json"] = identifiers
+    return subsets
 
 
-def nlvr2(args):
+def nlvr2(args: Namespace) -> Iterator[Shard]:
     root = args.root
     data = first_existing(root / "nlvr2/data", root / "nlvr/nlvr2/data")
     first_existing(data / "train.json", data / "dev.json", data / "test1.json")
     for name in ("train", "dev", "test1"):
-        folder = next((f for f in (root / "images" / name, root / f"images_{name}", root / name) if f.is_dir()), None)
-        if folder is None or not (data / f"{name}.json").exists():
-            print(f"{data / f'{name}.json'} or the folder of its pictures is missing: no file of {name} is written")
+        path = data / f"{name}.json"
+        folders = [root / "images" / name, root / f"images_{name}", root / name]
+        folders = [folder for folder in folders if folder.is_dir()]
+        if not folders or not path.exists():
+            print(f"{path} or the folder of its pictures is missing: no file of {name} is written")
             continue
-        lines = data / f"{name}.json"
-        yield Shard(f"nlvr2_{name}", sum(1 for _ in json_lines(lines)), partial(nlvr2_records, lines, name, folder),
-                    kind="NLVR2", beside=partial(nlvr2_subsets, args.out, data, name) if name != "train" else None)
+        subsets = {} if name == "train" else read_subsets(data, name, args.out)
+        records = partial(nlvr2_records, path, name, folders[0], subsets)
+        count = sum(1 for _ in json_lines(path))
+        yield Shard(f"nlvr2_{name}", count, records, "NLVR2", dict.fromkeys(subsets))
 
 
-def nlvr2_jsonl(args):
-    """Lines of {"images": [left, right], "sentence", "label"}, and optionally "split" and "identifier"."""
-    def records(wanted=None):
+def nlvr2_jsonl(args: Namespace) -> Iterator[Shard]:
+    """One Shard for each split. The file is read once to count, and once for each split."""
+    def statements():
         for number, (where, entry) in enumerate(json_lines(args.root), 1):
             images = entry.get("images") if isinstance(entry, dict) else None
-            if not (isinstance(images, list) and len(images) == 2 and all(isinstance(image, str) for image in images)):
-                fail(f'{where}: expected {{"images": [left, right], "sentence": text, "label": true or false}}')
+            if not (isinstance(images, list) and len(images) == 2
+                    and all(isinstance(image, str) for image in images)):
+                fail(f'{where}: expected {{"images": [left, right], "sentence": text, '
+                     '"label": true or false}')
             split = simple(entry.get("split") or "train", where)
-            if wanted in (None, split):
-                # Each line is a set of its own where nothing else is said: set, pair, sentence.
-                identifier = entry.get("identifier", f"{split.replace('-', '_')}-{number}-0-0")
-                pictures = [(image, args.root.parent / image) for image in (inside(image, where) for image in images)]
-                yield split, statement(where, entry, split, identifier, *pictures)
+            # A line that does not say otherwise is a set of its own.
+            own = f"{split.replace('-', '_')}-{number}-0-0"
+            pictures = [(image, args.root.parent / inside(image, where)) for image in images]
+            yield split, statement_record(where, entry, split, entry.get("identifier", own),
+                                          pictures)
 
-    for split, count in Counter(split for split, _ in records()).items():
-        yield Shard(f"{args.name or args.root.stem}_nlvr2_{split}", count,
-                    lambda split=split: (record for _, record in records(split)), kind="NLVR2")
+    def records(wanted):
+        for split, record in statements():
+            if split == wanted:
+                yield record
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What `prepare.py check` asks of finished files besides texts and pictures.
-
-def vqa_problems(rows, seen, wrong):
-    """Counts in `wrong` what is wrong in some rows, dicts without pictures; `seen`: all question ids so far."""
-    for row in rows:
-        count = len(row["questions"] or [])
-        if len(row["question_id"] or []) != count:
-            wrong["rows with another number of question ids than of questions"] += 1
-        for question_id in row["question_id"] or []:
-            wrong["question ids that an earlier question has"] += question_id in seen
-            seen.add(question_id)
-        answers, labels, scores = (row[name] or [] for name in ("answers", "answer_labels", "answer_scores"))
-        # ViLT's test files have one empty list a row; ours one for each question.
-        if any(len(column) not in (0, count) for column in (answers, labels, scores)) or any(
-                not len(a or []) == len(b or []) == len(c or []) for a, b, c in zip(answers, labels, scores)):
-            wrong["rows whose answers, labels and scores do not belong together"] += 1
-        wrong["scores outside 0 to 1"] += sum(not 0 < score <= 1 for scored in scores for score in scored or [])
-
-
-def nlvr2_problems(rows, seen, wrong):
-    for row in rows:
-        answers = row["answers"] or []
-        if len(answers) != len(row["questions"] or []) or not set(answers) <= {"True", "False"}:
-            wrong['rows without one answer, "True" or "False", for each statement'] += 1
-        wrong["identifiers that an earlier row has"] += row["identifier"] in seen
-        seen.add(row["identifier"])
+    for split, count in Counter(split for split, _ in statements()).items():
+        name = f"{args.name or args.root.stem}_nlvr2_{split}"
+        yield Shard(name, count, partial(records, split), "NLVR2")

@@ -1,10 +1,12 @@
-"""What every source of prepare.py shares: Shards of Records -> Arrow files whose pictures are known to decode.
+"""What all sources of prepare.py share: Shards of Records -> Arrow files.
 
-A source lists its Shards, one Arrow file each; `convert` writes those that are not finished. Pictures are read and
-decoded by threads, the order of the rows stays that of the source, and what is left out is counted, and named in
-NAME.skipped.jsonl. (So are the pictures that do not decode and are kept all the same: Record.keep.)
+A source lists its Shards, one for each Arrow file, and `convert` writes those that are not finished.
+Threads read and decode the pictures; the rows keep the order of the source. What is left out is
+counted, and named in NAME.skipped.jsonl. That log also names pictures that do not decode and are
+kept all the same (Record.keep).
 """
 
+from argparse import Namespace
 import glob
 import io
 import json
@@ -13,95 +15,204 @@ import re
 import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from hashlib import blake2b
-from typing import Callable, NamedTuple
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, NamedTuple, NoReturn
 
 import pyarrow as pa
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from data import CAPTIONS, FORMATS, NLVR2, VQA, Writer, to_rgb
+from data import CAPTIONS, FORMATS, NLVR2, VQA, to_rgb
 
-SURROGATE = re.compile("[\ud800-\udfff]")                 # half a character: JSON can hold it, Arrow's UTF-8 cannot
+# Half a character: JSON can hold it, the UTF-8 of Arrow cannot.
+SURROGATE = re.compile("[\ud800-\udfff]")
+EXIF_ORIENTATION = 0x0112
 
 
-def fail(sentence):
+def fail(sentence: str) -> NoReturn:
     raise SystemExit(f"prepare.py: {sentence}")
 
 
 class Kind(NamedTuple):
-    """A schema, and what check and the messages have to know of it."""
+    """A schema, and what the messages and `prepare.py check` need to know about it."""
     schema: pa.Schema
-    images: tuple                   # the columns of pictures
-    texts: str                      # the column of texts: a row has at least one
-    key: str                        # the column that names a row, once in a file
-    rows: str                       # what messages call a row, and its texts
-    things: str
+    images: tuple[str, ...]         # the columns of pictures
+    texts: str                      # the column of texts; each row has at least one
+    key: str                        # the column that names a row, unique in a file
+    rows: str                       # what messages call the rows
+    things: str                     # what messages call the texts
 
 
-KINDS = {"captions": Kind(CAPTIONS, ("image",), "caption", "image_id", "images", "captions"),
-         "VQA": Kind(VQA, ("image",), "questions", "image_id", "images", "questions"),
-         "NLVR2": Kind(NLVR2, ("image_0", "image_1"), "questions", "identifier", "pairs of images", "statements")}
+KINDS = {
+    "captions": Kind(CAPTIONS, ("image",), "caption", "image_id", "images", "captions"),
+    "VQA": Kind(VQA, ("image",), "questions", "image_id", "images", "questions"),
+    "NLVR2": Kind(NLVR2, ("image_0", "image_1"), "questions", "identifier",
+                  "pairs of images", "statements"),
+}
 
 
 class Record(NamedTuple):
     """One row on its way from a source to an Arrow file."""
-    key: str                        # the picture's path below the root: what logs and messages call the row
-    images: dict                    # column: the file, or bytes that came out of a tar, or None: there is no picture
-    row: dict                       # the other columns, ready to be written; without a text the row is left out
-    left: list | tuple = ()         # why it, or something of it, is left out: a short reason, details after a colon
-    keep: bool = False              # also without its pictures: what bytes there are of them, or none, are then written
+    key: str                        # what logs call the row: the path of its picture below the root
+    images: dict                    # column: a path, the bytes, or None if there is no picture
+    row: dict                       # the other columns; a row without a text is left out
+    left_out: Iterable[str] = ()    # why it, or a part of it, is left out: "reason: details"
+    keep: bool = False              # write it even if its pictures are missing or broken
+    beside: dict = {}               # what it adds to the lists of Shard.beside: {path: values}
 
 
 class Shard(NamedTuple):
-    """One Arrow file to be. Nothing is read for one that is finished."""
+    """An Arrow file to write. Nothing is read for one that is already finished."""
     name: str
-    size: int                       # how many Records, or, where that is not known, bytes
-    records: Callable               # () -> iterator of Records
-    count: Callable | None = None   # () -> how many Records, where `size` is bytes
-    kind: str = "captions"          # of KINDS
-    beside: Callable | None = None  # (is_written: row -> bool) writes what belongs beside the Arrow file, before it
+    count: int | None               # number of Records; None if only reading them would tell
+    records: Callable[[], Iterator[Record]]
+    kind: str = "captions"          # a key of KINDS
+    beside: dict = {}               # JSON files that belong to it: {path: see json_list}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading what others wrote: every complaint is one sentence with the file's name.
+# --------------------------------------------------------------------------------------------------
+# Writing: a file appears under its name only when it is complete.
 
-def inside(name, where):
-    """`name` as a plain relative path; a path that would leave the folder it belongs to ends the run.
+@contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """Yields NAME.partial to write to. It is renamed if the block succeeds, otherwise removed."""
+    partial_path = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial_path
+        os.replace(partial_path, path)                      # atomic
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
+class Writer:
+    """Streams rows into an Arrow IPC file, which appears under its name only when it is complete.
+
+        with Writer("toy_caption_train.arrow", CAPTIONS) as out:
+            out.write({"image": jpeg, "caption": ["a dog"], "image_id": "0", "split": "train"})
+
+    Memory stays flat: a record batch is written after `batch_rows` rows or `batch_bytes` bytes of
+    pictures. After an error nothing has changed on the disk.
+    """
+
+    def __init__(self, path: Path | str, schema: pa.Schema, batch_rows: int = 1000,
+                 batch_bytes: int = 32 << 20):
+        self.path = Path(path)
+        self.schema = schema
+        self.batch_rows = batch_rows
+        self.batch_bytes = batch_bytes
+        self.images = [field.name for field in schema if field.type == pa.binary()]
+        self.rows = []                                      # not written yet
+        self.bytes = 0                                      # of their pictures
+        self.written = 0                                    # all rows so far
+
+    def __enter__(self) -> "Writer":
+        with ExitStack() as stack:
+            partial_path = stack.enter_context(complete_file(self.path))
+            file = stack.enter_context(pa.OSFile(str(partial_path), "wb"))
+            self.stream = stack.enter_context(pa.ipc.new_file(file, self.schema))
+            self.stack = stack.pop_all()
+        return self
+
+    def write(self, row: dict) -> None:
+        """Appends one row, a dict with exactly the columns of the schema."""
+        if set(row) != set(self.schema.names):
+            raise ValueError(f"{self.path}: a row has the columns {sorted(row)}, "
+                             f"the schema wants {self.schema.names}")
+        self.rows.append(row)
+        self.written += 1
+        self.bytes += sum(len(row[name]) for name in self.images)
+        if len(self.rows) >= self.batch_rows or self.bytes >= self.batch_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.rows:
+            self.stream.write_batch(pa.RecordBatch.from_pylist(self.rows, schema=self.schema))
+        self.rows = []
+        self.bytes = 0
+
+    def __exit__(self, error, *details):
+        if error:
+            return self.stack.__exit__(error, *details)
+        with self.stack:                                    # a full disk is an error here too
+            self.flush()
+
+
+@contextmanager
+def json_list(path: Path, name: str | None = None) -> Iterator[Callable[[object], None]]:
+    """Yields a function that appends a value to the JSON file [values], or {name: [values]}."""
+    with complete_file(path) as partial_path, open(partial_path, "w", encoding="utf-8") as file:
+        file.write(f'{{"{name}": [' if name else "[")
+        separator = "\n"
+
+        def append(value):
+            nonlocal separator
+            file.write(separator + json.dumps(value))
+            separator = ",\n"
+
+        yield append
+        file.write("\n]}\n" if name else "\n]\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading what others wrote: every complaint is one sentence that names the file.
+
+def inside(name: str, where: str | Path) -> str:
+    """`name` as a plain relative path. A path that leaves the folder of the data set is refused.
 
     >>> inside("./a//b.jpg", "x.json")
     'a/b.jpg'
     """
     parts = re.split(r"[/\\]", name)
     if ".." in parts or parts[0] == "" or re.match("[A-Za-z]:", name):
-        fail(f"{where}: the path {name!r} leaves the folder of the data set; expected a relative path without '..'")
+        fail(f"{where}: the path {name!r} leaves the folder of the data set; "
+             "expected a relative path without '..'")
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
-def simple(name, where):
-    """`name`, if it can be a part of a file's name."""
+def simple(name: object, where: str | Path) -> str:
+    """`name`, if it can be a part of a file name; otherwise it is refused."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
-        fail(f"{where}: {name!r} becomes part of a file name; expected letters, digits, '_', '-' and '.'")
+        fail(f"{where}: {name!r} becomes part of a file name; "
+             "expected letters, digits, '_', '-' and '.'")
     return name
 
 
-def first_existing(*paths):
-    return next((path for path in paths if path.exists()), None) or fail(
-        f"{' or '.join(map(str, paths))} is missing; `prepare.py --help` shows the expected layout")
+def first_existing(*paths: Path) -> Path:
+    for path in paths:
+        if path.exists():
+            return path
+    fail(f"{' or '.join(map(str, paths))} is missing; "
+         "`prepare.py COMMAND --help` shows the expected layout")
 
 
-def read_json(path, hook=None):
+def read_entries(path: Path, name: str, layout: str, hook: Callable | None = None) -> list:
+    """The list that a JSON file {name: [...]} holds.
+
+    hook: dict -> what stands in its place, applied to every object as soon as it is read.
+    Files of millions of objects fit into memory only with it.
+    """
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return json.load(file, object_hook=hook)
+            content = json.load(file, object_hook=hook)
     except (OSError, ValueError, RecursionError) as error:
         fail(f"{path} cannot be read as JSON ({error})")
+    if not isinstance(content, dict) or not isinstance(content.get(name), list):
+        fail(f'{path} is not in {layout} layout; expected {{"{name}": [...]}}')
+    return content[name]
 
 
-def json_items(path, hook=None, chunk=1 << 20, limit=64 << 20):
-    """Yields the elements of a JSON list one after another: 5 million regions never stand in memory together."""
-    decode = json.JSONDecoder(object_hook=hook).raw_decode
+def json_items(path: Path, hook: Callable | None = None, chunk: int = 1 << 20,
+               limit: int = 64 << 20) -> Iterator:
+    """Yields the elements of a JSON list one by one; the list is never in memory as a whole.
+
+    hook: as for read_entries. chunk: how many characters are read at a time.
+    limit: how many characters one element may have.
+    """
+    decode_at = json.JSONDecoder(object_hook=hook).raw_decode
+    separator = re.compile(r"[\s,]*")
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(chunk).lstrip()
@@ -109,62 +220,54 @@ def json_items(path, hook=None, chunk=1 << 20, limit=64 << 20):
                 fail(f"{path} does not hold a JSON list; expected it to start with '['")
             at = 1
             while True:
-                at = re.compile(r"[\s,]*").match(text, at).end()
+                at = separator.match(text, at).end()
                 if text[at:at + 1] == "]":
                     return
                 try:
-                    item, at = decode(text, at)
-                except json.JSONDecodeError as error:     # cut by the end of the chunk, or wrong
+                    item, at = decode_at(text, at)
+                except json.JSONDecodeError as error:       # cut by the end of the chunk, or wrong
                     more = file.read(chunk)
                     if not more or len(text) - at > limit:
-                        fail(f"{path} is cut off or is not JSON ({error.msg} near {text[at:at + 40]!r})")
-                    text, at = text[at:] + more, 0
+                        fail(f"{path} is cut off or is not JSON "
+                             f"({error.msg} near {text[at:at + 40]!r})")
+                    text = text[at:] + more
+                    at = 0
                 else:
                     yield item
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         fail(f"{path} cannot be read as JSON ({error})")
 
 
-def json_lines(path):
-    """Yields ("path, line n", value) for each line of a file of JSON lines; blank lines are none."""
+def json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    """Yields ("path, line n", value) for each line of a file of JSON lines that is not blank."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    try:
-                        yield where, json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        fail(f"{where} is not JSON ({error})")
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    fail(f"{where} is not JSON ({error})")
+                yield where, value
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path} cannot be read as lines of UTF-8 ({error})")
 
 
-def write_json(path, pieces):
-    """Writes strings into a file that appears under its name only when it is complete."""
-    part = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", encoding="utf-8") as file:
-            file.writelines(pieces)
-        os.replace(part, path)
-    except OSError as error:
-        fail(f"{path} could not be made ({error})")
-    finally:
-        part.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One picture, one row.
 
 class Skip(Exception):
-    """Why something is left out: a short reason, and details after a colon."""
+    """Why something is left out: "reason", or "reason: details"."""
 
 
-def decode(data, shorter=None, header_only=False):
-    """Bytes -> (the picture, fully decoded; its size as stored). Raises Skip. Only the first frame of several is read.
+def decode(data: bytes | pa.Buffer, shorter: int | None = None, header_only: bool = False,
+           ) -> tuple[Image.Image, tuple[int, int]]:
+    """(The picture, decoded unless header_only; its width and height as stored). Raises Skip.
 
-    With `shorter` a JPEG may come out reduced by 2, 4 or 8, but never to less than twice that length.
+    With `shorter` a JPEG may come out at 1/2, 1/4 or 1/8 of its size, which libjpeg does cheaply.
+    Its shorter side stays at least twice that long. Of several frames only the first is read.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -175,93 +278,105 @@ def decode(data, shorter=None, header_only=False):
             image.draft(None, (2 * shorter, 2 * shorter))
         if not header_only:
             image.load()
-        return image, size
     except Skip:
         raise
-    except Exception as error:   # Pillow's readers raise whatever the broken bytes lead to, not only OSError
+    except Exception as error:  # Pillow's readers raise whatever broken bytes lead to
         message = str(error).replace("\n", " ")[:120] or type(error).__name__
-        raise Skip("truncated" if "truncated" in message.lower() else
-                   "undecodable: not a picture we can read" if "cannot identify" in message else
-                   f"undecodable: {message}") from None
+        if "truncated" in message.lower():
+            message = "truncated"
+        elif "cannot identify" in message:
+            message = "undecodable: not a picture we can read"
+        else:
+            message = f"undecodable: {message}"
+        raise Skip(message) from None
+    return image, size
 
 
-def encoded(data, shorter=None, quality=90):
-    """The bytes to store. Without `shorter`: `data`, once it is known to decode.
+def encoded(data: bytes, shorter: int | None = None, quality: int = 90) -> bytes:
+    """The bytes to store for a picture: `data` without `shorter`, otherwise a JPEG. Raises Skip.
 
-    With it: an upright RGB JPEG whose shorter side is at most that long; a picture is never enlarged, and an upright
-    RGB JPEG that is small enough keeps its bytes, since another round of compression would only cost quality.
+    The JPEG is RGB and upright, its shorter side at most `shorter` pixels. A picture is never
+    enlarged. One that already is such a JPEG keeps its bytes, to lose no quality.
     """
     image, size = decode(data, shorter)
     if not shorter:
         return data
-    if image.format == "JPEG" and image.mode == "RGB" and min(size) <= shorter and image.getexif().get(0x112, 1) == 1:
-        return data
-    image = to_rgb(ImageOps.exif_transpose(image))          # upright, since the new file will not say how to turn it
-    if min(size) > shorter:
-        long = round(shorter * max(size) / min(size))
-        upright = image.width < image.height
-        # Pillow's bicubic is antialiased when it makes smaller.
-        image = image.resize((shorter, long) if upright else (long, shorter), Image.Resampling.BICUBIC)
-    image.info.clear()                                      # no comment, profile or EXIF of the original slips through
-    image.save(out := io.BytesIO(), "JPEG", quality=quality)
+    try:
+        upright = image.getexif().get(EXIF_ORIENTATION, 1) == 1
+        if image.format == "JPEG" and image.mode == "RGB" and upright and min(size) <= shorter:
+            return data
+        image = to_rgb(ImageOps.exif_transpose(image))      # the new file has no EXIF to turn it
+        if min(size) > shorter:
+            longer = round(shorter * max(size) / min(size))
+            portrait = image.width < image.height
+            small = (shorter, longer) if portrait else (longer, shorter)
+            image = image.resize(small, Image.Resampling.BICUBIC)       # Pillow's is antialiased
+        image.info.clear()                                  # no comment or profile of the original
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=quality)
+    except Exception as error:                              # broken EXIF, longer than JPEG allows
+        raise Skip(f"cannot be re-encoded: {error}") from None
     return out.getvalue()
 
 
-def stored(image, shorter=None, quality=90):
-    """What `encoded` gives for the picture of a Record: a file, or its bytes, or None. Raises Skip."""
+def read_picture(image: Path | bytes | None) -> bytes:
+    """The bytes of a Record's picture. Raises Skip."""
     if image is None:
         raise Skip("missing file: no picture of this key")
+    if isinstance(image, bytes):
+        return image
     try:
-        data = image if isinstance(image, bytes) else image.read_bytes()
+        return image.read_bytes()
     except FileNotFoundError:
         raise Skip("missing file") from None
     except (OSError, ValueError) as error:
         raise Skip(f"unreadable file: {error}") from None
-    try:
-        return encoded(data, shorter, quality)
-    except Skip:
-        raise
-    except Exception as error:                              # after decoding: broken EXIF, longer than JPEG allows
-        raise Skip(f"cannot be re-encoded: {error}") from None
 
 
-def raw(image):
-    """The bytes of a picture that cannot be read, as far as there are any."""
-    try:
-        return image if isinstance(image, bytes) else image.read_bytes() if image else b""
-    except (OSError, ValueError):
-        return b""
+class Outcome(NamedTuple):
+    """What became of a Record."""
+    record: Record
+    row: dict | None                # to be written, or None if it is left out
+    left_out: list[str]             # why it, or a part of it, is left out
+    readable: bool = False          # whether all its pictures decode
 
 
-def make_row(record, kind, shorter=None, quality=90):
-    """Record -> (record, row or None, [reason of each thing left out])."""
+def make_row(record: Record, kind: Kind, shorter: int | None, quality: int) -> Outcome:
+    """Reads and verifies the pictures of a Record."""
+    left_out = list(record.left_out)
     if not record.row[kind.texts]:
-        return record, None, record.left
+        return Outcome(record, None, left_out)
     if SURROGATE.search(str(record.row[kind.key])):
-        return record, None, [f"{kind.key} is not Unicode"]
-    images, left = {}, list(record.left)
+        return Outcome(record, None, [f"{kind.key} is not Unicode"])
+    images = {}
+    readable = True
     for column, image in record.images.items():
+        data = b""
         try:
-            images[column] = stored(image, shorter, quality)
+            data = read_picture(image)
+            data = encoded(data, shorter, quality)
         except Skip as error:
-            reason, colon, details = str(error).partition(":")
-            where = f": {column}" if len(record.images) > 1 else ""
+            readable = False
+            which = f": {column}" if len(record.images) > 1 else ""
             if not record.keep:
-                return record, None, [reason + colon + details + where]
-            images[column] = raw(image)
-            left.append(f"{reason} ({kind.things} kept){colon}{details}{where}")
-    return record, images | record.row, left
+                return Outcome(record, None, [f"{error}{which}"])
+            reason, colon, details = str(error).partition(":")
+            left_out.append(f"{reason} ({kind.things} kept){colon}{details}{which}")
+        images[column] = data
+    return Outcome(record, images | record.row, left_out, readable)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The one loop.
 
-def in_order(function, items, workers):
-    """map(function, items) by threads, results in the order of the items, at most 4 * workers of them in flight.
+def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
+    """map(function, items) by threads; results in the order of the items.
 
-    Threads will do: Pillow lets go of the interpreter lock while it decodes, resizes and encodes.
+    At most 4 * workers items are in flight. Threads are enough: Pillow releases the interpreter
+    lock while it decodes, resizes and encodes.
     """
-    pool, window = ThreadPoolExecutor(workers), deque()
+    pool = ThreadPoolExecutor(workers)
+    window = deque()
     try:
         for item in items:
             window.append(pool.submit(function, item))
@@ -273,92 +388,102 @@ def in_order(function, items, workers):
         pool.shutdown(cancel_futures=True)
 
 
-def bar(**options):
+def bar(**options) -> tqdm:
     """A progress bar on the terminal; in a log file, one line every half minute."""
     every = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(unit=" images", dynamic_ncols=True, mininterval=every, maxinterval=max(every, 10), **options)
+    return tqdm(dynamic_ncols=True, mininterval=every, maxinterval=max(every, 10), **options)
 
 
-def fingerprint(key):
-    """8 bytes of a hash, as a number: a million of them in a set take 70 MB, where paths would take twice that."""
-    return int.from_bytes(blake2b(str(key).encode(), digest_size=8).digest(), "big")
-
-
-def count_reasons(reasons):
+def describe(reasons: Counter) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
 
 
-def write_shard(shard, args, overall):
-    """Reads, verifies and writes one Shard. Returns (rows, texts, Counter of reasons); no file without a picture."""
+def write_shard(shard: Shard, args: Namespace) -> tuple[int, int, Counter]:
+    """Writes one Shard and its log -> (rows, texts, reasons why something was left out).
+
+    If not one row has its pictures, no file is written: the folder must be a wrong one.
+    """
     kind = KINDS[shard.kind]
-    path, log = args.out / f"{shard.name}.arrow", args.out / f"{shard.name}.skipped.jsonl"
-    log_partial = log.with_name(log.name + ".partial")
-    total = shard.count() if shard.count else shard.size
-    seen, texts, reasons, readable = set(), 0, Counter(), 0
+    path = args.out / f"{shard.name}.arrow"
+    log = args.out / f"{shard.name}.skipped.jsonl"
+    make = partial(make_row, kind=kind, shorter=args.shorter, quality=args.quality)
+    hashes = set()              # of the keys of the written rows: half the memory of the keys
+    texts = 0
+    reasons = Counter()
+    any_readable = False
     try:
-        with Writer(path, kind.schema) as out:
-            with (open(log_partial, "w", encoding="utf-8") as names,
-                  bar(total=total, desc=shard.name, position=0 if overall.disable else 1, leave=False) as progress):
-                make = partial(make_row, kind=kind, shorter=args.shorter, quality=args.quality)
-                for record, row, left in in_order(make, shard.records(), args.workers):
-                    if row and fingerprint(row[kind.key]) in seen:
-                        row, left = None, [f"duplicate: an earlier row has this {kind.key}"]
-                    if row:
-                        seen.add(fingerprint(row[kind.key]))
-                        out.write(row)
-                        texts += len(row[kind.texts])
-                        readable += len(left) == len(record.left)       # no picture was added to what is left out
-                    for reason in left:
+        # The last that is entered is finished first: an Arrow file always has its log and lists.
+        with ExitStack() as stack:
+            out = stack.enter_context(Writer(path, kind.schema))
+            append = {path: stack.enter_context(json_list(path, name))
+                      for path, name in shard.beside.items()}
+            with (complete_file(log) as partial_log,
+                  open(partial_log, "w", encoding="utf-8") as names,
+                  bar(total=shard.count, desc=shard.name, leave=False, unit=" rows") as progress):
+                outcomes = in_order(make, shard.records(), args.workers)
+                for record, row, left_out, readable in outcomes:
+                    progress.update()
+                    if row and hash(row[kind.key]) in hashes:
+                        row = None
+                        left_out = [f"duplicate: an earlier row has this {kind.key}"]
+                    for reason in left_out:
                         names.write(json.dumps({"key": record.key, "reason": reason}) + "\n")
                         reasons[reason.split(":")[0]] += 1
-                    progress.update()
-                    overall.update(min(shard.size / max(total, 1), overall.total - overall.n))
-            # First the rest, then (as the block ends) the file itself: a finished file always has what belongs to it.
-            rows = out.written if readable else 0                       # all rows without a picture: a wrong folder
-            if shard.beside and rows:
-                shard.beside(lambda row: fingerprint(row[kind.key]) in seen)
-            if reasons:
-                os.replace(log_partial, log)
-            else:
-                log.unlink(missing_ok=True)
-            if not rows:
-                raise Skip                                   # makes the Writer take back its empty file
+                    if row is None:
+                        continue
+                    hashes.add(hash(row[kind.key]))
+                    out.write(row)
+                    texts += len(row[kind.texts])
+                    any_readable |= readable
+                    for list_path, values in record.beside.items():
+                        for value in values:
+                            append[list_path](value)
+            if not reasons:
+                log.unlink()
+            if not any_readable:
+                raise Skip                                  # and all but the log is taken back
     except Skip:
-        pass                                                 # and an older file of that name stays as it is
+        return 0, 0, reasons
     except OSError as error:
         fail(f"{path} could not be made ({error})")
-    finally:
-        log_partial.unlink(missing_ok=True)
-    return rows, texts, reasons
+    return out.written, texts, reasons
 
 
-def convert(args):
+def convert(args: Namespace) -> None:
     """Writes every Shard of the chosen source that is not finished."""
     for root in args.root if isinstance(args.root, list) else [args.root]:
-        if not (root.exists() or glob.has_magic(str(root))):
+        if not root.exists() and not glob.has_magic(str(root)):
             fail(f"{root} does not exist; expected the {args.command} download there")
     if getattr(args, "name", None):
         simple(args.name, "--name")
     shards = list(args.source(args))
-    kind = KINDS[shards[0].kind if shards else "captions"]
-    written, finished, everything = Counter(), 0, Counter()
-    with bar(total=max(sum(shard.size for shard in shards), 1), desc="all files", position=0, disable=len(shards) < 2,
-             bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}") as overall:
-        for shard in shards:
+    pending = []
+    for shard in shards:
+        path = args.out / f"{shard.name}.arrow"
+        if path.exists() and not args.force:
+            print(f"{path}: already finished, left as it is (--force writes it again)")
+        else:
+            pending.append(shard)
+    written = Counter()
+    everything = Counter()
+    with bar(total=len(pending), desc="all files", disable=len(pending) < 2, unit=" files") as files:
+        for shard in pending:
             path = args.out / f"{shard.name}.arrow"
-            if path.exists() and not args.force:
-                finished += 1
-                overall.total -= shard.size                # what was done before must not flatter the ETA
-                tqdm.write(f"{path}: already finished, left as it is (--force writes it again)")
-                continue
-            rows, texts, reasons = write_shard(shard, args, overall)
+            kind = KINDS[shard.kind]
+            rows, texts, reasons = write_shard(shard, args)
+            files.update()
             written.update(files=int(rows > 0), rows=rows, texts=texts)
             everything.update(reasons)
             size = f" ({path.stat().st_size / 1e6:,.1f} MB)" if rows else ": no file written"
             tqdm.write(f"{path}: {rows:,} {kind.rows}, {texts:,} {kind.things}{size}")
             if reasons:
-                tqdm.write(f"    left out: {count_reasons(reasons)} (each is named in {shard.name}.skipped.jsonl)")
-    print(f"{written['files']} files, {written['rows']:,} {kind.rows}, {written['texts']:,} {kind.things} written to "
-          f"{args.out}; {finished} files were there; left out: {count_reasons(everything) or 'nothing'}")
+                tqdm.write(f"    left out: {describe(reasons)} "
+                           f"(each is named in {shard.name}.skipped.jsonl)")
+    finished = len(shards) - len(pending)
     if not written["rows"] and not finished:
-        fail(f"{args.root}: no image could be used; left out: {count_reasons(everything) or 'nothing was listed'}")
+        fail(f"{args.root}: no image could be used; "
+             f"left out: {describe(everything) or 'nothing was listed'}")
+    kind = KINDS[shards[0].kind]
+    print(f"{written['files']} files, {written['rows']:,} {kind.rows}, {written['texts']:,} "
+          f"{kind.things} written to {args.out}; {finished} files were there; "
+          f"left out: {describe(everything) or 'nothing'}")

@@ -22,7 +22,7 @@ from PIL import Image
 from conftest import (arrow, checked, jsonl, names_in, noise_picture, prepare_main, put, rows, sentence, skipped, tar, texts)
 
 import prepare
-from sources import shards
+from sources import captions, shards
 
 pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
 
@@ -77,7 +77,7 @@ def test_vg_takes_region_phrases_from_both_folders(tmp_path):
 
 
 def test_sbu_is_cut_into_shards_and_understands_every_spelling_of_a_path(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "SHARD_ROWS", 2)
+    monkeypatch.setattr(captions, "SHARD_ROWS", 2)
     for name in ("0000/0000001", "0000/0000002", "0001/0001000", "0001/0001001", "0001/0001009"):
         put(tmp_path / "images_train" / name, noise_picture(len(name)))
     put(tmp_path / "annot.json", [["images_train/0000/0000001", "one"], ["/old/disk/images_train/0000/0000002", "two"],
@@ -370,7 +370,7 @@ def test_json_lists_are_read_the_same_in_chunks_of_any_size(tmp_path):
     items = [["a/b", "x, ]"], {"id": 1, "regions": [{"phrase": "é"}]}, [], ["\"", "\\"]]
     put(tmp_path / "x.json", json.dumps(items, indent=1))
     for chunk in range(1, 30):
-        assert list(prepare.json_items(tmp_path / "x.json", chunk=chunk)) == items
+        assert list(shards.json_items(tmp_path / "x.json", chunk=chunk)) == items
 
 
 # ---------------------------------------------------------------------------------------------------------------------
