@@ -36,7 +36,8 @@ from machine import loader_workers, set_up
 from metrics import caption_scores, check_official_tools, nlvr2_scores, recall_at_k, vqa_accuracy
 from predict import Gallery, fill_scores
 from tasks import task_of
-from train import Settings, to_device
+from settings import Settings
+from tasks import to_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the commands share: a model, a split, a function of a batch; each text exactly once, on any number of processes.

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import socket
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,9 @@ import tasks
 import train
 import vilt
 import weights
+from settings import Settings
 from data import CAPTIONS
+from sources.shards import Writer
 from tokenizer import BPE
 
 torch.set_num_threads(1)        # tiny models: a second thread only waits, and on a busy machine it waits long
@@ -34,6 +37,13 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not there: real photographs, captions and tokenizer tables are needed")
     return SHARED
+
+
+def free_port():
+    """A port that nobody listens on, for processes that a test starts without torchrun."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def picture(seed, size=(40, 32), format="JPEG"):
@@ -52,7 +62,7 @@ WORDS = ("a red blue green small big dog cat house tree car on under near the wi
 def write_captions(path, rows, seed=0, captions=2, broken=(), batch_rows=7, sizes=((40, 32),)):
     """A caption file of `rows` random pictures, of these sizes in turn; rows in `broken` hold bytes that are no picture."""
     rng = np.random.default_rng(seed)
-    with data.Writer(path, data.CAPTIONS, batch_rows=batch_rows) as out:
+    with Writer(path, data.CAPTIONS, batch_rows=batch_rows) as out:
         for row in range(rows):
             texts = [" ".join(rng.choice(WORDS, rng.integers(2, 12))) for _ in range(captions)]
             image = b"not a picture" if row in broken else picture([seed, row], sizes[row % len(sizes)])
@@ -107,7 +117,7 @@ SIZES = ((40, 32), (24, 48), (30, 30))
 def write_questions(path, rows, seed, broken=()):
     """A VQA file: up to three questions to a picture, of which some have no answer in the list -> {question id: labels}."""
     rng, labels_of = np.random.default_rng(seed), {}
-    with data.Writer(path, data.VQA, batch_rows=3) as out:
+    with Writer(path, data.VQA, batch_rows=3) as out:
         for row in range(rows):
             count = 1 + row % 3
             labels = [rng.choice(len(ANSWERS), rng.integers(0, 4), replace=False).tolist() for _ in range(count)]
@@ -124,7 +134,7 @@ def write_questions(path, rows, seed, broken=()):
 def write_statements(path, rows, seed, broken=()):
     """An NLVR2 file, every second sentence about two pairs of pictures -> {identifier: label}."""
     rng, truth = np.random.default_rng(seed), {}
-    with data.Writer(path, data.NLVR2, batch_rows=4) as out:
+    with Writer(path, data.NLVR2, batch_rows=4) as out:
         for row in range(rows):
             identifier, answer = f"dev-{row // 2}-{row % 2}-0", str(bool(rng.integers(2)))
             images = [picture([seed, row, k], SIZES[(row + k) % len(SIZES)]) for k in range(2)]
@@ -172,7 +182,7 @@ def finetune(world, task, kind, out, *more):
 def task_on(world, name, kind="flm", **settings):
     """A task as the loop would make it for a pretrained model -> task"""
     source = weights.load(world / f"{kind}.pt")
-    settings = train.Settings(task=name, data=str(world), **{"max_tokens": 24, "pad_to": 1} | settings)
+    settings = Settings(task=name, data=str(world), **{"max_tokens": 24, "pad_to": 1} | settings)
     task_class = tasks.task_of(name, source.config)
     tok = task_class.add_special_tokens(source.tokenizer)
     config = task_class.adapt(replace(source.config, vocab_size=len(tok)), settings)

@@ -12,7 +12,10 @@ from conftest import WORDS, picture, write_captions
 from PIL import Image
 
 import data
-from data import CAPTIONS, CaptionDataset, Captions, GlobalBatches, Writer, evaluation_batches, mask_words, pad_texts
+import files
+from data import CaptionDataset, Captions, GlobalBatches, evaluation_batches, mask_words, pad_texts
+from files import CAPTIONS
+from sources.shards import Writer
 from tokenizer import BPE
 
 
@@ -94,7 +97,7 @@ def test_dataset_names_find_vilts_files(tmp_path):
              "vg.arrow", "sbu_0.arrow", "sbu_10.arrow", "conceptual_caption_train_3.arrow", "mine_caption_train.arrow"]
     for name in names:
         (tmp_path / name).touch()
-    found = lambda split, *sets: [p.name for p in data.find_files(tmp_path, sets, split)]
+    found = lambda split, *sets: [p.name for p in files.find_files(tmp_path, sets, split)]
     assert found("train", "coco") == names[:2] and found("val", "coco") == [names[2]] and found("val", "vg") == []
     assert found("train", "sbu", "gcc") == names[4:7] and found("train", "mine") == [names[7]]
     assert sorted(found("train")) == sorted(names[:2] + names[3:])
@@ -106,14 +109,14 @@ def test_a_folder_without_training_files_can_be_evaluated(tmp_path):
     for name in ("mine_caption_test.arrow", "coco_caption_karpathy_test.arrow", "a_vqa_val.arrow", "nlvr2_test1.arrow",
                  "x_nlvr2_dev.arrow", "conceptual_caption_val_0.arrow"):
         (tmp_path / name).touch()
-    assert data.splits_of(tmp_path) == {"coco": ["test"], "gcc": ["val"], "mine": ["test"]}
-    assert data.splits_of(tmp_path, "nlvr2") == {"nlvr2": ["test"], "x": ["val"]}
-    assert data.known_datasets(tmp_path, "vqa") == ["a"]
-    assert [p.name for p in data.find_files(tmp_path, (), "val", "vqa")] == ["a_vqa_val.arrow"]
+    assert files.splits_of(tmp_path) == {"coco": ["test"], "gcc": ["val"], "mine": ["test"]}
+    assert files.splits_of(tmp_path, "nlvr2") == {"nlvr2": ["test"], "x": ["val"]}
+    assert files.known_datasets(tmp_path, "vqa") == ["a"]
+    assert [p.name for p in files.find_files(tmp_path, (), "val", "vqa")] == ["a_vqa_val.arrow"]
     with pytest.raises(FileNotFoundError, match="a_vqa_train.arrow expected"):
-        data.find_files(tmp_path, (), "train", "vqa")
+        files.find_files(tmp_path, (), "train", "vqa")
     (tmp_path / "b_vqa_train.arrow").touch()                # what is trained on is validated on its own files only
-    assert data.find_files(tmp_path, (), "val", "vqa") == []
+    assert files.find_files(tmp_path, (), "val", "vqa") == []
 
 
 def test_json_that_is_none_is_named(tmp_path):
@@ -121,7 +124,7 @@ def test_json_that_is_none_is_named(tmp_path):
     for text, sentence in (("[", "x.json: not JSON"), ("[1]", "x.json: a JSON list of strings"), ("{}", "list of strings")):
         path.write_text(text)
         with pytest.raises(ValueError, match=sentence):
-            data.read_json(path, list)
+            files.read_json(path, list)
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -250,6 +253,17 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes():
             dealt = [list(GlobalBatches(LENGTHS, 96, 0).micro_batches(step, step + 1, micro, r, world)) for r in range(world)]
             assert sorted(k for rank in dealt for batch in rank for k in batch) == sorted(everything)
             assert {len(b) for rank in dealt for b in rank} == {micro} and len({len(rank) for rank in dealt}) == 1
+
+
+def test_processes_get_equal_work_when_each_has_several_micro_batches():
+    """Padded tokens of the busiest process against those of the idlest, over a step."""
+    lengths = np.sort(np.random.default_rng(0).integers(5, 50, 4096))
+    for micro, limit in ((32, 1.02), (64, 1.02), (128, 1.05), (256, 1.2)):           # 16, 8, 4 and 2 micro-batches each
+        work = []
+        for rank in range(8):
+            batches = GlobalBatches(lengths, 4096, 0).micro_batches(0, 1, micro, rank, 8)
+            work.append(sum(micro * lengths[[i for _, i in batch]].max() for batch in batches))
+        assert max(work) / min(work) < limit, micro
 
 
 @pytest.mark.parametrize("bucket", [1, 4])

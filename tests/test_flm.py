@@ -15,7 +15,9 @@ import flm
 import layers
 from layers import Mask, ReconstructorLayer, StreamLayer, TextEmbedding, ViT, VocabHead, roberta_positions
 from released import names
+import train
 import weights
+from settings import Settings
 
 TOL = 1e-5      # rounding is 3e-6, every known mistake at least 1e-5 (a wrong eps) and mostly 3e-2
 FIXTURE = Path(__file__).parent / "fixtures" / "seed0_flm.pt"
@@ -239,10 +241,9 @@ def test_gradients_equal_the_original(original):
 
 
 def test_optimizer_steps_equal_the_original(original):
-    import train
     recorded = original[1]
     model, batch, t = original_training_model(recorded), batch_of(recorded, leaks=True), recorded["train"]
-    settings = train.Settings(lr=1e-3, steps=t["optim"]["max_steps"], warmup=2 / t["optim"]["max_steps"])
+    settings = Settings(lr=1e-3, steps=t["optim"]["max_steps"], warmup=2 / t["optim"]["max_steps"])
     groups = train.parameter_groups(model, settings)
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-8)
     losses, first_grads = [], None
@@ -263,7 +264,11 @@ def test_optimizer_steps_equal_the_original(original):
     for name, theirs in t["params_after_steps"].items():
         clear = ours_for(name, first_grads).abs() > 1e-5        # elsewhere Adam's sign is rounding
         difference = (ours_for(name, state) - theirs).abs()[clear]
-        assert difference.max() < 2e-5, name                    # a step moves a parameter by 0.5e-3 to 5e-3
+        # A step moves a parameter by 0.5e-3 to 5e-3. Decay alone moves the largest values of a matrix by 4e-6 to 1.2e-5 at
+        # the base rate, and by five times that elsewhere: so this tolerance notices it. (None of the recorded parameters
+        # is one whose decay differs: the original also decays vit.cls, vit.position and CLIP's ln_*.)
+        at_base_rate = name.startswith(("vit_model", "text_transformer"))
+        assert difference.max() < (3e-6 if at_base_rate else 1.2e-5), name
 
 
 @pytest.mark.parametrize("objective", ["mlm", "ar"])

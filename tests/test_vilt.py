@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_VILT, WORDS, vilt_model, write_captions
+from conftest import TINY_VILT, free_port, WORDS, vilt_model, write_captions
 
 import data
 from tools import plot, probe
@@ -21,6 +21,7 @@ import tasks
 import train
 import vilt
 import weights
+from settings import Settings
 from tokenizer import BPE, WordPiece
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +42,7 @@ def world(tmp_path_factory):
 def collated(world, tmp_path, config, train_mode=True, count=8, **settings):
     tok = BPE.load(world / "tok/vocab.json", world / "tok/merges.txt")
     config = tasks.PretrainViLT.adapt(replace(config, vocab_size=len(tok)))
-    settings = train.Settings(data=str(world), out=str(tmp_path), max_tokens=24, pad_to=1, **settings)
+    settings = Settings(data=str(world), out=str(tmp_path), max_tokens=24, pad_to=1, **settings)
     task = tasks.PretrainViLT(settings, config, tok)
     dataset = task.dataset(task.table(settings, "train"), train=train_mode)
     return config, dataset, *task.collate([dataset[0, 2 * i] for i in range(count)])
@@ -327,7 +328,7 @@ def test_two_processes_started_by_other_launchers_equal_one(world, tmp_path, lau
     import json
     import os
     arguments = [sys.executable, str(ROOT / "train.py"), *command(world, tmp_path / "two", "--micro-batch", 4)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(29900 + os.getpid() % 90)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     if launcher == "mpirun":
         if not shutil.which("mpirun"):
             pytest.skip("mpirun is not installed (Debian: openmpi-bin)")
@@ -335,7 +336,7 @@ def test_two_processes_started_by_other_launchers_equal_one(world, tmp_path, lau
                                  env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)]
     else:
         runs = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env | {
-            "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(rank)}) for rank in range(2)]
+            "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(rank)}) for rank in range(2)]
     for run in runs:
         output, _ = run.communicate(timeout=240)
         assert run.returncode == 0, output
