@@ -354,7 +354,7 @@ def vqav2(args: Namespace) -> Iterator[Shard]:
 
 
 # --------------------------------------------------------------------------------------------------
-# One's own questions.
+# Your own questions.
 
 def own_annotation(entry: dict, answers: list[str]) -> Annotation | None:
     """The Annotation of a line; None if it has no answers."""
