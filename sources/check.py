@@ -29,7 +29,7 @@ class Findings:
 
 
 # --------------------------------------------------------------------------------------------------
-# What belongs to questions and statements. `rows`: dicts without pictures.
+# What can be wrong with questions and statements. `rows`: dicts without pictures.
 
 def count_vqa_problems(rows: list[dict], found: Findings) -> None:
     for row in rows:
@@ -41,13 +41,15 @@ def count_vqa_problems(rows: list[dict], found: Findings) -> None:
             found.seen.add(question_id)
         columns = [row[name] or [] for name in ("answers", "answer_labels", "answer_scores")]
         # ViLT's test files have one empty list in a row; ours have one for each question.
-        fitting = all(len(column) in (0, count) for column in columns)
-        for answers, labels, scores in zip(*columns, strict=False):
-            fitting &= len(answers or []) == len(labels or []) == len(scores or [])
+        wrong = any(len(column) not in (0, count) for column in columns)
+        for lists in zip(*columns, strict=False):
+            if len({len(one or []) for one in lists}) > 1:
+                wrong = True
+        if wrong:
+            found.wrong["rows whose answers, labels and scores do not belong together"] += 1
+        for scores in columns[2]:
             outside = [score for score in scores or [] if not 0 < score <= 1]
             found.wrong["scores outside 0 to 1"] += len(outside)
-        if not fitting:
-            found.wrong["rows whose answers, labels and scores do not belong together"] += 1
 
 
 def count_nlvr2_problems(rows: list[dict], found: Findings) -> None:
