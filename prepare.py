@@ -1,7 +1,7 @@
 """Raw downloads -> Arrow files with ViLT's names and columns.
 
     python prepare.py coco downloads/coco --out data/4m --shorter 384
-    python prepare.py img2dataset downloads/cc3m --out data/4m --name cc3m
+    python prepare.py img2dataset downloads/cc3m --out data/4m
     python prepare.py vqav2 downloads/vqa --out data/vqa
     python prepare.py jsonl captions.jsonl --out data/mine
     python prepare.py check data/mine/mine_caption_train.arrow
@@ -17,8 +17,9 @@ import os
 import sys
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -119,7 +120,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 FLAGS = {
     "--out": dict(
         type=Path, required=True, metavar="DIR",
-        help="folder for the Arrow files; it is made if it is missing (required)"),
+        help="folder for the Arrow files, made if it is missing (required)"),
     "--shorter": dict(
         type=number(1, 16384), metavar="PIXELS",
         help="store JPEGs with a shorter side of at most PIXELS (default: the original bytes)"),
@@ -130,21 +131,18 @@ FLAGS = {
         type=number(1, 256), default=min(CORES, 32), metavar="N",
         help="number of threads that decode pictures (default: one per core, here %(default)s)"),
     "--force": dict(
-        action="store_true",
-        help="write finished files again (default: leave them as they are)"),
+        action="store_true", help="write finished files again (default: leave them as they are)"),
     "--name": dict(
         help="NAME in the names of the files (default: the name of ROOT; vqav2 without --name "
              "writes vqav2_*, with it NAME_vqa_*)"),
     "--split": dict(
-        default="train",
-        help="what the column `split` says (default: %(default)s)"),
+        default="train", help="what the column `split` says (default: %(default)s)"),
     "--answers": dict(
         type=Path, metavar="FILE",
         help="JSON list of the answers to use (default: made from all annotations but test's)"),
     "--at-least": dict(
         type=number(1, 10 ** 9), default=1, metavar="N",
-        help="list answers that are the majority's for at least N questions "
-             "(default: %(default)s)"),
+        help="list answers that most people give to at least N questions (default: %(default)s)"),
     "--fast": dict(
         action="store_true",
         help="read only the headers of the pictures (default: decode them all)"),

@@ -3,19 +3,29 @@
 `prepare.SOURCES` has a sentence on each layout. Captions are stripped and otherwise untouched.
 """
 
-from argparse import Namespace
 import glob
 import json
 import os
 import tarfile
+from argparse import Namespace
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
 
-from sources.shards import (SURROGATE, Record, Shard, fail, first_existing, inside, json_items,
-                            json_lines, read_entries, simple)
+from sources.shards import (
+    Record,
+    Shard,
+    fail,
+    first_existing,
+    inside,
+    json_items,
+    json_lines,
+    read_entries,
+    simple,
+    unusable,
+)
 
 SHARD_ROWS = 100_000                                # ViLT cuts SBU and Conceptual Captions so
 PICTURES = ("jpg", "jpeg", "png", "webp")           # members of a tar, in order of preference
@@ -28,10 +38,9 @@ def captioned(key: str, image: Path | bytes | None, captions: Iterable[str | Non
     reasons = []
     for text in captions:
         text = (text or "").strip()
-        if not text:
-            reasons.append("empty caption")
-        elif SURROGATE.search(text):
-            reasons.append("caption is not Unicode")
+        reason = unusable(text, "caption")
+        if reason:
+            reasons.append(reason)
         else:
             kept.append(text)
     if kept:
@@ -45,11 +54,15 @@ def captioned(key: str, image: Path | bytes | None, captions: Iterable[str | Non
 # --------------------------------------------------------------------------------------------------
 # Karpathy's splits: COCO, Flickr30k, and any folder with a dataset.json.
 
-def karpathy_shards(annotation: Path, folders: list[Path], name: str) -> Iterator[Shard]:
+def karpathy(args: Namespace, json_name: str = "dataset.json",
+             folders: tuple[str, ...] = ("images", "."), name: str = "") -> Iterator[Shard]:
     """One Shard for each split of a JSON file in Karpathy's layout.
 
-    A picture is looked for in each of `folders`.
+    folders: where the pictures may be, below ROOT. name: what the files are called.
     """
+    annotation = first_existing(args.root / "karpathy" / json_name, args.root / json_name)
+    first_existing(*(args.root / folder for folder in folders))
+    name = name or f"{args.name or args.root.resolve().name}_caption"
     # A sentence becomes its text at once: the tokens of COCO's 600,000 would take a gigabyte.
     images = read_entries(annotation, "images", "Karpathy's",
                           hook=lambda entry: entry["raw"] if "raw" in entry else entry)
@@ -75,21 +88,13 @@ def karpathy_shards(annotation: Path, folders: list[Path], name: str) -> Iterato
     def records(split):
         for image in splits[split]:
             key = key_of(image)
-            found = [folder / key for folder in folders if (folder / key).exists()]
-            path = found[0] if found else folders[0] / key
+            paths = [args.root / folder / key for folder in folders]
+            path = next((path for path in paths if path.exists()), paths[0])
             image_id = key if ambiguous else image["filename"]
             yield captioned(key, path, image["sentences"], split, image_id)
 
     for split, listed in splits.items():
         yield Shard(f"{name}_{split}", len(listed), partial(records, split))
-
-
-def karpathy(args: Namespace, json_name: str = "dataset.json",
-             folders: tuple[str, ...] = ("images", "."), name: str = "") -> Iterator[Shard]:
-    """A folder with a JSON file in Karpathy's layout, and its pictures in one of `folders`."""
-    annotation = first_existing(args.root / "karpathy" / json_name, args.root / json_name)
-    name = name or f"{args.name or args.root.resolve().name}_caption"
-    return karpathy_shards(annotation, [args.root / folder for folder in folders], name)
 
 
 coco = partial(karpathy, json_name="dataset_coco.json", folders=(".",),
@@ -277,7 +282,7 @@ def img2dataset(args: Namespace) -> Iterator[Shard]:
             image = pictures[0] if pictures else None
             yield captioned(key, image, tar_captions(files), args.split, key)
 
-    for path, name in zip(paths, names):
+    for path, name in zip(paths, names, strict=True):
         yield Shard(name, None, partial(records, path))
 
 

@@ -1,19 +1,18 @@
 """Reading finished Arrow files back: `prepare.py check`."""
 
-from argparse import Namespace
 import mmap
+from argparse import Namespace
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Iterator
+from statistics import median_low
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from sources.shards import KINDS, Kind, Skip, bar, decode, fail, in_order
-
-BAD_SHOWN = 10          # of the pictures that cannot be read, the first few are named
 
 
 @dataclass
@@ -25,12 +24,12 @@ class Findings:
     shorter_sides: Counter = field(default_factory=Counter)     # pixels
     splits: Counter = field(default_factory=Counter)
     wrong: Counter = field(default_factory=Counter)             # what is wrong: how often
-    bad: list = field(default_factory=list)                     # "row n: reason"
+    bad: list = field(default_factory=list)                     # "row n: reason" of the first 10
     seen: set = field(default_factory=set)                      # question ids or identifiers
 
 
 # --------------------------------------------------------------------------------------------------
-# What belongs to questions and statements. `rows`: dicts without pictures.
+# What can be wrong with questions and statements. `rows`: dicts without pictures.
 
 def count_vqa_problems(rows: list[dict], found: Findings) -> None:
     for row in rows:
@@ -42,13 +41,15 @@ def count_vqa_problems(rows: list[dict], found: Findings) -> None:
             found.seen.add(question_id)
         columns = [row[name] or [] for name in ("answers", "answer_labels", "answer_scores")]
         # ViLT's test files have one empty list in a row; ours have one for each question.
-        fitting = all(len(column) in (0, count) for column in columns)
-        for answers, labels, scores in zip(*columns):
-            fitting &= len(answers or []) == len(labels or []) == len(scores or [])
+        wrong = any(len(column) not in (0, count) for column in columns)
+        for lists in zip(*columns, strict=False):
+            if len({len(one or []) for one in lists}) > 1:
+                wrong = True
+        if wrong:
+            found.wrong["rows whose answers, labels and scores do not belong together"] += 1
+        for scores in columns[2]:
             outside = [score for score in scores or [] if not 0 < score <= 1]
             found.wrong["scores outside 0 to 1"] += len(outside)
-        if not fitting:
-            found.wrong["rows whose answers, labels and scores do not belong together"] += 1
 
 
 def count_nlvr2_problems(rows: list[dict], found: Findings) -> None:
@@ -71,16 +72,9 @@ EXTRA = {
 # --------------------------------------------------------------------------------------------------
 # One file.
 
-def is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
-
-
-def is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+def base(kind: pa.DataType) -> str:
+    """"list", "string", "binary" and so on, whether large_ or not."""
+    return str(kind).split("<")[0].removeprefix("large_")
 
 
 def kind_of(types: dict[str, pa.DataType]) -> str | None:
@@ -90,9 +84,9 @@ def kind_of(types: dict[str, pa.DataType]) -> str | None:
         if not {*kind.images, kind.texts, *extra} <= types.keys():
             continue
         texts = types[kind.texts]
-        lists = [column for column in extra if is_list(types[column])]
-        if (all(is_bytes(types[column]) for column in kind.images)
-                and is_list(texts) and is_text(texts.value_type)
+        lists = [column for column in extra if base(types[column]) == "list"]
+        if (all(base(types[column]) == "binary" for column in kind.images)
+                and base(texts) == "list" and base(texts.value_type) == "string"
                 and lists == [column for column in extra if column != kind.key]):
             return name
     return None
@@ -153,9 +147,9 @@ def check_file(path: Path, fast: bool, workers: int) -> list[str]:
             for start in range(0, batch.num_rows, 1000):    # ViLT's files have one batch each
                 part = batch.slice(start, 1000)
                 count_texts(part, name, found)
-                for row in zip(*(part[column] for column in kind.images)):
-                    for value in row:
-                        yield value.as_buffer()
+                for row in range(part.num_rows):
+                    for column in kind.images:
+                        yield part[column][row].as_buffer()
                 if hasattr(mmap, "MADV_DONTNEED"):
                     mapped.madvise(mmap.MADV_DONTNEED)      # what was read leaves memory
 
@@ -172,7 +166,7 @@ def check_file(path: Path, fast: bool, workers: int) -> list[str]:
                     found.shorter_sides[side] += 1
                     continue
                 found.wrong["pictures that cannot be read"] += 1
-                if len(found.bad) < BAD_SHOWN:
+                if len(found.bad) < 10:
                     found.bad.append(f"row {row}: {reason}")
     except (OSError, pa.ArrowException, IndexError) as error:
         return [f"is damaged after row {found.pictures // len(kind.images)} "
@@ -206,20 +200,6 @@ def histogram(counts: dict[int, int], step: int = 4, width: int = 40) -> list[st
     return lines
 
 
-def median(counts: Counter) -> int:
-    """The (lower) median of values that are given as {value: how often}.
-
-    >>> median(Counter({10: 3, 7: 2, 20: 4}))
-    10
-    """
-    below = 0
-    for value in sorted(counts):
-        below += counts[value]
-        if 2 * below >= counts.total():
-            return value
-    raise ValueError("the median of nothing")
-
-
 def print_findings(found: Findings, kind: Kind, types: dict[str, pa.DataType], fast: bool) -> None:
     missing = [name for name in kind.schema.names if name not in types]
     if missing:
@@ -236,10 +216,11 @@ def print_findings(found: Findings, kind: Kind, types: dict[str, pa.DataType], f
         print(f"    splits: {', '.join(splits)}")
     if found.shorter_sides:
         sides = found.shorter_sides
+        middle = median_low(sides.elements())
         note = "" if found.bad else ", all decoded"
         if fast:
             note = " (by the headers; nothing was decoded)"
-        print(f"    shorter side: {min(sides)} to {max(sides)} pixels, median {median(sides)}{note}")
+        print(f"    shorter side: {min(sides)} to {max(sides)} pixels, median {middle}{note}")
     if found.words_per_text:
         print(f"    words in a {kind.things[:-1]}:", *histogram(found.words_per_text), sep="\n")
 

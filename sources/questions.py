@@ -1,39 +1,44 @@
-"""The sources of questions and statements: VQAv2, NLVR2, and one's own data in the same form.
+"""The sources of questions and statements: VQAv2, NLVR2, and your own data in the same form.
 
-    vqav2_{train,val,trainable_val,rest_val,test,test-dev}.arrow    own data: NAME_vqa_{split}.arrow
-    vqav2_answers.json                   the answer list; the position of an answer is its label
-    vqav2_annotations_{split}.json       all annotators' answers, as the official score wants them
-    nlvr2_{train,dev,test1}.arrow                                 own data: NAME_nlvr2_{split}.arrow
-    nlvr2_{balanced,unbalanced}_{dev,test1}.json                  the identifiers of these subsets
+Answer list: the majority answers of train and val that occur at least 9 times, in order of
+appearance, normalised as the official evaluation does. The position of an answer is its label.
+VQAv2 has 3,129; one is the empty string, since "the" and "a" normalise to it. (ViLT's normalisation
+does not strip blanks first; the two agree on 12,000 real answers.)
 
-Answer list. It holds the majority answers of train and val that occur at least 9 times, in order of
-appearance. They are normalised as the official evaluation does. VQAv2 has 3,129. One of them is the
-empty string, since "the" and "a" normalise to it. (ViLT's normalisation does not strip blanks
-first; the two agree on 12,000 real answers.)
-
-Soft scores. An answer of the list that n of ten annotators gave scores 0, 0.3, 0.6, 0.9, 1 for
+Soft scores: an answer of the list that n of ten annotators gave scores 0, 0.3, 0.6, 0.9, 1 for
 n = 0, 1, 2, 3, 4 or more. Fewer than ten annotators are repeated in turn until they are ten, so a
 single answer scores 1.
 
-What is left out. The training files (train, trainable_val) lack questions without an answer of the
-list, and questions and statements without their pictures: they teach nothing. The other files keep
-both, since the official accuracy counts every question. (ViLT drops the first there too.) A picture
-that cannot be read then stands in the file with what bytes there are of it.
+The training files (train, trainable_val) leave out questions without an answer of the list, and
+questions and statements without their pictures, since they teach nothing. The other files keep
+both, since the official score counts every question. (ViLT drops the first there too.) In place of
+a picture that cannot be read, they hold what bytes there are.
 """
 
-from argparse import Namespace
-import os
 import re
 import sys
+from argparse import Namespace
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import NamedTuple
 
 from data import read_json
 from metrics import normalize_answer, soft_score
-from sources.shards import (SURROGATE, Record, Shard, fail, first_existing, inside, json_lines,
-                            json_list, read_entries, simple)
+from sources.shards import (
+    SURROGATE,
+    Record,
+    Shard,
+    fail,
+    first_existing,
+    inside,
+    json_lines,
+    json_list,
+    read_entries,
+    simple,
+    unusable,
+)
 
 # rest_val is the last images of val by their ids, at most half of them; the checkpoint is chosen by
 # it. trainable_val is the others. (ViLT takes the last 1,000 after shuffling, so that no two of its
@@ -69,10 +74,7 @@ def is_training(split: str) -> bool:
 
 
 def whole(value: object) -> int:
-    """An id: a whole number that fits an Arrow column, or its digits.
-
-    ValueError or TypeError for anything else.
-    """
+    """An id: a number or its digits. ValueError or TypeError if no Arrow column can hold it."""
     if isinstance(value, (bool, float)) or not 0 <= int(value) < 2 ** 63:
         raise ValueError
     return int(value)
@@ -145,8 +147,7 @@ def choose_answers(prefix: str, splits: dict[str, Split], args: Namespace) -> li
         fail(f"{path} is not the answer list of this run, and {finished[0].name} was made with it; "
              "use another --out, or --force to write all files again")
     with json_list(path) as append:
-        for answer in answers:
-            append(answer)
+        append(*answers)
     print(f"{path}: {len(answers):,} answers, {origin}")
     return answers
 
@@ -155,27 +156,26 @@ def choose_answers(prefix: str, splits: dict[str, Split], args: Namespace) -> li
 # VQA: questions -> one row per image.
 
 def problem(question: Question, seen: set[int], needs_annotation: bool) -> str:
-    """Why a question is left out of its split, or "". `seen`: the ids of earlier questions."""
+    """Why a question is left out of its split; "" if it is not. seen: ids of earlier questions."""
+    annotation = question.annotation
     if question.question_id in seen:
         return "duplicate question id"
-    if not question.text:
-        return "empty question"
-    if SURROGATE.search(question.text):
-        return "question is not Unicode"
-    if question.annotation is None:
-        return "question without an annotation" if needs_annotation else ""
-    if not any(answer.strip() for answer in question.annotation.answers):
+    if unusable(question.text, "question"):
+        return unusable(question.text, "question")
+    if annotation is None and needs_annotation:
+        return "question without an annotation"
+    if annotation and not any(answer.strip() for answer in annotation.answers):
         return "question with empty answers"
     return ""
 
 
-def make_split(name: str, questions: Iterable[tuple[int, Question]], asked: bool,
+def make_split(name: str, questions: Iterable[tuple[int, Question]],
                annotations: list[Annotation], picture: Callable) -> Split:
-    """(image_id, Question) pairs -> Split. asked: whether people answered this split at all."""
+    """The Split of (image_id, Question) pairs."""
     images = defaultdict(list)
     seen = set()
     for image_id, question in questions:
-        wrong = problem(question, seen, needs_annotation=asked or is_training(name))
+        wrong = problem(question, seen, bool(annotations) or is_training(name))
         seen.add(question.question_id)
         images[image_id].append(question._replace(wrong=wrong))
     return Split(dict(sorted(images.items())), annotations, picture)
@@ -287,8 +287,7 @@ def official_split(name: str, path: Path, annotations: Path | None, folder: Path
                 fail(f'{path}: questions[{i}] needs "question", '
                      'and "image_id" and "question_id", whole numbers')
 
-    split = make_split(name, questions(), bool(annotations), list(found.values()),
-                       numbered_pictures(folder))
+    split = make_split(name, questions(), list(found.values()), numbered_pictures(folder))
     asked = {question.question_id for image in split.images.values() for question in image}
     unasked = len(found.keys() - asked)
     if unasked:
@@ -300,17 +299,13 @@ def official_split(name: str, path: Path, annotations: Path | None, folder: Path
 def numbered_pictures(folder: Path) -> Callable[[int], tuple[str, Path]]:
     """Split.picture for a folder of pictures, at any depth, with names that end in the image_id."""
     paths = {}
-    for place, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            number = re.search(r"(\d+)\.(jpe?g|png|webp)$", name, re.IGNORECASE)
-            if not number:
-                continue
-            path = f"{place}/{name}"
-            other = paths.setdefault(int(number[1]), path)
-            if other != path:
-                fail(f"{path} and {other} have the same number; "
-                     "expected one picture of each image_id")
+    for path in sorted(map(str, folder.rglob("*"))):
+        number = re.search(r"(\d+)\.(jpe?g|png|webp)$", path, re.IGNORECASE)
+        if not number:
+            continue
+        other = paths.setdefault(int(number[1]), path)
+        if other != path:
+            fail(f"{path} and {other} have the same number; expected one picture of each image_id")
 
     def picture(image_id):
         path = Path(paths.get(image_id, folder / f"{image_id:012}.jpg"))
@@ -318,25 +313,19 @@ def numbered_pictures(folder: Path) -> Callable[[int], tuple[str, Path]]:
     return picture
 
 
-OFFICIAL = {    # split: (year in the names of the files, folder of the pictures)
-    "train": ("train2014", "train2014"),
-    "val": ("val2014", "val2014"),
-    "test": ("test2015", "test2015"),
-    "test-dev": ("test-dev2015", "test2015"),
-}
-
-
-def official_files(root: Path, args: Namespace) -> Iterator[tuple]:
+def official_files(root: Path, answers: Path | None) -> Iterator[tuple]:
     """Yields (split, questions, annotations or None, pictures) of VQAv2 as ViLT lays it out."""
-    for name, (year, folder) in OFFICIAL.items():
+    for name, year, pictures in (("train", "train2014", root / "train2014"),
+                                 ("val", "val2014", root / "val2014"),
+                                 ("test", "test2015", root / "test2015"),
+                                 ("test-dev", "test-dev2015", root / "test2015")):
         questions = root / f"v2_OpenEnded_mscoco_{year}_questions.json"
-        missing = [path for path in (questions, root / folder) if not path.exists()]
-        annotations = None
-        if not missing and not name.startswith("test"):
-            annotations = first_existing(root / f"v2_mscoco_{year}_annotations.json")
+        annotations = root / f"v2_mscoco_{year}_annotations.json"
+        missing = [path for path in (questions, pictures) if not path.exists()]
         if not missing:
-            yield name, questions, annotations, root / folder
-        elif name.startswith("test") or args.answers:
+            is_test = name.startswith("test")
+            yield name, questions, None if is_test else first_existing(annotations), pictures
+        elif name.startswith("test") or answers:
             print(f"{missing[0]} is missing: no file of {name} is written")
         else:
             fail(f"{missing[0]} is missing; the answer list is made of train and val "
@@ -350,31 +339,22 @@ def plain_files(root: Path) -> Iterator[tuple]:
         fail(f"{root} holds no v2_OpenEnded_mscoco_*_questions.json and no questions_*.json; "
              "`prepare.py vqav2 --help` shows the expected layout")
     first = [name for name in ("train", "val") if name in found]
-    for name in [*first, *sorted(found.keys() - set(first))]:
+    for name in first + sorted(found.keys() - set(first)):
         annotations = root / f"annotations_{simple(name, root)}.json"
-        yield (name, found[name], annotations if annotations.exists() else None,
-               first_existing(root / "images"))
+        annotations = annotations if annotations.exists() else None
+        yield name, found[name], annotations, first_existing(root / "images")
 
 
 def vqav2(args: Namespace) -> Iterator[Shard]:
-    if any(args.root.glob("v2_OpenEnded_mscoco_*_questions.json")):
-        files = official_files(args.root, args)
-    else:
-        files = plain_files(args.root)
+    official = any(args.root.glob("v2_OpenEnded_mscoco_*_questions.json"))
+    files = official_files(args.root, args.answers) if official else plain_files(args.root)
     splits = {name: official_split(name, *paths) for name, *paths in files}
     prefix = f"{args.name}_vqa" if args.name else "vqav2"
     return vqa_shards(prefix, splits, args, divide_val=True)
 
 
 # --------------------------------------------------------------------------------------------------
-# One's own questions.
-
-def answer_type(answer: str) -> str:
-    """The official answer_type, for data that does not say."""
-    if answer in ("yes", "no"):
-        return "yes/no"
-    return "number" if answer.isdecimal() else "other"
-
+# Your own questions.
 
 def own_annotation(entry: dict, answers: list[str]) -> Annotation | None:
     """The Annotation of a line; None if it has no answers."""
@@ -384,7 +364,10 @@ def own_annotation(entry: dict, answers: list[str]) -> Annotation | None:
     # The majority is that of the normalised answers: "Red." and "red" are one.
     counts = Counter(map(normalized, kept)).most_common(1)
     majority = counts[0][0] if counts else ""
-    return Annotation(majority, kept, entry.get("answer_type") or answer_type(majority),
+    answer_type = "number" if majority.isdecimal() else "other"
+    if majority in ("yes", "no"):
+        answer_type = "yes/no"
+    return Annotation(majority, kept, entry.get("answer_type") or answer_type,
                       entry.get("question_type") or "")
 
 
@@ -433,7 +416,7 @@ def vqa_jsonl(args: Namespace) -> Iterator[Shard]:
     for name, pairs in questions.items():
         annotations = [question.annotation for _, question in pairs]
         annotations = [one for one in annotations if one and one.answers]
-        splits[name] = make_split(name, pairs, bool(annotations), annotations, picture)
+        splits[name] = make_split(name, pairs, annotations, picture)
     return vqa_shards(f"{args.name or args.root.stem}_vqa", splits, args)
 
 
@@ -442,9 +425,9 @@ def vqa_jsonl(args: Namespace) -> Iterator[Shard]:
 # ViLT's rows are pairs with all their statements, and keep only the common part of the identifiers.
 # But a prediction file needs the last part too, and consistency is counted by it.
 
-def statement_record(where: str, entry: dict, split: str, identifier: object,
-                     pictures: list[tuple[str, Path]]) -> Record:
-    """The Record of a line. pictures: (key for the logs, path) of the left and the right one."""
+def statement_record(where: str, entry: dict, split: str, identifier: object, names: list[str],
+                     paths: list[Path], beside: Iterable[Path] = ()) -> Record:
+    """The Record of a line. beside: the files of the subsets that the statement belongs to."""
     label = str(entry.get("label")).capitalize()
     text = entry.get("sentence")
     if not isinstance(text, str) or label not in ("True", "False"):
@@ -453,15 +436,11 @@ def statement_record(where: str, entry: dict, split: str, identifier: object,
         fail(f"{where}: the identifier {identifier!r} is not of the form "
              "split-set-pair-sentence, such as dev-850-0-1")
     text = text.strip()
-    left_out = []
-    if not text:
-        left_out.append("empty statement")
-    elif SURROGATE.search(text):
-        left_out.append("statement is not Unicode")
-    row = {"questions": [] if left_out else [text], "answers": [label], "identifier": identifier}
-    keys, paths = zip(*pictures)
-    return Record(f"{identifier}: {', '.join(keys)}", {"image_0": paths[0], "image_1": paths[1]},
-                  row, left_out, keep=not is_training(split))
+    reason = unusable(text, "statement")
+    row = {"questions": [] if reason else [text], "answers": [label], "identifier": identifier}
+    return Record(f"{identifier}: {', '.join(names)}", {"image_0": paths[0], "image_1": paths[1]},
+                  row, [reason] if reason else [], keep=not is_training(split),
+                  beside={file: [identifier] for file in beside})
 
 
 def nlvr2_records(path: Path, split: str, folder: Path, subsets: dict) -> Iterator[Record]:
@@ -471,19 +450,14 @@ def nlvr2_records(path: Path, split: str, folder: Path, subsets: dict) -> Iterat
     subsets: {file to write: identifiers}.
     """
     for where, entry in json_lines(path):
-        identifier = entry.get("identifier") if isinstance(entry, dict) else None
-        if not isinstance(identifier, str):
-            fail(f'{where}: expected {{"identifier": text, "sentence": text, '
-                 '"label": "True" or "False"}')
-        directory = inside(str(entry.get("directory") or "."), where)
-        pictures = []
-        for i in (0, 1):
-            name = inside(f"{identifier.rpartition('-')[0]}-img{i}.png", where)
-            nested = folder / directory / name
-            pictures.append((name, nested if nested.exists() else folder / name))
-        record = statement_record(where, entry, split, identifier, pictures)
+        entry = entry if isinstance(entry, dict) else {}
+        identifier = str(entry.get("identifier"))
+        pair = inside(identifier, where).rpartition("-")[0]
+        names = [f"{pair}-img0.png", f"{pair}-img1.png"]
+        nested = folder / inside(str(entry.get("directory") or "."), where)
+        paths = [nested / name if (nested / name).exists() else folder / name for name in names]
         own = [file for file, identifiers in subsets.items() if identifier in identifiers]
-        yield record._replace(beside={file: [identifier] for file in own})
+        yield statement_record(where, entry, split, identifier, names, paths, own)
 
 
 def read_subsets(data: Path, split: str, out: Path) -> dict[Path, set[str]]:
@@ -531,9 +505,10 @@ def nlvr2_jsonl(args: Namespace) -> Iterator[Shard]:
             split = simple(entry.get("split") or "train", where)
             # A line that does not say otherwise is a set of its own.
             own = f"{split.replace('-', '_')}-{number}-0-0"
-            pictures = [(image, args.root.parent / inside(image, where)) for image in images]
-            yield split, statement_record(where, entry, split, entry.get("identifier", own),
-                                          pictures)
+            images = [inside(image, where) for image in images]
+            paths = [args.root.parent / image for image in images]
+            identifier = entry.get("identifier", own)
+            yield split, statement_record(where, entry, split, identifier, images, paths)
 
     def records(wanted):
         for split, record in statements():

@@ -1,24 +1,25 @@
-"""What all sources of prepare.py share: Shards of Records -> Arrow files.
+"""Shards of Records -> Arrow files: what all sources of prepare.py share.
 
-A source lists its Shards, one for each Arrow file, and `convert` writes those that are not finished.
+A source lists its Shards, one for each Arrow file, and `convert` writes those that are missing.
 Threads read and decode the pictures; the rows keep the order of the source. What is left out is
 counted, and named in NAME.skipped.jsonl. That log also names pictures that do not decode and are
 kept all the same (Record.keep).
 """
 
-from argparse import Namespace
 import glob
 import io
 import json
 import os
 import re
 import sys
+from argparse import Namespace
 from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import pyarrow as pa
 from PIL import Image, ImageOps
@@ -57,10 +58,11 @@ class Record(NamedTuple):
     """One row on its way from a source to an Arrow file."""
     key: str                        # what logs call the row: the path of its picture below the root
     images: dict                    # column: a path, the bytes, or None if there is no picture
-    row: dict                       # the other columns; a row without a text is left out
-    left_out: Iterable[str] = ()    # why it, or a part of it, is left out: "reason: details"
+    row: dict | None                # the other columns; None, or no text in it: it is left out
+    left_out: Sequence[str] = ()    # why it, or a part of it, is left out: "reason: details"
     keep: bool = False              # write it even if its pictures are missing or broken
     beside: dict = {}               # what it adds to the lists of Shard.beside: {path: values}
+    readable: bool = False          # set when its pictures have been read
 
 
 class Shard(NamedTuple):
@@ -141,23 +143,35 @@ class Writer:
 
 
 @contextmanager
-def json_list(path: Path, name: str | None = None) -> Iterator[Callable[[object], None]]:
-    """Yields a function that appends a value to the JSON file [values], or {name: [values]}."""
+def json_list(path: Path, name: str | None = None) -> Iterator[Callable]:
+    """Yields a function that appends values to the JSON file [values], or {name: [values]}."""
     with complete_file(path) as partial_path, open(partial_path, "w", encoding="utf-8") as file:
         file.write(f'{{"{name}": [' if name else "[")
         separator = "\n"
 
-        def append(value):
+        def append(*values):
             nonlocal separator
-            file.write(separator + json.dumps(value))
-            separator = ",\n"
+            for value in values:
+                file.write(separator + json.dumps(value))
+                separator = ",\n"
 
         yield append
         file.write("\n]}\n" if name else "\n]\n")
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading what others wrote: every complaint is one sentence that names the file.
+# Reading what others wrote: a complaint is one sentence that names the file, and ends the run.
+
+def unusable(text: str, what: str) -> str:
+    """Why a text is left out; "" if it is fine.
+
+    >>> unusable("", "caption"), unusable("\\ud800", "caption")
+    ('empty caption', 'caption is not Unicode')
+    """
+    if not text:
+        return f"empty {what}"
+    return f"{what} is not Unicode" if SURROGATE.search(text) else ""
+
 
 def inside(name: str, where: str | Path) -> str:
     """`name` as a plain relative path. A path that leaves the folder of the data set is refused.
@@ -333,37 +347,28 @@ def read_picture(image: Path | bytes | None) -> bytes:
         raise Skip(f"unreadable file: {error}") from None
 
 
-class Outcome(NamedTuple):
-    """What became of a Record."""
-    record: Record
-    row: dict | None                # to be written, or None if it is left out
-    left_out: list[str]             # why it, or a part of it, is left out
-    readable: bool = False          # whether all its pictures decode
-
-
-def make_row(record: Record, kind: Kind, shorter: int | None, quality: int) -> Outcome:
-    """Reads and verifies the pictures of a Record."""
-    left_out = list(record.left_out)
+def with_pictures(record: Record, kind: Kind, shorter: int | None, quality: int) -> Record:
+    """The Record with a row that has its pictures, or with no row if it is left out."""
     if not record.row[kind.texts]:
-        return Outcome(record, None, left_out)
+        return record._replace(row=None)
     if SURROGATE.search(str(record.row[kind.key])):
-        return Outcome(record, None, [f"{kind.key} is not Unicode"])
-    images = {}
+        return record._replace(row=None, left_out=[f"{kind.key} is not Unicode"])
+    row = dict(record.row)
+    left_out = list(record.left_out)
     readable = True
     for column, image in record.images.items():
-        data = b""
+        row[column] = b""
         try:
-            data = read_picture(image)
-            data = encoded(data, shorter, quality)
+            row[column] = read_picture(image)
+            row[column] = encoded(row[column], shorter, quality)
         except Skip as error:
             readable = False
             which = f": {column}" if len(record.images) > 1 else ""
             if not record.keep:
-                return Outcome(record, None, [f"{error}{which}"])
+                return record._replace(row=None, left_out=[f"{error}{which}"])
             reason, colon, details = str(error).partition(":")
             left_out.append(f"{reason} ({kind.things} kept){colon}{details}{which}")
-        images[column] = data
-    return Outcome(record, images | record.row, left_out, readable)
+    return record._replace(row=row, left_out=left_out, readable=readable)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -398,6 +403,20 @@ def describe(reasons: Counter) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
 
 
+def finished_records(shard: Shard, kind: Kind, args: Namespace) -> Iterator[Record]:
+    """Yields the Records of a Shard with their pictures. The second row of a key is left out."""
+    read = partial(with_pictures, kind=kind, shorter=args.shorter, quality=args.quality)
+    hashes = set()              # of the keys of the rows: half the memory of the keys
+    for record in in_order(read, shard.records(), args.workers):
+        if record.row:
+            key = hash(record.row[kind.key])
+            if key in hashes:
+                duplicate = f"duplicate: an earlier row has this {kind.key}"
+                record = record._replace(row=None, left_out=[duplicate])
+            hashes.add(key)
+        yield record
+
+
 def write_shard(shard: Shard, args: Namespace) -> tuple[int, int, Counter]:
     """Writes one Shard and its log -> (rows, texts, reasons why something was left out).
 
@@ -406,8 +425,6 @@ def write_shard(shard: Shard, args: Namespace) -> tuple[int, int, Counter]:
     kind = KINDS[shard.kind]
     path = args.out / f"{shard.name}.arrow"
     log = args.out / f"{shard.name}.skipped.jsonl"
-    make = partial(make_row, kind=kind, shorter=args.shorter, quality=args.quality)
-    hashes = set()              # of the keys of the written rows: half the memory of the keys
     texts = 0
     reasons = Counter()
     any_readable = False
@@ -415,29 +432,23 @@ def write_shard(shard: Shard, args: Namespace) -> tuple[int, int, Counter]:
         # The last that is entered is finished first: an Arrow file always has its log and lists.
         with ExitStack() as stack:
             out = stack.enter_context(Writer(path, kind.schema))
-            append = {path: stack.enter_context(json_list(path, name))
-                      for path, name in shard.beside.items()}
+            append = {file: stack.enter_context(json_list(file, name))
+                      for file, name in shard.beside.items()}
             with (complete_file(log) as partial_log,
                   open(partial_log, "w", encoding="utf-8") as names,
                   bar(total=shard.count, desc=shard.name, leave=False, unit=" rows") as progress):
-                outcomes = in_order(make, shard.records(), args.workers)
-                for record, row, left_out, readable in outcomes:
+                for record in finished_records(shard, kind, args):
                     progress.update()
-                    if row and hash(row[kind.key]) in hashes:
-                        row = None
-                        left_out = [f"duplicate: an earlier row has this {kind.key}"]
-                    for reason in left_out:
+                    for reason in record.left_out:
                         names.write(json.dumps({"key": record.key, "reason": reason}) + "\n")
                         reasons[reason.split(":")[0]] += 1
-                    if row is None:
+                    if record.row is None:
                         continue
-                    hashes.add(hash(row[kind.key]))
-                    out.write(row)
-                    texts += len(row[kind.texts])
-                    any_readable |= readable
-                    for list_path, values in record.beside.items():
-                        for value in values:
-                            append[list_path](value)
+                    out.write(record.row)
+                    texts += len(record.row[kind.texts])
+                    any_readable |= record.readable
+                    for file, values in record.beside.items():
+                        append[file](*values)
             if not reasons:
                 log.unlink()
             if not any_readable:
@@ -466,7 +477,8 @@ def convert(args: Namespace) -> None:
             pending.append(shard)
     written = Counter()
     everything = Counter()
-    with bar(total=len(pending), desc="all files", disable=len(pending) < 2, unit=" files") as files:
+    alone = len(pending) < 2
+    with bar(total=len(pending), desc="all files", disable=alone, unit=" files") as files:
         for shard in pending:
             path = args.out / f"{shard.name}.arrow"
             kind = KINDS[shard.kind]

@@ -230,10 +230,10 @@ def prepare_main(*arguments):
     prepare.main([str(argument) for argument in arguments])
 
 
-def rows(path):
-    """The rows of a finished file, without the pictures' bytes unless `image` is asked for."""
+def rows(path, schema=CAPTIONS):
+    """The rows of a finished file, which must have exactly this schema."""
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    assert table.schema.equals(CAPTIONS)
+    assert table.schema.equals(schema)
     return table.to_pylist()
 
 

@@ -1,11 +1,12 @@
-"""prepare.py: every source's layout, what is left out and named, resuming, and that memory stays flat.
+"""prepare.py: every layout of captions, what is left out and named, resuming, flat memory.
 
-All pictures are drawn here, but for the last test, which reads the photographs of ../shared/data/coco_small.
+All pictures are drawn here, except for the test that reads ../shared/data/coco_small.
 """
 
 import io
 import json
 import os
+import shlex
 import signal
 import struct
 import subprocess
@@ -15,113 +16,134 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from conftest import (
+    checked,
+    jsonl,
+    names_in,
+    noise_picture,
+    prepare_main,
+    put,
+    rows,
+    sentence,
+    skipped,
+    tar,
+    texts,
+)
 from PIL import Image
-
-from conftest import (arrow, checked, jsonl, names_in, noise_picture, prepare_main, put, rows, sentence, skipped, tar, texts)
 
 import prepare
 from sources import captions, shards
 
-pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
+pytestmark = pytest.mark.slow       # nothing else imports it, so `make quick` leaves it out
 
 ROOT = Path(__file__).resolve().parents[1]
-COCO_SMALL = ROOT.parent / "shared" / "data" / "coco_small"
 
 
 def karpathy_entry(filename, split, *captions, **more):
-    return {"filename": filename, "split": split, **more,
-            "sentences": [{"raw": caption, "tokens": caption.split(), "sentid": 0} for caption in captions]}
+    sentences = [{"raw": caption, "tokens": caption.split(), "sentid": 0} for caption in captions]
+    return {"filename": filename, "split": split, **more, "sentences": sentences}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Layouts
 
 def test_coco_makes_one_file_per_karpathy_split(tmp_path):
     root, out = tmp_path / "coco", tmp_path / "out"
     entries = []
-    for i, split in enumerate(("train", "restval", "val", "test")):
+    splits = ("train", "restval", "val", "test")
+    for i, split in enumerate(splits):
         folder = "train2014" if split == "train" else "val2014"
-        put(root / folder / f"COCO_{folder}_{i}.jpg", noise_picture(i))
-        entries.append(karpathy_entry(f"COCO_{folder}_{i}.jpg", split, f" caption {i}. ", "twice", filepath=folder))
+        name = f"COCO_{folder}_{i}.jpg"
+        put(root / folder / name, noise_picture(i))
+        entries.append(karpathy_entry(name, split, f" caption {i}. ", "twice", filepath=folder))
     put(root / "karpathy/dataset_coco.json", {"images": entries, "dataset": "coco"})
     prepare_main("coco", root, "--out", out)
-    assert names_in(out) == sorted(f"coco_caption_karpathy_{s}.arrow" for s in ("train", "restval", "val", "test"))
+    assert names_in(out) == sorted(f"coco_caption_karpathy_{split}.arrow" for split in splits)
     assert rows(out / "coco_caption_karpathy_restval.arrow") == [
-        {"image": noise_picture(1), "caption": ["caption 1.", "twice"], "image_id": "COCO_val2014_1.jpg", "split": "restval"}]
+        {"image": noise_picture(1), "caption": ["caption 1.", "twice"],
+         "image_id": "COCO_val2014_1.jpg", "split": "restval"}]
 
-    (root / "karpathy/dataset_coco.json").rename(root / "dataset_coco.json")       # the other place it may lie in
+    # The other place where the annotations may be.
+    (root / "karpathy/dataset_coco.json").rename(root / "dataset_coco.json")
     prepare_main("coco", root, "--out", tmp_path / "again")
     assert names_in(tmp_path / "again") == names_in(out)
 
 
 def test_f30k_finds_its_pictures(tmp_path):
     put(tmp_path / "flickr30k-images/7.jpg", noise_picture())
-    put(tmp_path / "karpathy/dataset_flickr30k.json", {"images": [karpathy_entry("7.jpg", "test", "a dog")]})
+    put(tmp_path / "karpathy/dataset_flickr30k.json",
+        {"images": [karpathy_entry("7.jpg", "test", "a dog")]})
     prepare_main("f30k", tmp_path, "--out", tmp_path / "out")
     assert texts(tmp_path / "out/f30k_caption_karpathy_test.arrow") == {"7.jpg": ["a dog"]}
 
 
 def test_vg_takes_region_phrases_from_both_folders(tmp_path):
-    put(tmp_path / "images/VG_100K/10.jpg", noise_picture(1))
-    put(tmp_path / "images/VG_100K_2/2.jpg", noise_picture(2))
-    put(tmp_path / "images/VG_100K_2/3.jpg", noise_picture(3))
+    for i, name in ((1, "VG_100K/10.jpg"), (2, "VG_100K_2/2.jpg"), (3, "VG_100K_2/3.jpg")):
+        put(tmp_path / "images" / name, noise_picture(i))
+    phrases = {10: ["red roof", "a  tree "], 2: ["sky"], 4: ["lost"]}
     put(tmp_path / "annotations/region_descriptions.json", [
-        {"id": i, "regions": [{"region_id": 1, "image_id": i, "phrase": phrase, "x": 0} for phrase in phrases]}
-        for i, phrases in [(10, ["red roof", "a  tree "]), (2, ["sky"]), (4, ["lost"])]])
+        {"id": i, "regions": [{"region_id": 1, "image_id": i, "phrase": phrase, "x": 0}
+                              for phrase in found]} for i, found in phrases.items()])
     prepare_main("vg", tmp_path, "--out", tmp_path / "out")
     assert texts(tmp_path / "out/vg.arrow") == {"2": ["sky"], "10": ["red roof", "a  tree"]}
-    assert skipped(tmp_path / "out/vg.skipped.jsonl") == {"images/VG_100K_2/3.jpg": "no caption",
-                                                          "images/VG_100K/4.jpg": "missing file"}
+    assert skipped(tmp_path / "out/vg.skipped.jsonl") == {
+        "images/VG_100K_2/3.jpg": "no caption", "images/VG_100K/4.jpg": "missing file"}
 
 
 def test_sbu_is_cut_into_shards_and_understands_every_spelling_of_a_path(tmp_path, monkeypatch):
     monkeypatch.setattr(captions, "SHARD_ROWS", 2)
+    out, train = tmp_path / "out", "images_train"
     for name in ("0000/0000001", "0000/0000002", "0001/0001000", "0001/0001001", "0001/0001009"):
-        put(tmp_path / "images_train" / name, noise_picture(len(name)))
-    put(tmp_path / "annot.json", [["images_train/0000/0000001", "one"], ["/old/disk/images_train/0000/0000002", "two"],
-                                  ["0001/0001000", "three"], ["0001001", "four"], ["0002/gone", "five"]])
-    prepare_main("sbu", tmp_path, "--out", tmp_path / "out")
-    assert names_in(tmp_path / "out") == ["sbu_0.arrow", "sbu_1.arrow", "sbu_2.skipped.jsonl"]
-    assert texts(tmp_path / "out/sbu_0.arrow") == {"images_train/0000/0000001": ["one"],
-                                                   "images_train/0000/0000002": ["two"]}
-    assert texts(tmp_path / "out/sbu_1.arrow") == {"images_train/0001/0001000": ["three"],
-                                                   "images_train/0001/0001001": ["four"]}
-    assert skipped(tmp_path / "out/sbu_2.skipped.jsonl") == {"images_train/0002/gone": "missing file",
-                                                             "images_train/0001/0001009": "no caption"}
+        put(tmp_path / train / name, noise_picture(len(name)))
+    put(tmp_path / "annot.json", [
+        [f"{train}/0000/0000001", "one"], [f"/old/disk/{train}/0000/0000002", "two"],
+        ["0001/0001000", "three"], ["0001001", "four"], ["0002/gone", "five"]])
+    prepare_main("sbu", tmp_path, "--out", out)
+    assert names_in(out) == ["sbu_0.arrow", "sbu_1.arrow", "sbu_2.skipped.jsonl"]
+    assert texts(out / "sbu_0.arrow") == {f"{train}/0000/0000001": ["one"],
+                                          f"{train}/0000/0000002": ["two"]}
+    assert texts(out / "sbu_1.arrow") == {f"{train}/0001/0001000": ["three"],
+                                          f"{train}/0001/0001001": ["four"]}
+    assert skipped(out / "sbu_2.skipped.jsonl") == {f"{train}/0002/gone": "missing file",
+                                                    f"{train}/0001/0001009": "no caption"}
 
 
-@pytest.mark.parametrize("command, prefix", [("cc3m", "conceptual_caption"), ("gcc", "conceptual_caption"),
-                                             ("cc12m", "conceptual_caption12M")])
+@pytest.mark.parametrize("command, prefix", [
+    ("cc3m", "conceptual_caption"), ("gcc", "conceptual_caption"),
+    ("cc12m", "conceptual_caption12M")])
 def test_conceptual_captions_have_train_and_val_shards(tmp_path, command, prefix):
     for split in ("train", "val"):
         put(tmp_path / f"images_{split}/0000/0000001", noise_picture())
-        put(tmp_path / f"{split}_annot.json", [[f"images_{split}/0000/0000001", split], ["0000/0000001", "again"]])
+        put(tmp_path / f"{split}_annot.json",
+            [[f"images_{split}/0000/0000001", split], ["0000/0000001", "again"]])
     prepare_main(command, tmp_path, "--out", tmp_path / "out")
     for split in ("train", "val"):
-        key = f"images_{split}/0000/0000001"
         assert rows(tmp_path / f"out/{prefix}_{split}_0.arrow") == [
-            {"image": noise_picture(), "caption": [split, "again"], "image_id": key, "split": split}]
+            {"image": noise_picture(), "caption": [split, "again"],
+             "image_id": f"images_{split}/0000/0000001", "split": split}]
 
 
 def test_tar_shards_become_files_one_by_one(tmp_path):
+    out = tmp_path / "out"
+    png = noise_picture(1, format="PNG")
     tar(tmp_path / "cc/00000.tar", [
-        ("000000000.jpg", noise_picture(0)), ("000000000.json", b'{"caption": "json"}'), ("000000000.txt", b"from txt\n"),
-        ("000000001.png", noise_picture(1, format="PNG")), ("000000001.json", b'{"caption": "json alone", "url": "x"}'),
-        ("000000002.webp", noise_picture(2, format="WEBP")), ("000000002.json", b'{"caption": null, "top_caption": "top"}'),
-        ("000000003.jpg", noise_picture(3)), ("000000003.json", b'{"caption": null}'),
-        ("000000004.txt", b"the download failed"),
+        ("0.jpg", noise_picture(0)), ("0.json", b'{"caption": "json"}'), ("0.txt", b"from txt\n"),
+        ("1.png", png), ("1.json", b'{"caption": "json alone", "url": "x"}'),
+        ("2.webp", noise_picture(2, format="WEBP")),
+        ("2.json", b'{"caption": null, "top_caption": "top"}'),
+        ("3.jpg", noise_picture(3)), ("3.json", b'{"caption": null}'),
+        ("4.txt", b"the download failed"),
         ("deep/5.x.JPG", b""), ("deep/5.jpeg", noise_picture(5)), ("deep/5.txt", "é".encode())])
-    tar(tmp_path / "cc/00001.tar", [("000010000.jpg", noise_picture(9)), ("000010000.txt", b"second")])
-    prepare_main("img2dataset", tmp_path / "cc", "--out", tmp_path / "out", "--split", "val")
-    assert names_in(tmp_path / "out") == ["cc_00000.arrow", "cc_00000.skipped.jsonl", "cc_00001.arrow"]
-    assert texts(tmp_path / "out/cc_00000.arrow") == {"000000000": ["from txt"], "000000001": ["json alone"],
-                                                      "000000002": ["top"], "deep/5": ["é"]}
-    assert rows(tmp_path / "out/cc_00000.arrow")[1]["image"] == noise_picture(1, format="PNG")
-    assert rows(tmp_path / "out/cc_00001.arrow")[0]["split"] == "val"
-    assert skipped(tmp_path / "out/cc_00000.skipped.jsonl") == {
-        "000000003": "empty caption", "000000004": "missing file: no picture of this key"}
+    tar(tmp_path / "cc/00001.tar", [("10000.jpg", noise_picture(9)), ("10000.txt", b"second")])
+    prepare_main("img2dataset", tmp_path / "cc", "--out", out, "--split", "val")
+    assert names_in(out) == ["cc_00000.arrow", "cc_00000.skipped.jsonl", "cc_00001.arrow"]
+    assert texts(out / "cc_00000.arrow") == {
+        "0": ["from txt"], "1": ["json alone"], "2": ["top"], "deep/5": ["é"]}
+    assert rows(out / "cc_00000.arrow")[1]["image"] == png
+    assert rows(out / "cc_00001.arrow")[0]["split"] == "val"
+    assert skipped(out / "cc_00000.skipped.jsonl") == {
+        "3": "empty caption", "4": "missing file: no picture of this key"}
     prepare_main("img2dataset", tmp_path / "cc/*1.tar", "--out", tmp_path / "two", "--name", "some")
     assert names_in(tmp_path / "two") == ["some_00001.arrow"]
 
@@ -129,94 +151,128 @@ def test_tar_shards_become_files_one_by_one(tmp_path):
 def test_jsonl_lines_of_one_image_become_one_row(tmp_path):
     for name in ("a/1.jpg", "a/2.jpg", "3.jpg"):
         put(tmp_path / name, noise_picture(1))
-    jsonl(tmp_path / "mine.jsonl", {"image": "a/1.jpg", "caption": "one"}, {"image": "./a/1.jpg", "captions": ["two"]},
+    jsonl(tmp_path / "mine.jsonl",
+          {"image": "a/1.jpg", "caption": "one"},
+          {"image": "./a/1.jpg", "captions": ["two"]},
           {"image": "3.jpg", "captions": ["held out"], "split": "val", "image_id": 33},
-          {"image": "a/2.jpg", "caption": "three"}, {"image": "a/1.jpg", "caption": "too late"})
+          {"image": "a/2.jpg", "caption": "three"},
+          {"image": "a/1.jpg", "caption": "too late"})
     prepare_main("jsonl", tmp_path / "mine.jsonl", "--out", tmp_path / "out")
-    assert texts(tmp_path / "out/mine_caption_train.arrow") == {"a/1.jpg": ["one", "two"], "a/2.jpg": ["three"]}
+    assert texts(tmp_path / "out/mine_caption_train.arrow") == {
+        "a/1.jpg": ["one", "two"], "a/2.jpg": ["three"]}
     assert texts(tmp_path / "out/mine_caption_val.arrow") == {"33": ["held out"]}
     assert skipped(tmp_path / "out/mine_caption_train.skipped.jsonl") == {
         "a/1.jpg": "duplicate: an earlier row has this image_id"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names, broken pictures, odd pictures
-
 def test_equal_file_names_in_two_folders_keep_their_own_captions(tmp_path):
     for folder in "ab":
         put(tmp_path / f"images_train/{folder}/1.jpg", noise_picture(ord(folder)))
         put(tmp_path / f"k/images/{folder}/1.jpg", noise_picture(ord(folder)))
-    put(tmp_path / "annot.json", [["images_train/a/1.jpg", "in a"], ["images_train/b/1.jpg", "in b"]])
-    entries = [karpathy_entry("1.jpg", "train", f"in {folder}", filepath=folder) for folder in "ab"]
-    put(tmp_path / "k/dataset.json", {"images": entries})
+    put(tmp_path / "annot.json", [[f"images_train/{folder}/1.jpg", folder] for folder in "ab"])
+    put(tmp_path / "k/dataset.json", {"images": [
+        karpathy_entry("1.jpg", "train", folder, filepath=folder) for folder in "ab"]})
     prepare_main("sbu", tmp_path, "--out", tmp_path / "out")
     prepare_main("karpathy", tmp_path / "k", "--out", tmp_path / "out")
-    assert texts(tmp_path / "out/sbu_0.arrow") == {"images_train/a/1.jpg": ["in a"], "images_train/b/1.jpg": ["in b"]}
-    assert texts(tmp_path / "out/k_caption_train.arrow") == {"a/1.jpg": ["in a"], "b/1.jpg": ["in b"]}
-    assert [row["image"] for row in rows(tmp_path / "out/k_caption_train.arrow")] == [noise_picture(97), noise_picture(98)]
+    assert texts(tmp_path / "out/sbu_0.arrow") == {
+        "images_train/a/1.jpg": ["a"], "images_train/b/1.jpg": ["b"]}
+    written = rows(tmp_path / "out/k_caption_train.arrow")
+    assert [(row["image_id"], row["caption"], row["image"]) for row in written] == [
+        ("a/1.jpg", ["a"], noise_picture(97)), ("b/1.jpg", ["b"], noise_picture(98))]
 
+
+def test_real_photographs_and_captions_arrive_complete(tmp_path, shared, capsys):
+    source = shared / "data/coco_small"
+    prepare_main("karpathy", source, "--out", tmp_path)
+    found = {split: rows(tmp_path / f"coco_small_caption_{split}.arrow")
+             for split in ("train", "val", "test")}
+    assert {split: len(found[split]) for split in found} == {"train": 188, "val": 23, "test": 23}
+    assert len(names_in(tmp_path)) == 3
+    expected = {image["filename"]: [sentence["raw"] for sentence in image["sentences"]]
+                for image in json.loads((source / "dataset.json").read_text())["images"]}
+    written = {row["image_id"]: row for split in found for row in found[split]}
+    assert {name: row["caption"] for name, row in written.items()} == expected
+    assert sum(map(len, expected.values())) == 1171
+    for name, row in written.items():
+        assert row["image"] == (source / "images" / name).read_bytes()
+    assert checked(capsys, *tmp_path.glob("*.arrow"))[0] == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Broken and odd pictures
 
 def test_broken_pictures_and_empty_captions_are_left_out_counted_and_named(tmp_path, capsys):
     whole = noise_picture(1, size=(200, 200))
-    headers = [b"IHDR" + struct.pack(">IIBBBBB", width, width * 3 // 4, 8, 2, 0, 0, 0) for width in (40, 20_000)]
-    bomb = [header + struct.pack(">I", zlib.crc32(header)) for header in headers]      # 300 megapixels, it says
-    files = {"ok.jpg": whole, "cut.jpg": whole[:len(whole) // 2], "cut.png": noise_picture(1, (200, 200), format="PNG")[:-40],
-             "text.jpg": b"<html>404</html>", "empty.jpg": b"", "blank.jpg": whole, "half.jpg": whole, "odd.jpg": whole,
+    png = noise_picture(1, (200, 200), format="PNG")
+    headers = [b"IHDR" + struct.pack(">IIBBBBB", width, width * 3 // 4, 8, 2, 0, 0, 0)
+               for width in (40, 20_000)]                   # the second says 300 megapixels
+    bomb = [header + struct.pack(">I", zlib.crc32(header)) for header in headers]
+    files = {"ok.jpg": whole, "cut.jpg": whole[:len(whole) // 2], "cut.png": png[:-40],
+             "text.jpg": b"<html>404</html>", "empty.jpg": b"", "blank.jpg": whole,
+             "half.jpg": whole, "odd.jpg": whole,
              "bomb.png": noise_picture(format="PNG").replace(*bomb)}
     for name, data in files.items():
         put(tmp_path / name, data)
     (tmp_path / "folder.jpg").mkdir()
-    captions = {"blank.jpg": [" \n", None], "half.jpg": ["", "kept"], "odd.jpg": ["\ud800 half a character"]}
+    captions = {"blank.jpg": [" \n", None], "half.jpg": ["", "kept"],
+                "odd.jpg": ["\ud800 half a character"]}
     keys = [*files, "folder.jpg", "gone.jpg", "nul\0.jpg"]
-    jsonl(tmp_path / "x.jsonl", *({"image": key, "captions": captions.get(key, ["text"])} for key in keys))
+    jsonl(tmp_path / "x.jsonl", *({"image": key, "captions": captions.get(key, ["text"])}
+                                  for key in keys))
     prepare_main("jsonl", tmp_path / "x.jsonl", "--out", tmp_path / "out")
-    assert texts(tmp_path / "out/x_caption_train.arrow") == {"ok.jpg": ["text"], "half.jpg": ["kept"]}
+    assert texts(tmp_path / "out/x_caption_train.arrow") == {
+        "ok.jpg": ["text"], "half.jpg": ["kept"]}
     left = skipped(tmp_path / "out/x_caption_train.skipped.jsonl")
     assert {key: reason.split(":")[0] for key, reason in left.items()} == {
-        "cut.jpg": "truncated", "cut.png": "truncated", "text.jpg": "undecodable", "empty.jpg": "undecodable",
-        "bomb.png": "undecodable", "blank.jpg": "empty caption", "half.jpg": "empty caption (image kept)",
-        "odd.jpg": "caption is not Unicode", "folder.jpg": "unreadable file", "gone.jpg": "missing file",
-        "nul\0.jpg": "unreadable file"}
+        "cut.jpg": "truncated", "cut.png": "truncated", "text.jpg": "undecodable",
+        "empty.jpg": "undecodable", "bomb.png": "undecodable", "blank.jpg": "empty caption",
+        "half.jpg": "empty caption (image kept)", "odd.jpg": "caption is not Unicode",
+        "folder.jpg": "unreadable file", "gone.jpg": "missing file", "nul\0.jpg": "unreadable file"}
     assert "bomb" in left["bomb.png"]
     printed = capsys.readouterr().out
     assert "2 images, 2 captions" in printed and "3 undecodable, 2 truncated" in printed
 
 
-ODD = {"cmyk.jpg": dict(mode="CMYK"), "gray.jpg": dict(mode="L"), "palette.png": dict(mode="P", format="PNG"),
-       "palette.gif": dict(mode="P", format="GIF"), "alpha.png": dict(mode="RGBA", format="PNG"),
-       "bits.png": dict(mode="1", format="PNG"), "deep.png": dict(mode="I;16", format="PNG")}
+@pytest.fixture
+def odd(tmp_path):
+    """A folder of pictures of every mode -> {name: bytes}; odd.jsonl lists them."""
+    pictures = {
+        "cmyk.jpg": noise_picture(3, mode="CMYK"),
+        "gray.jpg": noise_picture(3, mode="L"),
+        "palette.png": noise_picture(3, mode="P", format="PNG"),
+        "palette.gif": noise_picture(3, mode="P", format="GIF"),
+        "alpha.png": noise_picture(3, mode="RGBA", format="PNG"),
+        "bits.png": noise_picture(3, mode="1", format="PNG")}
+    deep = io.BytesIO()
+    Image.fromarray(np.full((30, 40), 128 << 8, np.uint16)).save(deep, "PNG")
+    pictures["deep.png"] = deep.getvalue()
+    for name, data in pictures.items():
+        put(tmp_path / name, data)
+    jsonl(tmp_path / "odd.jsonl", *({"image": name, "caption": name} for name in pictures))
+    return pictures
 
 
-def odd_pictures(folder):
-    for name, options in ODD.items():
-        if options["mode"] == "I;16":
-            Image.fromarray(np.full((30, 40), 128 << 8, np.uint16)).save(out := io.BytesIO(), "PNG")
-            put(folder / name, out.getvalue())
-        else:
-            put(folder / name, noise_picture(3, **options))
-    jsonl(folder / "odd.jsonl", *({"image": name, "caption": name} for name in ODD))
-
-
-def test_pictures_of_every_mode_keep_their_bytes(tmp_path):
-    odd_pictures(tmp_path)
+def test_pictures_of_every_mode_keep_their_bytes(tmp_path, odd):
     prepare_main("jsonl", tmp_path / "odd.jsonl", "--out", tmp_path / "out")
     stored = rows(tmp_path / "out/odd_caption_train.arrow")
-    assert {row["image_id"]: row["image"] for row in stored} == {name: (tmp_path / name).read_bytes() for name in ODD}
+    assert {row["image_id"]: row["image"] for row in stored} == odd
 
 
-def test_shorter_turns_every_mode_into_rgb_jpeg_without_enlarging_it(tmp_path):
-    odd_pictures(tmp_path)
-    for limit, size in ((15, (20, 15)), (100, (40, 30))):
-        prepare_main("jsonl", tmp_path / "odd.jsonl", "--out", tmp_path / f"out{limit}", "--shorter", limit)
-        stored = {row["image_id"]: Image.open(io.BytesIO(row["image"]))
-                  for row in rows(tmp_path / f"out{limit}/odd_caption_train.arrow")}
-        assert {(image.format, image.mode, image.size) for image in stored.values()} == {("JPEG", "RGB", size)}
-        assert np.abs(np.asarray(stored["deep.png"]).astype(int) - 128).max() <= 1     # 16 bits: scaled, not clipped
+@pytest.mark.parametrize("limit, size", [(15, (20, 15)), (100, (40, 30))])
+def test_shorter_turns_every_mode_into_rgb_jpeg_without_enlarging_it(tmp_path, odd, limit, size):
+    prepare_main("jsonl", tmp_path / "odd.jsonl", "--out", tmp_path / "out", "--shorter", limit)
+    stored = {row["image_id"]: Image.open(io.BytesIO(row["image"]))
+              for row in rows(tmp_path / "out/odd_caption_train.arrow")}
+    assert stored.keys() == odd.keys()
+    for image in stored.values():
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", size)
+    grey = np.asarray(stored["deep.png"]).astype(int)
+    assert np.abs(grey - 128).max() <= 1                    # 16 bits: scaled, not clipped
 
 
-@pytest.mark.parametrize("size, limit, expected", [((641, 427), 64, (96, 64)), ((427, 641), 64, (64, 96)),
-                                                   ((2000, 1501), 100, (133, 100)), ((64, 64), 64, (64, 64)),
-                                                   ((900, 9), 5, (500, 5))])
+@pytest.mark.parametrize("size, limit, expected", [
+    ((641, 427), 64, (96, 64)), ((427, 641), 64, (64, 96)), ((2000, 1501), 100, (133, 100)),
+    ((64, 64), 64, (64, 64)), ((900, 9), 5, (500, 5))])
 def test_shorter_is_the_length_of_the_shorter_side(size, limit, expected):
     image = Image.open(io.BytesIO(shards.encoded(noise_picture(1, size), limit)))
     assert image.size == expected
@@ -224,10 +280,11 @@ def test_shorter_is_the_length_of_the_shorter_side(size, limit, expected):
 
 def test_shorter_applies_the_cameras_orientation_and_plain_copies_keep_it():
     exif = Image.Exif()
-    exif[0x0112] = 6                                        # turn by 90 degrees clockwise to see it upright
+    exif[shards.EXIF_ORIENTATION] = 6       # turn by 90 degrees clockwise to see it upright
     colours = Image.new("RGB", (80, 40), "red")
-    colours.paste("blue", (40, 0, 80, 40))                  # left red, right blue -> upright: top red, bottom blue
-    colours.save(out := io.BytesIO(), "JPEG", exif=exif, quality=95)
+    colours.paste("blue", (40, 0, 80, 40))  # left red, right blue; upright: top red, bottom blue
+    out = io.BytesIO()
+    colours.save(out, "JPEG", exif=exif, quality=95)
     for limit, size in ((20, (20, 40)), (500, (40, 80))):
         turned = Image.open(io.BytesIO(shards.encoded(out.getvalue(), limit)))
         assert turned.size == size and not turned.getexif()
@@ -240,8 +297,8 @@ def test_a_small_upright_jpeg_is_not_compressed_again():
     assert shards.encoded(noise_picture(1), 30) == noise_picture(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs: resuming, order, killed
+# --------------------------------------------------------------------------------------------------
+# Runs: order, resuming, killed, memory
 
 def many(folder, count):
     for i in range(count):
@@ -253,12 +310,13 @@ def many(folder, count):
 def test_the_order_and_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path):
     source = many(tmp_path, 60)
     put(tmp_path / "7.jpg", b"broken")
-    for workers in (1, 5):
-        prepare_main("jsonl", source, "--out", tmp_path / f"out{workers}", "--workers", workers, "--shorter", 24)
-    assert names_in(tmp_path / "out1") == ["many_caption_train.arrow", "many_caption_train.skipped.jsonl"]
-    for name in names_in(tmp_path / "out1"):
-        assert (tmp_path / "out1" / name).read_bytes() == (tmp_path / "out5" / name).read_bytes()
-    assert [row["image_id"] for row in rows(tmp_path / "out1/many_caption_train.arrow")] == [
+    first, second = tmp_path / "out1", tmp_path / "out5"
+    prepare_main("jsonl", source, "--out", first, "--workers", 1, "--shorter", 24)
+    prepare_main("jsonl", source, "--out", second, "--workers", 5, "--shorter", 24)
+    assert names_in(first) == ["many_caption_train.arrow", "many_caption_train.skipped.jsonl"]
+    for name in names_in(first):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert [row["image_id"] for row in rows(first / "many_caption_train.arrow")] == [
         f"{i}.jpg" for i in range(60) if i != 7]
 
 
@@ -271,10 +329,11 @@ def test_a_second_run_leaves_finished_files_alone_and_force_redoes_them(tmp_path
     put(tmp_path / "1.jpg", noise_picture(1))
     capsys.readouterr()
     prepare_main("jsonl", source, "--out", out)
-    assert "already finished" in capsys.readouterr().out and len(rows(out / "many_caption_train.arrow")) == 2
+    assert "already finished" in capsys.readouterr().out
+    assert len(rows(out / "many_caption_train.arrow")) == 2
     prepare_main("jsonl", source, "--out", out, "--force")
     assert len(rows(out / "many_caption_train.arrow")) == 3
-    assert names_in(out) == ["many_caption_train.arrow"]       # the old log would tell of a file that is no more
+    assert names_in(out) == ["many_caption_train.arrow"]    # the log of the old file is gone
 
 
 def test_force_on_lost_pictures_does_not_destroy_the_finished_file(tmp_path, capsys):
@@ -287,14 +346,14 @@ def test_force_on_lost_pictures_does_not_destroy_the_finished_file(tmp_path, cap
 
 
 def test_a_killed_run_leaves_no_finished_file_and_can_be_repeated(tmp_path):
-    os.mkfifo(tmp_path / "stuck.jpg")                       # reading it blocks for ever: the run is surely not finished
+    os.mkfifo(tmp_path / "stuck.jpg")       # reading it blocks for ever: the run cannot finish
     source, out = many(tmp_path, 20), tmp_path / "out"
     lines = source.read_text()
     put(source, lines + json.dumps({"image": "stuck.jpg", "caption": "never"}))
     process = subprocess.Popen([sys.executable, ROOT / "prepare.py", "jsonl", source, "--out", out],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     partial = out / "many_caption_train.arrow.partial"
-    for _ in range(200):
+    for _ in range(600):
         if partial.exists():
             break
         time.sleep(0.05)
@@ -303,13 +362,33 @@ def test_a_killed_run_leaves_no_finished_file_and_can_be_repeated(tmp_path):
     assert partial.exists() and not (out / "many_caption_train.arrow").exists()
     put(source, lines)
     prepare_main("jsonl", source, "--out", out)
-    assert len(rows(out / "many_caption_train.arrow")) == 20 and names_in(out) == ["many_caption_train.arrow"]
+    assert len(rows(out / "many_caption_train.arrow")) == 20
+    assert names_in(out) == ["many_caption_train.arrow"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    """200 MB of pictures, written and checked in a process of its own."""
+    put(tmp_path / "p.bmp", noise_picture(1, size=(128, 104), format="BMP"))
+    jsonl(tmp_path / "x.jsonl", *({"image": "p.bmp", "caption": "the same", "image_id": str(i)}
+                                  for i in range(5_000)))
+    code = """if True:
+        import resource, sys, prepare
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        before = peak()
+        prepare.main(["jsonl", sys.argv[1] + "/x.jsonl", "--out", sys.argv[1]])
+        prepare.main(["check", sys.argv[1] + "/x_caption_train.arrow", "--fast"])
+        print("GREW", peak() - before)"""
+    run = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True,
+                         text=True, check=True)
+    assert (tmp_path / "x_caption_train.arrow").stat().st_size > 190e6
+    assert float(run.stdout.split("GREW")[1]) < 150
+
+
+# --------------------------------------------------------------------------------------------------
 # Refusals: one sentence with the file's name
 
-@pytest.mark.parametrize("path", ["../out.jpg", "a/../../out.jpg", "/etc/out.jpg", "..\\out.jpg", "C:\\out.jpg"])
+@pytest.mark.parametrize("path", [
+    "../out.jpg", "a/../../out.jpg", "/etc/out.jpg", "..\\out.jpg", "C:\\out.jpg"])
 def test_paths_that_leave_the_folder_are_refused(tmp_path, capsys, path):
     put(tmp_path / "out.jpg", noise_picture())
     (tmp_path / "d/images_train").mkdir(parents=True)
@@ -317,17 +396,20 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path, capsys, path):
     put(tmp_path / "d/annot.json", [[path, "text"]])
     put(tmp_path / "d/dataset.json", {"images": [karpathy_entry(path, "train", "text")]})
     tar(tmp_path / "d/0.tar", [(path, noise_picture())])
-    for command, source, name in (("jsonl", "d/x.jsonl", "x.jsonl, line 1"), ("sbu", "d", "annot.json"),
-                                  ("karpathy", "d", "dataset.json"), ("img2dataset", "d", "0.tar")):
+    for command, source, name in (("jsonl", "d/x.jsonl", "x.jsonl, line 1"),
+                                  ("sbu", "d", "annot.json"), ("karpathy", "d", "dataset.json"),
+                                  ("img2dataset", "d", "0.tar")):
         message = sentence(capsys, command, tmp_path / source, "--out", tmp_path / "out")
         assert "leaves the folder" in message and name in message
     assert not list(tmp_path.glob("out/*"))
 
 
 @pytest.mark.parametrize("annotation, part", [
-    ("{", "JSON"), ("[]", "Karpathy's layout"), ('{"images": [{"filename": "a.jpg"}]}', "images[0]"),
+    ("{", "JSON"), ("[]", "Karpathy's layout"),
+    ('{"images": [{"filename": "a.jpg"}]}', "images[0]"),
     ('{"images": [{"filename": "a.jpg", "split": "../x", "sentences": []}]}', "'../x'"),
-    ('{"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"tokens": []}]}]}', "images[0]")])
+    ('{"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"tokens": []}]}]}',
+     "images[0]")])
 def test_a_wrong_karpathy_annotation_is_named(tmp_path, capsys, annotation, part):
     put(tmp_path / "dataset.json", annotation)
     message = sentence(capsys, "karpathy", tmp_path, "--out", tmp_path / "out")
@@ -335,7 +417,8 @@ def test_a_wrong_karpathy_annotation_is_named(tmp_path, capsys, annotation, part
 
 
 @pytest.mark.parametrize("annotation, part", [
-    ('{"a": 1}', "list"), ('[["a", "b"], ["c"', "cut off"), ('[["a", "b"], 5]', "entry 1"), ('[["a"]]', "entry 0")])
+    ('{"a": 1}', "list"), ('[["a", "b"], ["c"', "cut off"), ('[["a", "b"], 5]', "entry 1"),
+    ('[["a"]]', "entry 0")])
 def test_a_wrong_list_of_captions_is_named(tmp_path, capsys, annotation, part):
     (tmp_path / "images_train").mkdir()
     put(tmp_path / "annot.json", annotation)
@@ -343,16 +426,18 @@ def test_a_wrong_list_of_captions_is_named(tmp_path, capsys, annotation, part):
     assert "annot.json" in message and part in message
 
 
-@pytest.mark.parametrize("command", ["coco", "f30k", "vg", "sbu", "cc3m", "karpathy", "img2dataset", "jsonl"])
+@pytest.mark.parametrize("command", list(prepare.SOURCES))
 def test_a_folder_of_another_layout_is_refused(tmp_path, capsys, command):
     for root in (tmp_path, tmp_path / "missing"):
         assert str(root) in sentence(capsys, command, root, "--out", tmp_path / "out")
 
 
-def test_a_wrong_line_of_jsonl_is_named(tmp_path, capsys):
-    for line in ("{", "[]", '{"image": 5, "caption": "x"}', '{"image": "a.jpg", "captions": "not a list"}'):
-        put(tmp_path / "x.jsonl", '{"image": "a.jpg", "caption": "x"}\n\n' + line)
-        assert "x.jsonl, line 3" in sentence(capsys, "jsonl", tmp_path / "x.jsonl", "--out", tmp_path / "out")
+@pytest.mark.parametrize("line", ["{", "[]", '{"image": 5, "caption": "x"}',
+                                  '{"image": "a.jpg", "captions": "not a list"}'])
+def test_a_wrong_line_of_jsonl_is_named(tmp_path, capsys, line):
+    put(tmp_path / "x.jsonl", '{"image": "a.jpg", "caption": "x"}\n\n' + line)
+    message = sentence(capsys, "jsonl", tmp_path / "x.jsonl", "--out", tmp_path / "out")
+    assert "x.jsonl, line 3" in message
 
 
 def test_a_tar_that_was_cut_anywhere_is_refused(tmp_path, capsys):
@@ -373,85 +458,8 @@ def test_json_lists_are_read_the_same_in_chunks_of_any_size(tmp_path):
         assert list(shards.json_items(tmp_path / "x.json", chunk=chunk)) == items
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# check
-
-def test_check_describes_a_good_file(tmp_path, capsys):
-    prepare_main("jsonl", many(tmp_path, 5), "--out", tmp_path)
-    capsys.readouterr()
-    status, printed = checked(capsys, tmp_path / "many_caption_train.arrow")
-    assert status == 0 and "good" in printed
-    for part in ("5 images, 5 captions", "train 5", "0-3", "30 to 30 pixels"):
-        assert part in printed
-
-
-def test_check_accepts_files_that_vilt_wrote_itself(tmp_path, capsys):
-    arrow(tmp_path / "vg.arrow", {"image": [noise_picture()], "caption": [["a b c d e"]], "width": [[5]], "image_id": ["1"]})
-    status, printed = checked(capsys, tmp_path / "vg.arrow")
-    assert status == 0 and "without split" in printed and "width" in printed
-
-
-def test_check_finds_what_is_wrong_in_the_rows(tmp_path, capsys):
-    good = noise_picture(1, size=(300, 300))
-    arrow(tmp_path / "x.arrow", {"image": [good, good[:len(good) // 2], b"", None],
-                                 "caption": [["ok"], [], ["fine", " "], ["x"]], "split": ["val"] * 4})
-    status, printed = checked(capsys, tmp_path / "x.arrow")
-    assert status == 1
-    for part in ("1 rows without a caption", "1 empty captions", "3 pictures that cannot be read", "row 1: truncated",
-                 "row 2: undecodable", "row 3: null"):
-        assert part in printed, part
-    assert "2 pictures that cannot be read" in checked(capsys, tmp_path / "x.arrow", "--fast")[1]
-
-
-def test_check_names_files_that_are_cut_foreign_or_missing(tmp_path, capsys):
-    prepare_main("jsonl", many(tmp_path, 5), "--out", tmp_path)
-    whole = (tmp_path / "many_caption_train.arrow").read_bytes()
-    put(tmp_path / "cut.arrow", whole[:-40])
-    put(tmp_path / "text.arrow", "hello")
-    put(tmp_path / "empty.arrow", "")
-    arrow(tmp_path / "vqa.arrow", {"image": [b""], "questions": [["why"]]})
-    arrow(tmp_path / "flat.arrow", {"image": [b""], "caption": ["one text"]})
-    arrow(tmp_path / "none.arrow", {"image": pa.array([], pa.binary()), "caption": pa.array([], pa.list_(pa.string()))})
-    for name, part in (("cut", "complete"), ("text", "complete"), ("empty", "complete"), ("gone", "complete"),
-                       ("vqa", "needs image"), ("flat", "needs image"), ("none", "no rows")):
-        capsys.readouterr()
-        status, printed = checked(capsys, tmp_path / f"{name}.arrow", tmp_path / "many_caption_train.arrow")
-        assert status == 1 and f"{name}.arrow" in printed and part in printed and "good" in printed
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory, real data, the command line
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    """20,000 rows of a 10 kB picture, 200 MB in all, written and checked in a process of its own."""
-    put(tmp_path / "p.bmp", noise_picture(1, size=(64, 52), format="BMP"))
-    jsonl(tmp_path / "x.jsonl", *({"image": "p.bmp", "caption": "the same", "image_id": str(i)} for i in range(20_000)))
-    code = """if True:
-        import resource, sys, prepare
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        before = peak()
-        prepare.main(["jsonl", sys.argv[1] + "/x.jsonl", "--out", sys.argv[1]])
-        prepare.main(["check", sys.argv[1] + "/x_caption_train.arrow", "--fast"])
-        print("GREW", peak() - before)"""
-    run = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert (tmp_path / "x_caption_train.arrow").stat().st_size > 190e6
-    assert float(run.stdout.split("GREW")[1]) < 150
-
-
-@pytest.mark.skipif(not COCO_SMALL.exists(), reason=f"{COCO_SMALL} is not there: the real photographs are not shipped")
-def test_real_photographs_and_captions_arrive_complete(tmp_path, capsys):
-    prepare_main("karpathy", COCO_SMALL, "--out", tmp_path)
-    counts = {split: len(rows(tmp_path / f"coco_small_caption_{split}.arrow")) for split in ("train", "val", "test")}
-    assert counts == {"train": 188, "val": 23, "test": 23} and len(names_in(tmp_path)) == 3
-    expected = {image["filename"]: [sentence["raw"] for sentence in image["sentences"]]
-                for image in json.loads((COCO_SMALL / "dataset.json").read_text())["images"]}
-    written = {row["image_id"]: row for split in counts for row in rows(tmp_path / f"coco_small_caption_{split}.arrow")}
-    assert {name: row["caption"] for name, row in written.items()} == expected
-    assert sum(map(len, expected.values())) == 1171
-    assert all(row["image"] == (COCO_SMALL / "images" / name).read_bytes() for name, row in written.items())
-    assert checked(capsys, *tmp_path.glob("*.arrow"))[0] == 0
-
+# --------------------------------------------------------------------------------------------------
+# The command line
 
 @pytest.mark.parametrize("command", [*prepare.SOURCES, "check"])
 def test_every_command_explains_itself(command, capsys):
@@ -460,7 +468,20 @@ def test_every_command_explains_itself(command, capsys):
     assert stop.value.code == 0 and "--workers" in capsys.readouterr().out
 
 
+def test_every_flag_says_what_it_does_and_its_default():
+    for flag, options in prepare.FLAGS.items():
+        assert "(default: " in options["help"] or "(required)" in options["help"], flag
+
+
+def test_the_commands_of_the_docstring_are_understood():
+    commands = [line for line in prepare.__doc__.splitlines() if "  python prepare.py" in line]
+    for command in commands:
+        prepare.parser().parse_args(shlex.split(command)[2:])
+    assert len(commands) == 5
+
+
 def test_a_refusal_on_the_command_line_is_one_sentence_without_a_traceback(tmp_path):
-    refused = subprocess.run([sys.executable, ROOT / "prepare.py", "coco", tmp_path, "--out", tmp_path],
-                             capture_output=True, text=True)
-    assert refused.returncode == 1 and refused.stderr.startswith("prepare.py: ") and refused.stderr.count("\n") == 1
+    refused = subprocess.run([sys.executable, ROOT / "prepare.py", "coco", tmp_path,
+                              "--out", tmp_path], capture_output=True, text=True)
+    assert refused.returncode == 1 and refused.stderr.startswith("prepare.py: ")
+    assert refused.stderr.count("\n") == 1
