@@ -121,7 +121,8 @@ def add_flags(parser):
     help_of = documented_fields(Settings)
     for field in fields(Settings):
         title, text = help_of[field.name]
-        if field.default not in ("", (), False) and "default:" not in text:
+        told = type(field.default) in (int, float) or field.default not in ("", (), False)
+        if told and "default:" not in text:
             text += f" (default: {field.default})"
         add(title, field.name, type(field.default), text)
 

@@ -14,18 +14,8 @@ from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 
-from sources.shards import (
-    Record,
-    Shard,
-    fail,
-    first_existing,
-    inside,
-    json_items,
-    json_lines,
-    read_entries,
-    simple,
-    unusable,
-)
+from sources.shards import (Record, Shard, fail, first_existing, inside, json_items, json_lines,
+                            read_entries, simple, unusable)
 
 SHARD_ROWS = 100_000                                # ViLT cuts SBU and Conceptual Captions so
 PICTURES = ("jpg", "jpeg", "png", "webp")           # members of a tar, in order of preference

@@ -24,21 +24,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data import read_json
+from files import read_json
 from metrics import normalize_answer, soft_score
-from sources.shards import (
-    SURROGATE,
-    Record,
-    Shard,
-    fail,
-    first_existing,
-    inside,
-    json_lines,
-    json_list,
-    read_entries,
-    simple,
-    unusable,
-)
+from sources.shards import (SURROGATE, Record, Shard, fail, first_existing, inside, json_lines,
+                            json_list, read_entries, simple, unusable)
 
 # rest_val is the last images of val by their ids, at most half of them; the checkpoint is chosen by
 # it. trainable_val is the others. (ViLT takes the last 1,000 after shuffling, so that no two of its

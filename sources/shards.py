@@ -25,7 +25,8 @@ import pyarrow as pa
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from data import CAPTIONS, FORMATS, NLVR2, VQA, to_rgb
+from data import FORMATS, to_rgb
+from files import CAPTIONS, NLVR2, VQA
 
 # Half a character: JSON can hold it, the UTF-8 of Arrow cannot.
 SURROGATE = re.compile("[\ud800-\udfff]")

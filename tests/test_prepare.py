@@ -17,19 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import (
-    checked,
-    jsonl,
-    names_in,
-    noise_picture,
-    prepare_main,
-    put,
-    rows,
-    sentence,
-    skipped,
-    tar,
-    texts,
-)
+from conftest import (checked, jsonl, names_in, noise_picture, prepare_main, put, rows, sentence,
+                      skipped, tar, texts)
 from PIL import Image
 
 import prepare

@@ -6,19 +6,10 @@ Layouts are made here; the last tests read the real questions of the shared mate
 import json
 
 import pytest
-from conftest import (
-    checked,
-    jsonl,
-    names_in,
-    noise_picture,
-    prepare_main,
-    put,
-    rows,
-    sentence,
-    skipped,
-)
+from conftest import (checked, jsonl, names_in, noise_picture, prepare_main, put, rows, sentence,
+                      skipped)
 
-from data import NLVR2, VQA
+from files import NLVR2, VQA
 from metrics import normalize_answer, vqa_accuracy
 from sources import questions as source
 from sources.questions import answer_list, soft_labels, ten
