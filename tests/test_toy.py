@@ -1,6 +1,6 @@
-"""The toy world: its sentences are true, its words alone tell nothing, its files are what data.py reads.
+"""The toy world: its sentences are true, words alone tell nothing, data.py reads its files.
 
-Truth is recomputed here from the shapes, without the grammar of toy.py.
+Truth is computed again here from the shapes, without the grammar of toy_world.py.
 """
 
 import collections
@@ -17,11 +17,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from tools import toy
 from data import CAPTIONS, NLVR2, VQA
-from tools.toy import COLOURS, HELD_OUT, KINDS, NUMBERS, PLURAL, RELATIONS, SIZES, Scene, Shape, is_true
+from tools import toy, toy_world
+from tools.toy_sentences import ANSWERS
+from tools.toy_world import COLOURS, HELD_OUT, KINDS, NUMBERS, RELATIONS, SINGULAR, SIZES, Scene, Shape, is_true
 
-SINGULAR = {PLURAL[kind]: kind for kind in PLURAL}
 GROUPS = (list(COLOURS), list(KINDS), list(SIZES), ["left", "right"], ["above", "below"], list(NUMBERS[2:6]))
 
 
@@ -42,7 +42,7 @@ def pairs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "draw", lambda *_: None)
         patch.setattr(toy, "encode", lambda _: b"")
-        return [toy._pair(0, 64, "train", i) for i in range(2000)]
+        return [toy.pair_row(0, 64, "train", i) for i in range(2000)]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def table(path):
 # ---- scenes and pictures
 
 def test_the_examples_in_the_docstrings_hold():
-    assert doctest.testmod(toy).failed == 0
+    assert doctest.testmod(toy_world).failed == 0
 
 
 def test_shapes_neither_touch_nor_leave_the_picture_and_colours_never_repeat(world):
@@ -231,7 +231,7 @@ def test_every_answer_is_right(world):
 
 def test_answers_are_balanced_and_in_the_list(world):
     counts = collections.Counter(given for _, _, asked in world for _, given in asked)
-    assert set(counts) <= set(toy.ANSWERS) and len(set(toy.ANSWERS)) == len(toy.ANSWERS)
+    assert set(counts) <= set(ANSWERS) and len(set(ANSWERS)) == len(ANSWERS)
     assert abs(counts["yes"] / (counts["yes"] + counts["no"]) - .5) < .02
     for group in (COLOURS, KINDS):
         share = np.array([counts[word] for word in group]) / sum(counts[word] for word in group)
@@ -327,7 +327,7 @@ def test_neither_picture_alone_decides_most_statements(pairs):
 
 # ---- files
 
-def test_the_files_have_the_schemas_and_rows_that_data_reads(folder):
+def test_files_have_the_schemas_and_rows_that_data_reads(folder):
     for split, n in dict(train=120, val=40, test=40, holdout=40).items():
         captions, vqa = (table(folder / f"toy_{name}_{split}.arrow") for name in ("caption", "vqa"))
         nlvr2 = table(folder / f"toy_nlvr2_{'dev' if split == 'val' else split}.arrow")
@@ -375,14 +375,54 @@ def test_the_same_seed_gives_the_same_bytes_and_a_smaller_world_is_a_prefix(fold
     assert table(tmp_path / "small" / name).to_pylist() != table(tmp_path / "other" / name).to_pylist()
 
 
-def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, capsys):
+def test_make_refuses_in_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     for bad, says in ((dict(out=tmp_path / "file"), "is a file"), (dict(out=tmp_path, size=31), "--size 31"),
                       (dict(out=tmp_path, images=0), "--images 0")):
         with pytest.raises(ValueError, match=says):
             toy.make(**bad)
-    monkeypatch.setattr("sys.argv", ["toy.py", "--out", str(tmp_path / "file" / "below")])
-    with pytest.raises(SystemExit, match="2"):
-        toy.main()
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and str(tmp_path / "file" / "below") in message
+    assert str(tmp_path / "file" / "below") in refusal("make", "--out", tmp_path / "file" / "below")
+
+
+# ---- captions of a model
+
+def refusal(*argv):
+    with pytest.raises(SystemExit) as error:
+        toy.main([str(a) for a in argv])
+    message = str(error.value)
+    assert message.startswith("toy.py: ") and "\n" not in message
+    return message
+
+
+def write_results(path, *rows):
+    path.write_text(json.dumps([{"image_id": image_id, "caption": text} for image_id, text in rows]))
+    return path
+
+
+def test_true_counts_captions_of_their_own_scene_only(folder, tmp_path, capsys):
+    rows = table(folder / "toy_caption_test.arrow").to_pylist()
+    # eval.py writes numbers for image ids that are numbers
+    own = [(int(row["image_id"]), row["caption"][0] + ".") for row in rows]
+    others = [(row["image_id"], other["caption"][0]) for row, other in zip(rows, rows[1:], strict=False)]
+    found = toy.judge(write_results(tmp_path / "own.json", *own), folder)
+    assert found == {"captions": 40, "true": 40, "false": 0, "unknown": 0, "share": 1.0}
+    found = toy.judge(write_results(tmp_path / "others.json", *others), folder)
+    assert found["false"] > 30 and found["true"] + found["false"] == 39
+    mixed = write_results(tmp_path / "mixed.json", *own[:2], (own[2][0], "a photo of a dog"), (own[3][0], ""))
+    toy.main(["true", str(mixed), "--data", str(folder), "--out", str(tmp_path / "truth.json")])
+    assert "2 of 4 captions are true of their scene (50.0 %)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "truth.json").read_text()) == {"captions": 4, "true": 2, "false": 0, "unknown": 2,
+                                                                 "share": 0.5}
+
+
+def test_true_names_the_file_and_entry_that_it_cannot_judge(folder, tmp_path):
+    results = tmp_path / "results.json"
+    assert "eval.py caption" in refusal("true", results, "--data", folder)
+    for contents, says in (("{", "not JSON"), ("{}", "not a list"), ("[]", "not a list"), ("[1]", "entry 0"),
+                           ('[{"image_id": 1}]', "entry 0"), ('[{"caption": "a ring"}]', "no image_id None"),
+                           ('[{"image_id": 123456, "caption": "a ring"}]', "no image_id 123456")):
+        results.write_text(contents)
+        message = refusal("true", results, "--data", folder)
+        assert says in message and "results.json" in message
+    write_results(results, (200000000, "a ring"))
+    assert "tools.toy make" in refusal("true", results, "--data", tmp_path)
