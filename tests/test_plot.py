@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 import flm
-from data import CAPTIONS, NLVR2, Writer
+from files import CAPTIONS, NLVR2
+from sources.shards import Writer
 from tools import plot, plot_grids
 
 pytestmark = pytest.mark.slow       # matplotlib alone takes seconds

@@ -18,21 +18,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from data import CAPTIONS, NLVR2, VQA
+from files import CAPTIONS, NLVR2, VQA
 from tools import toy, toy_world
 from tools.toy_sentences import ANSWERS
-from tools.toy_world import (
-    COLOURS,
-    HELD_OUT,
-    KINDS,
-    NUMBERS,
-    RELATIONS,
-    SINGULAR,
-    SIZES,
-    Scene,
-    Shape,
-    is_true,
-)
+from tools.toy_world import (COLOURS, HELD_OUT, KINDS, NUMBERS, RELATIONS, SINGULAR, SIZES, Scene,
+                             Shape, is_true)
 
 GROUPS = (list(COLOURS), list(KINDS), list(SIZES), ["left", "right"], ["above", "below"],
           list(NUMBERS[2:6]))

@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 import data
+import files
 
 # Okabe and Ito's colours: colour-blind readers can tell them apart, and so can a grey print.
 BLUE, ORANGE, VERMILLION = "#0072B2", "#E69F00", "#D55E00"
@@ -49,7 +50,7 @@ def read_results(path: str, command: str) -> dict | list:
     """The contents of the JSON file that a command wrote."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such file; {command} writes it")
-    return data.read_json(path)
+    return files.read_json(path)
 
 
 def check(path: str, command: str, rows, *names: str):

@@ -32,19 +32,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data import CAPTIONS, NLVR2, VQA, Writer, read_json
+from files import CAPTIONS, NLVR2, VQA, read_json
+from sources.shards import Writer
 from tools.toy_sentences import ANSWERS, captions, questions, statement
-from tools.toy_world import (
-    COLOURS,
-    KINDS,
-    PLURAL,
-    RELATIONS,
-    Scene,
-    Shape,
-    draw,
-    is_true,
-    sample_scene,
-)
+from tools.toy_world import (COLOURS, KINDS, PLURAL, RELATIONS, Scene, Shape, draw, is_true,
+                             sample_scene)
 
 SPLITS = ("train", "val", "test", "holdout")
 SCENES = "toy_scenes.jsonl"

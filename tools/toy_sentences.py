@@ -11,20 +11,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tools.toy_world import (
-    COLOURS,
-    HELD_OUT,
-    KINDS,
-    NUMBERS,
-    PLACES,
-    RELATIONS,
-    SIZES,
-    Noun,
-    Scene,
-    Shape,
-    is_at,
-    relation,
-)
+from tools.toy_world import (COLOURS, HELD_OUT, KINDS, NUMBERS, PLACES, RELATIONS, SIZES, Noun,
+                             Scene, Shape, is_at, relation)
 
 # --------------------------------------------------------------------------------------------------
 # Phrases.
