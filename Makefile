@@ -1,113 +1,134 @@
 # The commands of the README. Every target sets up what it needs in .venv; `make help` lists them.
-PYTHON ?= python3
-VENV   := .venv
-PY     := $(VENV)/bin/python
-DATA   ?= data/toy
-RUN    ?= runs/toy
-RECIPE ?= toy
-FLAGS  ?=
-# more flags for train.py, for example: make RUN=runs/long FLAGS='--steps 7200'
-LOAD   ?=
-# what the tasks are fine-tuned from; by default RUN after some steps with image-text matching, both made if they are not there
-TUNED  ?= $(if $(TOY),$(RUN)-,runs/$(RECIPE)-)
+#
+#     make                                    pretrain on the toy world, and show what was learned
+#     make vqa                                fine-tune that model, and score it; also the other tasks
+#     make vqa RECIPE=flm-b32 DATA=DIR LOAD=pretrain_4m.ckpt FLAGS='--tokenizer DIR'
+#                                             the same on real data with a published recipe
+#     make RUN=runs/long FLAGS='--steps 12000'
+
+PYTHON    ?= python3
+PY        := .venv/bin/python
+DATA      ?= data/toy
+RUN       ?= runs/toy
+RECIPE    ?= toy
+LOAD      ?=
+FLAGS     ?=
 PROCESSES ?= 1
-# where: TUNED followed by the task's name; on so many processes of this machine
 
 .DEFAULT_GOAL := all
-RUNNER  = $(PY) $(if $(filter-out 1,$(PROCESSES)),-m torch.distributed.run --nproc_per_node $(PROCESSES))
-TASKS  := vqa nlvr2 caption retrieval
-TOY    := $(filter toy vilt-toy,$(RECIPE))
-SPLITS ?= $(if $(TOY),holdout test,$(if $(filter vqa nlvr2,$@),val,test))
-# of the data, that a tuned model is scored on
+.PHONY: all vqa nlvr2 caption retrieval vilt pictures masks test quick lint bench clean help
 
-.PHONY: all $(TASKS) vilt help test quick pictures masks bench clean
-
-all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (a quarter of an hour)
+all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (15 minutes)
 	@echo "pictures: docs/masks.png, $(RUN)/curves.png, $(RUN)/words.png"
 
-vqa:        ## fine-tune for visual question answering, score, show examples (minutes on the toy world)
-nlvr2:      ## the same for statements about two pictures
-caption:    ## the same for captioning
-retrieval:  ## the same for finding images by text and texts by image
+# ---------------------------------------------------------------------------------------------------
+# Set-up and the toy world. A marker is written last: what was interrupted is done again.
 
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade pip
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(DATA)/toy_words.json: | .venv/.installed
+	$(PY) -m tools.toy make --out $(DATA)
+
+# ---------------------------------------------------------------------------------------------------
+# Pretraining. last.pt is there long before the end; an interrupted run goes on from it.
+
+$(RUN)/.trained: | $(DATA)/toy_words.json
+	$(PY) train.py --task pretrain --recipe toy --data $(DATA) --out $(RUN) --resume $(FLAGS)
+	@touch $@
+
+# Image-text matching trains the class vector, which vqa, nlvr2 and retrieval read.
 $(RUN)-itm/.trained: | $(RUN)/.trained
 	$(PY) train.py --task pretrain --recipe toy-itm --load $(RUN)/last.pt --data $(DATA) --out $(RUN)-itm --resume
 	@touch $@
 
-# What each task starts from. Captions need no class vector, so no image-text matching; statements about two pictures are learned
-# from a model that answers questions, not from one that has only been pretrained (docs/LOG.md).
-FROM_caption := $(RUN)
-FROM_nlvr2   := $(TUNED)vqa
-FROM = $(or $(LOAD),$(or $(FROM_$@),$(RUN)-itm)/last.pt)
-
-vqa retrieval: | $(if $(LOAD),$(VENV)/.installed,$(RUN)-itm/.trained)
-caption:       | $(if $(LOAD),$(VENV)/.installed,$(RUN)/.trained)
-nlvr2:         | $(if $(LOAD),$(VENV)/.installed,$(TUNED)vqa/.trained)
-$(TASKS):      | $(if $(TOY),$(DATA)/toy_words.json)
-
-$(TUNED)vqa/.trained:
-	$(MAKE) vqa
-
-# Retrieval on the toy: among 1,000 scenes by the longest caption of each; of the million pairs those that a cheap score finds likely
-# (all of them would take about twenty minutes). Black pictures tell what the text alone gives away.
-$(TASKS):
-	$(RUNNER) train.py --task $@ --recipe $(RECIPE) --load $(FROM) --data $(DATA) --out $(TUNED)$@ --resume $(FLAGS)
-	@touch $(TUNED)$@/.trained
-	for split in $(SPLITS); do $(RUNNER) eval.py $@ $(TUNED)$@/last.pt --data $(DATA) --split $$split \
-	    $(if $(TOY),$(if $(filter retrieval,$@),--captions 1 --top 64,--blank)) || exit 1; done
-	$(PY) plot.py sheet $(TUNED)$@/$@/examples.json --out $(TUNED)$@/examples.png
-
-vilt:  ## the same with ViLT, and which patches each word was carried to (in runs/vilt)
-	$(MAKE) RUN=runs/vilt RECIPE=vilt-toy runs/vilt/align.png
-
-$(RUN)/align.png: $(RUN)/words.json
-	$(PY) plot.py curves $(RUN) --out $(RUN)/curves.png
-	$(PY) plot.py words $(RUN)/words.json --out $(RUN)/words.png
-	$(PY) eval.py align $(RUN)/last.pt --data $(DATA)
-	$(PY) plot.py align $(RUN)/align.json --out $@
-
-help:  ## this list
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' | expand -t 12
-
-# The marker is written last: an interrupted installation is done again.
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --upgrade pip
-	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --editable '.[test]'
-	@touch $@
-
-$(DATA)/toy_words.json: | $(VENV)/.installed
-	$(PY) toy.py --out $(DATA)
-
-# last.pt is there long before the end; an interrupted run goes on from it.
-$(RUN)/.trained: | $(DATA)/toy_words.json
-	$(PY) train.py --task pretrain --recipe $(RECIPE) --data $(DATA) --out $(RUN) --resume $(FLAGS)
-	@touch $@
-
 $(RUN)/words.json: $(RUN)/.trained
-	$(PY) eval.py words $(RUN)/last.pt --data $(DATA)
+	$(PY) -m tools.probe words $(RUN)/last.pt --data $(DATA)
 
 pictures: $(RUN)/words.json masks  ## the masks, and the loss curves and word table of RUN
-	$(PY) plot.py curves $(RUN) --out $(RUN)/curves.png
-	$(PY) plot.py words $(RUN)/words.json --out $(RUN)/words.png
+	$(PY) -m tools.plot curves $(RUN) --out $(RUN)/curves.png
+	$(PY) -m tools.plot words $(RUN)/words.json --out $(RUN)/words.png
 
-masks: | $(VENV)/.installed  ## the picture of the objectives' masks alone
-	$(PY) plot.py masks --out docs/masks.png
+masks: | .venv/.installed  ## the picture of the objectives' masks alone
+	$(PY) -m tools.plot masks --out docs/masks.png
 
-test: $(VENV)/.installed  ## set up, run all the tests
-	$(PY) -m pytest
+runs/vilt/.trained: | $(DATA)/toy_words.json
+	$(PY) train.py --task pretrain --recipe vilt-toy --data $(DATA) --out runs/vilt --resume $(FLAGS)
+	@touch $@
 
-quick: $(VENV)/.installed  ## the part of the tests that takes under a minute
-	$(PY) -m pytest -m "not slow"
+vilt: runs/vilt/.trained  ## pretrain ViLT on the toy world; which patches is each word carried to? (in runs/vilt)
+	$(PY) -m tools.probe words runs/vilt/last.pt --data $(DATA)
+	$(PY) -m tools.probe align runs/vilt/last.pt --data $(DATA)
+	$(PY) -m tools.plot curves runs/vilt --out runs/vilt/curves.png
+	$(PY) -m tools.plot words runs/vilt/words.json --out runs/vilt/words.png
+	$(PY) -m tools.plot align runs/vilt/align.json --out runs/vilt/align.png
 
-bench: $(VENV)/.installed  ## how fast each part is, side by side
-	$(PY) bench.py step
-	$(PY) bench.py parts
-	$(PY) bench.py loader
-	$(PY) bench.py vilt
-	$(PY) bench.py retrieval
-	$(PY) bench.py captions
-	$(PY) bench.py tune
+# ---------------------------------------------------------------------------------------------------
+# Tasks. On the toy world they are scored on new scenes (test) and on colour-shape pairs that were
+# never trained on (holdout), with the right images and with black ones.
+
+ifeq ($(RECIPE),toy)
+
+$(RUN)-vqa/.trained: | $(RUN)-itm/.trained
+	$(PY) train.py --task vqa --recipe toy --load $(RUN)-itm/last.pt --data $(DATA) --out $(RUN)-vqa --resume $(FLAGS)
+	@touch $@
+
+vqa: $(RUN)-vqa/.trained  ## fine-tune for visual question answering, score it, show examples
+	$(PY) eval.py vqa $(RUN)-vqa/last.pt --data $(DATA) --split holdout --blank
+	$(PY) eval.py vqa $(RUN)-vqa/last.pt --data $(DATA) --split test --blank
+	$(PY) -m tools.plot sheet $(RUN)-vqa/vqa/examples.json --out $(RUN)-vqa/examples.png
+
+# Statements about two pictures are learned from a model that answers questions (docs/LOG.md).
+nlvr2: | $(RUN)-vqa/.trained  ## the same for statements about two images
+	$(PY) train.py --task nlvr2 --recipe toy --load $(RUN)-vqa/last.pt --data $(DATA) --out $(RUN)-nlvr2 --resume $(FLAGS)
+	$(PY) eval.py nlvr2 $(RUN)-nlvr2/last.pt --data $(DATA) --split holdout --blank
+	$(PY) eval.py nlvr2 $(RUN)-nlvr2/last.pt --data $(DATA) --split test --blank
+	$(PY) -m tools.plot sheet $(RUN)-nlvr2/nlvr2/examples.json --out $(RUN)-nlvr2/examples.png
+
+# Captions need no class vector. How many are true of their scene is known on the toy world alone.
+caption: | $(RUN)/.trained  ## the same for captioning
+	$(PY) train.py --task caption --recipe toy --load $(RUN)/last.pt --data $(DATA) --out $(RUN)-caption --resume $(FLAGS)
+	$(PY) eval.py caption $(RUN)-caption/last.pt --data $(DATA) --split holdout --blank
+	$(PY) eval.py caption $(RUN)-caption/last.pt --data $(DATA) --split test --blank
+	for name in holdout holdout_black test test_black; do \
+	    $(PY) -m tools.toy true $(RUN)-caption/caption/captions_$${name}_results.json --data $(DATA) || exit 1; done
+	$(PY) -m tools.plot sheet $(RUN)-caption/caption/examples.json --out $(RUN)-caption/examples.png
+
+retrieval: | $(RUN)-itm/.trained  ## the same for finding images by text and texts by image
+	$(PY) train.py --task retrieval --recipe toy --load $(RUN)-itm/last.pt --data $(DATA) --out $(RUN)-retrieval --resume $(FLAGS)
+	$(PY) eval.py retrieval $(RUN)-retrieval/last.pt --data $(DATA) --split test --images 300 --captions 1
+	$(PY) -m tools.plot sheet $(RUN)-retrieval/retrieval/examples.json --out $(RUN)-retrieval/examples.png
+
+else    # real data, a published recipe
+
+vqa nlvr2 caption retrieval: | .venv/.installed
+	$(PY) -m torch.distributed.run --standalone --nproc_per_node $(PROCESSES) train.py --task $@ --recipe $(RECIPE) \
+	    --load $(LOAD) --data $(DATA) --out runs/$(RECIPE)-$@ --resume $(FLAGS)
+	$(PY) -m torch.distributed.run --standalone --nproc_per_node $(PROCESSES) eval.py $@ runs/$(RECIPE)-$@/last.pt \
+	    --data $(DATA)
+
+endif
+
+# ---------------------------------------------------------------------------------------------------
+# For those who change the code.
+
+test: .venv/.installed  ## set up, run all the tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8
+
+quick: .venv/.installed  ## the part of the tests that takes under a minute
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 -m "not slow"
+
+lint: .venv/.installed  ## what ruff says (pyproject.toml tells the rules)
+	$(PY) -m ruff check
+
+bench: .venv/.installed  ## how fast each part is, side by side
+	for command in step parts loader vilt retrieval captions tune; do $(PY) -m tools.bench $$command || exit 1; done
 
 clean:  ## remove the toy world and its run
 	rm -rf $(DATA) $(RUN)
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' | expand -t 12
