@@ -110,11 +110,11 @@ class Tokenizer:
         text.encode()       # ValueError for a lone surrogate, which no file in UTF-8 can contain
         if not specials or not self.special_ids:
             return self._encode_plain(text)
-        text = regex.sub(r"\s+<mask>", "<mask>", text)
         names = [self.tokens[i] for i in self.special_ids]
         names.sort(key=len, reverse=True)               # where two names match, the longer one wins
+        pattern = "|".join(map(regex.escape, names))
         ids = []
-        for part in regex.split("(" + "|".join(map(regex.escape, names)) + ")", text):
+        for part in regex.split(f"({pattern})", regex.sub(r"\s+<mask>", "<mask>", text)):
             if part in names:
                 ids.append(self.ids[part])
             else:
@@ -169,8 +169,7 @@ def _read_ids(path):
 
 
 def _read_added(table):
-    """The tokens that were added to the table in a file, {token: id}."""
-    path = Path(table).with_name("added_tokens.json")
+    path = Path(table).with_name("added_tokens.json")       # beside the table
     return _read_ids(path) if path.exists() else {}
 
 
@@ -218,7 +217,7 @@ class BPE(Tokenizer):
 
     def __init__(self, vocab: dict[str, int], merges: Iterable[tuple[str, str]],
                  added: dict[str, int] | None = None):
-        """merges: pairs of tokens (left, right), in the order in which they were learned."""
+        """merges: pairs of tokens, in the order in which they were learned."""
         super().__init__(vocab, added)
         self.merges = [tuple(pair) for pair in merges]
         self._byte_ids = [self.token_to_id(CHAR_OF_BYTE[byte]) for byte in range(256)]
@@ -257,8 +256,7 @@ class BPE(Tokenizer):
     def _word_ids(self, word):
         """The ids of one word. The pair of the lowest rank is merged first, the leftmost of equals.
 
-        The pairs wait in a heap, so a word of n bytes takes n log n steps: the web has "words" of
-        100,000 letters.
+        With a heap, a word of n bytes takes n log n steps: the web has "words" of 100,000 letters.
         """
         parts = [self._byte_ids[byte] for byte in word.encode()]
         end = len(parts)
@@ -523,9 +521,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                        help="number of tokens, with the 256 bytes and 5 special tokens")
     train.add_argument("--min-frequency", type=int, default=2, metavar="N",
                        help="merge only pairs that occur at least N times (default: 2)")
-    train.add_argument("--out", required=True, metavar="DIR", help="directory for the two files")
+    train.add_argument("--out", required=True, metavar="DIR",
+                       help="directory to write vocab.json and merges.txt to")
     encode = commands.add_parser("encode", help="print the ids and the tokens of a text")
-    encode.add_argument("directory", metavar="DIR", help="directory of a tokenizer's files")
+    encode.add_argument("directory", metavar="DIR",
+                        help="directory with vocab.json and merges.txt, or with vocab.txt")
     encode.add_argument("text", help="the text to encode")
     encode.add_argument("--specials", action="store_true",
                         help='read "<mask>" and the like as special tokens (default: as text)')

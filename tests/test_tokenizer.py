@@ -44,7 +44,7 @@ needs_texts = pytest.mark.skipif(not real_texts(), reason=f"no captions under {S
 
 @lru_cache
 def roberta():
-    """(ours, transformers'), which since version 5 forgets that <mask> takes the space before it."""
+    """(ours, transformers'). Its version 5 forgets that <mask> takes the space before it."""
     mask = transformers.AddedToken("<mask>", lstrip=True, special=True, normalized=False)
     oracle = transformers.RobertaTokenizerFast.from_pretrained(ROBERTA, mask_token=mask)
     return tokenizer.load(ROBERTA), oracle
@@ -442,8 +442,10 @@ def test_the_command_line_trains_and_encodes(tmp_path, capsys):
 def test_the_command_line_names_bad_files_without_a_traceback(tmp_path, capsys):
     (tmp_path / "bad.txt").write_bytes(b"a\n\xff")
     train = ["train", "--out", "x", str(tmp_path / "bad.txt"), "--vocab-size"]
-    for command, message in [(["encode", str(tmp_path / "nothing"), "a"], "nothing: no tokenizer"),
-                             ([*train, "270"], "bad.txt: 'utf-8'"), ([*train, "9"], "vocab_size=9")]:
+    encode = ["encode", str(tmp_path / "nothing"), "a"]
+    for command, message in [(encode, "nothing: no tokenizer here"),
+                             ([*train, "270"], "bad.txt: 'utf-8'"),
+                             ([*train, "9"], "vocab_size=9: expected at least 261")]:
         with pytest.raises(SystemExit) as caught:
             tokenizer.main(command)
         assert caught.value.code == 1 and message in capsys.readouterr().err
