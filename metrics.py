@@ -5,9 +5,10 @@
     caption_scores(predictions, references)     COCO captions: BLEU, ROUGE-L, CIDEr-D
     recall_at_k(scores, image_of_text)          retrieval: R@1, R@5, R@10 both ways, in 0..1
 
-Predictions and annotations have the layout of the official files, as `json.load` returns it.
-Each example must be predicted exactly once: one that is missing, unknown or given twice is a
-ValueError, because a score over some of the examples cannot be compared with anything.
+Predictions and annotations have the layout of the official files: what `json.load` returns, and
+for NLVR2 the lines of the prediction file. Each example must be predicted exactly once. One that is
+missing, unknown or given twice is a ValueError, because a score over some of the examples cannot
+be compared with anything.
 """
 
 import importlib.util
