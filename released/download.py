@@ -1,281 +1,259 @@
-"""Fetches released weights: knows their public addresses, resumes what broke off, checks what came.
+"""Where released files lie, and how to fetch them.
 
-    python weights.py download                              # what there is
-    python weights.py download clip-b32 --out released      # -> released/ViT-B-32.pt
-    python weights.py download roberta-base --out released  # -> released/roberta-base/config.json, pytorch_model.bin, …
+    print(fetch("clip-b32", "weights"))         # weights/ViT-B-32.pt
 
-A file appears under its name only when all of it has come and its size and SHA-256, where published, are right. Until
-then its bytes stand in `NAME.partial` and the next call goes on from there. Proxies are taken from the environment
-(https_proxy, no_proxy).
+Files of the Hugging Face Hub are fetched by its own package, which knows tokens, offline use and
+resuming. All others come by a plain download: the bytes stand in NAME.partial until the file is
+whole and its SHA-256, where published, is right; the next call goes on from there.
+Proxies are taken from the environment (https_proxy, no_proxy).
 """
 
 import hashlib
 import http.client
-import json
 import os
-import re
-import shutil
-import socket
+import ssl
 import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError, URLError
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import Request, build_opener
 
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What there is. Sizes and hashes stand here only where the publisher states them: OpenAI's addresses hold the SHA-256;
-# Hugging Face sends both with each large file (see Redirects); GitHub's releases come without.
-
 
 class File(NamedTuple):
-    address: str
-    name: str                   # below the directory that the caller chooses; several files of one name share a folder
+    name: str               # below the folder that the caller chooses
     about: str
-    size: int | None = None     # bytes
-    sha256: str | None = None   # lower-case hexadecimal
+    address: str = ""       # of a plain download
+    repository: str = ""    # or else on the Hub
+    sha256: str = ""        # lower-case hexadecimal, where the publisher states it
 
 
-def clip(sha256, name, about):
-    return [File(f"https://openaipublic.azureedge.net/clip/models/{sha256}/{name}", name, about, sha256=sha256)]
+def clip(sha256: str, name: str, about: str) -> list[File]:
+    """OpenAI's addresses hold the SHA-256."""
+    address = f"https://openaipublic.azureedge.net/clip/models/{sha256}/{name}"
+    return [File(name, about, address, sha256=sha256)]
 
 
-def hub(repository, names, about):
-    """Files of a Hugging Face repository, which go into a folder of its name."""
+def github(release: str, name: str, about: str) -> list[File]:
+    return [File(name, about, f"https://github.com/{release}/{name}")]
+
+
+def hub(repository: str, names: str, about: str) -> list[File]:
+    """Files of a Hub repository, which go into a folder of its name."""
     folder = repository.split("/")[1]
-    return [File(f"https://huggingface.co/{repository}/resolve/main/{name}", f"{folder}/{name}", about)
-            for name in names.split()]
+    return [File(f"{folder}/{name}", about, repository=repository) for name in names.split()]
 
 
-def hub_vilt(name, about):
-    # All of ViLT has BERT's vocabulary and not every repository of it holds a copy: it is taken from BERT's own.
-    vocabulary, = hub("google-bert/bert-base-uncased", "vocab.txt", about)
-    return [*hub(f"dandelin/{name}", "config.json pytorch_model.bin", f"transformers' ViLT, {about}"),
-            vocabulary._replace(name=f"{name}/vocab.txt")]
+def hub_vilt(name: str, about: str) -> list[File]:
+    """transformers' ViLT. Not every repository of it has a vocabulary: it comes from BERT's own."""
+    files = hub(f"dandelin/{name}", "config.json pytorch_model.bin", f"transformers' ViLT, {about}")
+    return [*files, File(f"{name}/vocab.txt", about, repository="google-bert/bert-base-uncased")]
 
 
-def github(release, name, about):
-    return [File(f"https://github.com/{release}/{name}", name, about)]
-
-
-_FLM, _VILT = "TencentARC/FLM/releases/download/checkpoints", "dandelin/ViLT/releases/download/200k"
+FLM = "TencentARC/FLM/releases/download/checkpoints"
+VILT = "dandelin/ViLT/releases/download/200k"
+ROBERTA_FILES = "config.json pytorch_model.bin vocab.json merges.txt"
 
 FILES = {       # name -> its files
-    "clip-b32": clip("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt", "CLIP B/32"),
-    "clip-b16": clip("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt", "CLIP B/16"),
-    "clip-l14": clip("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt", "CLIP L/14"),
-    "clip-l14-336": clip("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "ViT-L-14-336px.pt",
-                         "CLIP L/14 at 336 pixels"),
-    "roberta-base": hub("FacebookAI/roberta-base", "config.json pytorch_model.bin vocab.json merges.txt", "RoBERTa"),
-    "roberta-large": hub("FacebookAI/roberta-large", "config.json pytorch_model.bin vocab.json merges.txt", "RoBERTa"),
-    "bert-base-uncased": hub("google-bert/bert-base-uncased", "config.json pytorch_model.bin vocab.txt", "BERT"),
-    "flm-pretrain": github(_FLM, "pretrain_4m.ckpt", "FLM pretrained on GCC, SBU, COCO, VG"),
-    "flm-vqa": github(_FLM, "pretrain_4M_ft_vqa.ckpt", "FLM fine-tuned on VQAv2 at 576 pixels"),
-    "flm-nlvr2": github(_FLM, "pretrain_4m_ft_nlvr2.ckpt", "FLM fine-tuned on NLVR2"),
-    "vilt-pretrain": github(_VILT, "vilt_200k_mlm_itm.ckpt", "ViLT pretrained for 200k steps on GCC, SBU, COCO, VG"),
-    "vilt-vqa": github(_VILT, "vilt_vqa.ckpt", "ViLT fine-tuned on VQAv2"),
-    "vilt-vqa-answers": github(_VILT, "vqa_dict.json", "the answers that the classes of vilt-vqa stand for"),
-    "vilt-nlvr2": github(_VILT, "vilt_nlvr2.ckpt", "ViLT fine-tuned on NLVR2"),
-    "vilt-irtr-coco": github(_VILT, "vilt_irtr_coco.ckpt", "ViLT fine-tuned on COCO retrieval"),
-    "vilt-irtr-f30k": github(_VILT, "vilt_irtr_f30k.ckpt", "ViLT fine-tuned on Flickr30k retrieval"),
+    "clip-b32": clip("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+                     "ViT-B-32.pt", "CLIP B/32"),
+    "clip-b16": clip("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+                     "ViT-B-16.pt", "CLIP B/16"),
+    "clip-l14": clip("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+                     "ViT-L-14.pt", "CLIP L/14"),
+    "clip-l14-336": clip("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+                         "ViT-L-14-336px.pt", "CLIP L/14 at 336 pixels"),
+    "timm/vit_base_patch32_clip_224.openai": hub(
+        "timm/vit_base_patch32_clip_224.openai", "open_clip_model.safetensors",
+        "OpenAI's CLIP B/32, on the Hub"),
+    "roberta-base": hub("FacebookAI/roberta-base", ROBERTA_FILES, "RoBERTa"),
+    "roberta-large": hub("FacebookAI/roberta-large", ROBERTA_FILES, "RoBERTa"),
+    "bert-base-uncased": hub("google-bert/bert-base-uncased",
+                             "config.json pytorch_model.bin vocab.txt", "BERT"),
+    "flm-pretrain": github(FLM, "pretrain_4m.ckpt", "FLM pretrained on GCC, SBU, COCO, VG"),
+    "flm-vqa": github(FLM, "pretrain_4M_ft_vqa.ckpt", "FLM fine-tuned on VQAv2 at 576 pixels"),
+    "flm-nlvr2": github(FLM, "pretrain_4m_ft_nlvr2.ckpt", "FLM fine-tuned on NLVR2"),
+    "vilt-pretrain": github(VILT, "vilt_200k_mlm_itm.ckpt",
+                            "ViLT pretrained for 200k steps on GCC, SBU, COCO, VG"),
+    "vilt-vqa": github(VILT, "vilt_vqa.ckpt", "ViLT fine-tuned on VQAv2"),
+    "vilt-vqa-answers": github(VILT, "vqa_dict.json", "the answers that vilt-vqa chooses from"),
+    "vilt-nlvr2": github(VILT, "vilt_nlvr2.ckpt", "ViLT fine-tuned on NLVR2"),
+    "vilt-irtr-coco": github(VILT, "vilt_irtr_coco.ckpt", "ViLT fine-tuned on COCO retrieval"),
+    "vilt-irtr-f30k": github(VILT, "vilt_irtr_f30k.ckpt", "ViLT fine-tuned on Flickr30k retrieval"),
     "vilt-b32-mlm": hub_vilt("vilt-b32-mlm", "pretrained, with the language head"),
     "vilt-b32-mlm-itm": hub_vilt("vilt-b32-mlm-itm", "pretrained, with both heads"),
-    "vilt-b32-finetuned-vqa": hub_vilt("vilt-b32-finetuned-vqa", "fine-tuned on VQAv2, with its answers"),
+    "vilt-b32-finetuned-vqa": hub_vilt(
+        "vilt-b32-finetuned-vqa", "fine-tuned on VQAv2, with its answers"),
     "vilt-b32-finetuned-nlvr2": hub_vilt("vilt-b32-finetuned-nlvr2", "fine-tuned on NLVR2"),
     "vilt-b32-finetuned-coco": hub_vilt("vilt-b32-finetuned-coco", "fine-tuned on COCO retrieval"),
-    "vilt-b32-finetuned-flickr30k": hub_vilt("vilt-b32-finetuned-flickr30k", "fine-tuned on Flickr30k retrieval"),
+    "vilt-b32-finetuned-flickr30k": hub_vilt(
+        "vilt-b32-finetuned-flickr30k", "fine-tuned on Flickr30k retrieval"),
 }
+PUBLISHED = {file.sha256 for files in FILES.values() for file in files if file.sha256}
 
 
-def table():
-    """The names as text, one line each: name, what it is, the files."""
+def table() -> str:
+    """The names as text, one line each: name, what it is, its files."""
     width = max(map(len, FILES))
-    return "\n".join(f"{name:{width}}  {files[0].about} ({', '.join(Path(file.name).name for file in files)})"
-                     for name, files in FILES.items())
+    lines = []
+    for name, files in FILES.items():
+        parts = ", ".join(Path(file.name).name for file in files)
+        lines.append(f"{name:{width}}  {files[0].about} ({parts})")
+    return "\n".join(lines)
 
 
-def add_arguments(parser):
-    parser.add_argument("name", nargs="?", help="what to fetch; without it, the names are listed")
-    parser.add_argument("--out", default=".", metavar="DIR", help="where to put it (default: here)")
+def fetch(name: str, directory: str | Path = ".") -> Path:
+    """Fetches the files of a name. Returns the file, or the folder of a name of several files.
 
-
-def run(args):
-    print(table() if args.name is None else fetch(args.name, args.out))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fetching.
-
-def fetch(name, directory=".", tries=5, timeout=60, pause=time.sleep):
-    """Fetches the files of a name -> Path of the file, or of the folder where a name stands for several files.
-
-    A connection that fails `tries` times without one new byte is given up; before each further try it is left alone for
-    1, 2, 4, … seconds. timeout: seconds of silence after which a connection counts as failed.
+    A file that is there already is kept, unless its published SHA-256 says that it is another.
     ValueError in one sentence, with the address or the path, for all that goes wrong.
     """
     if name not in FILES:
-        raise ValueError(f"{name!r} is not among the files that can be fetched: {', '.join(FILES)}")
-    targets = [Path(directory) / file.name for file in FILES[name]]
-    for file, target in zip(FILES[name], targets):
-        fetch_file(file, target, tries, timeout, pause)
-    return targets[0] if len(targets) == 1 else targets[0].parent
-
-
-def fetch_file(file, target, tries, timeout, pause):
-    """One file of `fetch`. A target that exists is kept if its hash is right or not published, else replaced."""
-    with local(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            found = sha256_of(target) if file.sha256 else None
-            if found == file.sha256:
-                return
-            print(f"{target}: its SHA-256 is {found}, {file.sha256} is published; fetching it again", file=sys.stderr)
-    partial, notes = (target.with_name(target.name + end) for end in (".partial", ".partial.json"))
-    failures, furthest = 0, length(partial)
-    while True:
+        raise ValueError(f"{name!r} is none of the files that can be fetched: {', '.join(FILES)}")
+    for file in FILES[name]:
+        target = Path(directory) / file.name
         try:
-            size, sha256 = receive(file, partial, notes, timeout)
-            break
-        except (OSError, http.client.HTTPException) as error:       # the network's; those of the disk are ValueErrors
-            have, sentence = length(partial), f"{file.address}: {why(error, timeout)}"
-            failures = 1 if have > furthest else failures + 1
-            furthest = max(have, furthest)
-            refused = isinstance(error, HTTPError) and error.code < 500 and error.code not in (408, 429)
-            if refused or failures >= tries:
-                raise ValueError(sentence + (f"; {have:,} bytes are kept in {partial}" if have else "")) from None
-            print(f"{sentence}; trying again in {2 ** (failures - 1)} s", file=sys.stderr)
-            pause(2 ** (failures - 1))
-    with local(target):
-        problem = None
-        if size is not None and length(partial) != size:
-            problem = f"{length(partial):,} bytes came, expected {size:,}"
-        elif sha256 and (found := sha256_of(partial)) != sha256:
-            problem = f"the SHA-256 of what came is {found}, expected {sha256}"
-        if problem:
-            partial.unlink()
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{target.parent}: {error.strerror}") from None
+        if file.repository:
+            fetch_from_hub(file, target)
         else:
-            os.replace(partial, target)
-        notes.unlink(missing_ok=True)
-    if problem:
-        raise ValueError(f"{file.address}: {problem}; the bytes are removed")
+            fetch_address(file, target)
+    return target if len(FILES[name]) == 1 else target.parent
 
 
-def receive(file, partial, notes, timeout):
-    """Asks for what is still missing and appends it to `partial` -> (size, SHA-256) that all of it must have, or None.
+def fetch_from_hub(file: File, target: Path) -> None:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise ValueError(f"{file.repository} is on the Hugging Face Hub, which needs a package: "
+                         f"pip install '.[hub]'") from None
+    try:
+        hf_hub_download(file.repository, target.name, local_dir=target.parent)
+    except Exception as error:      # of the Hub, of the network or of the disk: many types
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{file.repository}: {target.name} cannot be fetched from the Hub: "
+                         f"{first_line}") from error
 
-    Bytes are only appended to those of the same version of the file: `notes` keeps the address and the version that
-    `partial` was begun from, the server is asked for the rest of that version, and its answer is checked too.
-    An OSError or HTTPException is the network's: worth another try.
+
+# -- one plain download that resumes ---------------------------------------------------------------
+
+NETWORK_ERRORS = (URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
+
+
+def fetch_address(file: File, target: Path, tries: int = 5, timeout: float = 60,
+                  pause: Callable[[float], None] = time.sleep) -> None:
+    """Fetches one address to `target`.
+
+    It gives up after `tries` failures in a row without one new byte, and waits 1, 2, 4, … seconds
+    before each further try. timeout: seconds of silence after which a connection has failed.
     """
-    have, version = begun(file.address, partial, notes)
-    redirects = Redirects()
-    opener = build_opener(redirects)
+    if target.exists():
+        found = sha256_of(target) if file.sha256 else ""
+        if found == file.sha256:
+            return
+        print(f"{target}: its SHA-256 is {found}, {file.sha256} is published; fetching it again",
+              file=sys.stderr)
+    partial = target.with_name(target.name + ".partial")
+    failures = 0
+    while True:
+        before = length(partial)
+        try:
+            receive(file, partial, timeout)
+            break
+        except NETWORK_ERRORS as error:
+            have = length(partial)
+            failures = 1 if have > before else failures + 1
+            sentence = f"{file.address}: {why(error, timeout)}"
+            if is_final(error) or failures >= tries:
+                kept = f"; {have:,} bytes are kept in {partial}" if have else ""
+                raise ValueError(sentence + kept) from None
+        except OSError as error:
+            raise ValueError(f"{partial}: {error.strerror or error}") from None
+        seconds = 2 ** (failures - 1)
+        print(f"{sentence}; trying again in {seconds} s", file=sys.stderr)
+        pause(seconds)
+    found = sha256_of(partial) if file.sha256 else ""
+    if found != file.sha256:
+        partial.unlink()
+        raise ValueError(f"{file.address}: the SHA-256 of what came is {found}, expected "
+                         f"{file.sha256}; the bytes are removed")
+    os.replace(partial, target)
+    version_file(partial).unlink(missing_ok=True)
 
-    def ask(start):
-        headers = {"User-Agent": "flm-vilt"} | ({"Range": f"bytes={start}-", "If-Range": version} if start else {})
-        return opener.open(Request(file.address, headers=headers), timeout=timeout)
 
+def receive(file: File, partial: Path, timeout: float) -> None:
+    """Asks for what is still missing of a file and appends it to `partial`.
+
+    The server's ETag names the version of the file. Bytes of two versions are never put together:
+    only the rest of the version at hand is asked for, and its answer is checked too.
+    """
+    version = version_file(partial)
+    start = length(partial) if version.exists() else 0
+    headers = {"User-Agent": "flm-vilt"}
+    if start:
+        headers |= {"Range": f"bytes={start}-", "If-Range": version.read_text()}
     try:
-        response = ask(have)
+        response = build_opener().open(Request(file.address, headers=headers), timeout=timeout)
     except HTTPError as error:
-        if error.code != 416 or not have:       # 416: nothing comes after the bytes that are here
-            raise
-        if content_range(error.headers)[1] == have:
-            return file.size or redirects.size or have, file.sha256 or redirects.sha256
-        response, have = ask(0), 0
-    if response.status == 206 and (content_range(response.headers)[0] != have
-                                   or version_of(response.headers) not in (version, None)):
-        response.close()
-        response, have = ask(0), 0
+        if error.code == 416:                   # nothing comes after the bytes that are here
+            partial.unlink(missing_ok=True)
+            raise ConnectionError("what is here does not fit the file there") from None
+        raise
     with response:
-        if response.status == 200:      # the whole file: as asked, or it has changed, or Range means nothing there
-            have, total = 0, number(response.headers.get("Content-Length"))
-        elif response.status == 206 and have:
-            total = content_range(response.headers)[1]
-        else:
-            raise ValueError(f"{file.address}: the server answered HTTP {response.status}, expected a file")
         if response.headers.get_content_type() == "text/html":
-            raise ValueError(f"{file.address}: a web page came instead of the file (a login, or a moved address?)")
-        size, sha256 = file.size or redirects.size, file.sha256 or redirects.sha256
-        if total and size and total != size:
-            raise ValueError(f"{file.address}: the file has {total:,} bytes, expected {size:,}")
-        total = size or total
-        if not (total or sha256 or response.chunked):
-            raise ValueError(f"{file.address}: the server does not tell the length, so a whole file cannot be known "
-                             f"from a part")
-        with local(partial):
-            if not have:        # this order: bytes of one version never stand beside the notes of another
-                partial.unlink(missing_ok=True)
-                notes.write_text(json.dumps({"address": file.address, "version": version_of(response.headers)}))
-            free = shutil.disk_usage(partial.parent).free
-            if total and total - have > free:
-                raise ValueError(f"{partial.parent}: no space left for {file.name}: it needs {total - have:,} more "
-                                 f"bytes, {free:,} are free")
-            out = open(partial, "ab", buffering=0)
-        with out, tqdm(total=total, initial=have, desc=file.name, unit="B", unit_scale=True, disable=None) as bar:
-            while chunk := response.read1(1 << 18):
-                with local(partial):
-                    rest = memoryview(chunk)
-                    while rest:         # unbuffered, so that a full disk shows here and not in close()
-                        rest = rest[out.write(rest):]
-                have += len(chunk)
-                bar.update(len(chunk))
-            with local(partial):
-                os.fsync(out.fileno())
-    if total and have < total:
-        raise ConnectionError(f"it broke off after {have:,} of {total:,} bytes")
-    return total, sha256
+            raise ValueError(f"{file.address}: a web page came instead of the file "
+                             f"(a login, or a moved address?)")
+        etag = response.headers.get("ETag", "")
+        resumes = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        if response.status == 206 and not (start and resumes and etag == version.read_text()):
+            partial.unlink(missing_ok=True)
+            raise ConnectionError("another part of the file came, or of another version")
+        if response.status == 200:              # all of it: as asked, or because it has changed
+            start = 0
+        if response.length is None and not file.sha256:
+            raise ValueError(f"{file.address}: the server does not tell the length, so a whole "
+                             f"file cannot be known from a part")
+        total = None if response.length is None else start + response.length
+        if not start:
+            partial.unlink(missing_ok=True)     # before the version changes
+            write_version(version, etag)
+        append(response, partial, start, total, file.name)
+    if total is not None and length(partial) < total:
+        raise ConnectionError(f"it broke off after {length(partial):,} of {total:,} bytes")
 
 
-class Redirects(HTTPRedirectHandler):
-    """Follows redirects and keeps what Hugging Face says of a large file in the first one: .size, .sha256 or None."""
-    size = sha256 = None
-
-    def redirect_request(self, request, response, code, message, headers, address):
-        if request.type == "https" and not address.startswith("https:"):
-            raise ValueError(f"{request.full_url}: redirects to {address}, which is not encrypted")
-        etag = headers.get("X-Linked-Etag", "").strip('"')
-        if re.fullmatch("[0-9a-f]{64}", etag):      # small files have a shorter one, git's, which is no SHA-256
-            self.sha256 = etag
-        self.size = number(headers.get("X-Linked-Size")) or self.size
-        return super().redirect_request(request, response, code, message, headers, address)
+def append(response, partial: Path, start: int, total: int | None, name: str) -> None:
+    bar = tqdm(total=total, initial=start, desc=name, unit="B", unit_scale=True, disable=None)
+    with open(partial, "ab") as out, bar:
+        while chunk := response.read1(1 << 18):
+            out.write(chunk)
+            bar.update(len(chunk))
+        out.flush()
+        os.fsync(out.fileno())
 
 
-def begun(address, partial, notes):
-    """What an earlier call left: (bytes in `partial`, their version), or (0, None) if nothing can be appended to it."""
-    try:
-        kept = json.loads(notes.read_text())
-    except (OSError, ValueError):
-        return 0, None
-    if kept["address"] != address or not kept["version"] or not length(partial):
-        return 0, None
-    return length(partial), kept["version"]
+def version_file(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".etag")
 
 
-def version_of(headers):
-    """What tells one version of a file from another: its ETag, unless it is a weak one, or its date; None without."""
-    etag = headers.get("ETag", "")
-    return etag if etag.startswith('"') else headers.get("Last-Modified")
+def write_version(path: Path, etag: str) -> None:
+    """Remembers the version; a weak ETag or none cannot name one, and nothing is resumed then."""
+    if etag.startswith('"'):
+        path.write_text(etag)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def content_range(headers):
-    """`bytes 5-9/10` -> (5, 10), `bytes */10` -> (None, 10): first byte, length of the whole file; None if not told."""
-    match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", headers.get("Content-Range", ""))
-    return (number(match[1]), number(match[2])) if match else (None, None)
-
-
-def number(text):
-    return int(text) if text and text.isdecimal() else None
-
-
-def length(path):
+def length(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def sha256_of(path):
+def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -283,22 +261,18 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-@contextmanager
-def local(path):
-    """Turns the disk's errors (no space, no permission) into a ValueError in one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
+def is_final(error: Exception) -> bool:
+    """Did the server refuse, so that asking again is of no use?"""
+    if not isinstance(error, HTTPError):
+        return False
+    return error.code < 500 and error.code not in (408, 429)
 
 
-def why(error, timeout):
+def why(error: Exception, timeout: float) -> str:
     """A network error in words."""
     if isinstance(error, HTTPError):
         return f"the server answered HTTP {error.code} {error.reason}"
     reason = error.reason if isinstance(error, URLError) else error
-    if isinstance(reason, socket.gaierror):
-        return f"the host cannot be found ({reason.strerror})"
     if isinstance(reason, TimeoutError):
         return f"no answer within {timeout} s"
     return f"the connection failed ({reason or type(reason).__name__})"
