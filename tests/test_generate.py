@@ -67,7 +67,7 @@ def test_cached_logits_equal_uncached_ones_whatever_rows_are_kept(shape):
         logits, expected = (decoder.next_logits(ids) for decoder in decoders)
         torch.testing.assert_close(logits, expected, **TOL)
         for decoder in decoders:
-            decoder.keep(torch.tensor(rows), torch.tensor(images))
+            decoder.select(torch.tensor(rows), torch.tensor(images))
         ids = torch.cat([ids[rows], torch.randint(2, 23, (len(rows), 1), generator=chance)], dim=1)
     torch.testing.assert_close(decoders[0].next_logits(ids), uncached_logits(model, visual[2:], ids), **TOL)
 
