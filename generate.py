@@ -293,7 +293,7 @@ def generate(model: flm.FLM, visual: Tensor, prompt: Sequence[int], stop: Sequen
     seeds       of sampling: for each image what numpy's default_rng takes. So a caption does not
                 depend on the other images of the batch.
     cache       False: the same captions, by `uncached_logits`
-    ValueError in one sentence for a model that writes no captions and for settings without meaning.
+    ValueError for a model that writes no captions, and for settings without meaning.
     """
     check(model, len(visual), prompt, max_tokens, beams, no_repeat, top_p, temperature, seeds)
     if len(visual) == 0:
@@ -301,18 +301,25 @@ def generate(model: flm.FLM, visual: Tensor, prompt: Sequence[int], stop: Sequen
     ids = torch.tensor(prompt, device=visual.device).expand(len(visual), -1)                # (M, n)
     stop = torch.tensor(stop, device=visual.device, dtype=torch.int64)
     decoder = Cached(model, visual) if cache else Uncached(model, visual)
+
+    def likeliest(log_probs, step, alive):
+        return log_probs.argmax(-1)
+
+    def sampled(log_probs, step, alive):
+        return nucleus_sample(log_probs, draws[alive, step], top_p, temperature)
+
     if beams > 1:
-        return beam_search(decoder, ids, stop, max_tokens, no_repeat, beams, length_penalty)
-    if top_p is None:
-        def choose(log_probs, step, alive):
-            return log_probs.argmax(-1)
+        found = beam_search(decoder, ids, stop, max_tokens, no_repeat, beams, length_penalty)
+    elif top_p is None:
+        found = word_by_word(decoder, ids, stop, max_tokens, no_repeat, likeliest)
     else:
         draws = np.stack([np.random.default_rng(seed).random(max_tokens) for seed in seeds])
         draws = torch.from_numpy(draws).to(visual.device)                   # (M, max_tokens)
-
-        def choose(log_probs, step, alive):
-            return nucleus_sample(log_probs, draws[alive, step], top_p, temperature)
-    return word_by_word(decoder, ids, stop, max_tokens, no_repeat, choose)
+        found = word_by_word(decoder, ids, stop, max_tokens, no_repeat, sampled)
+    if np.isnan(found[1]).any():
+        raise ValueError("the model's scores are not numbers (NaN): its weights are broken, or the "
+                         "precision is too low for them")
+    return found
 
 
 def check(model, images, prompt, max_tokens, beams, no_repeat, top_p, temperature, seeds):

@@ -26,84 +26,6 @@ from tokenizer import BPE
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("objective", flm.OBJECTIVES)
-@torch.no_grad()
-def test_no_guess_knows_the_word_it_guesses(objective):
-    model, n = tiny(objective=objective), 9
-    visual, ids = model.encode_image(torch.randn(1, 3, 24, 24)), caption(n, 12)
-    base = probe.reconstruct(model, visual, ids)
-    first = 2 if objective in ("ar", "prefix") else 1
-    for i in range(first, n - 1):
-        for word in (50, 60, 70):
-            changed = ids.clone()
-            changed[0, i] = word
-            assert probe.reconstruct(model, visual, changed)[0, i] == base[0, i]
-
-
-@torch.no_grad()
-def test_guesses_come_from_both_sides_where_the_objective_allows():
-    """A later word moves the scores of an earlier guess for flm and mlm, never for ar."""
-    for objective, both in (("flm", True), ("mlm", True), ("ar", False)):
-        model, ids = tiny(objective=objective), caption(9, 9)
-        visual = model.encode_image(torch.randn(1, 3, 24, 24))
-        guesses = {tuple(probe.reconstruct(model, visual, torch.cat([ids[:, :7], torch.tensor([[w, 2]])], 1))[0, 2:6].tolist())
-                   for w in range(10, 90, 4)}
-        assert (len(guesses) > 1) == both
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    root = tmp_path_factory.mktemp("run")
-    write_captions(root / "mine_caption_train.arrow", 4)
-    write_captions(root / "mine_caption_test.arrow", 20, seed=3)
-    tok = BPE.train([" ".join(WORDS)] * 3, 300)         # too few for all words: some are several tokens
-    config = replace(tiny().config, vocab_size=len(tok), mask_id=tok.mask_id, pooler=False)
-    model = flm.FLM(config)
-    weights.save(root / "last.pt", model.state_dict(), config, "pretrain", weights.pack_tokenizer(tok), step=0)
-    (root / "groups.json").write_text(json.dumps({"colours": ["red", "blue", "green"], "animals": ["dog", "cat"]}))
-    return root
-
-
-def test_every_word_of_a_group_is_asked_and_wrong_answers_do_not_count(run, monkeypatch):
-    table = Captions([run / "mine_caption_test.arrow"])
-    model, groups = weights.load(run / "last.pt"), json.loads((run / "groups.json").read_text())
-    expected = {name: sum(text.split().count(w) for text in table.texts() for w in words) for name, words in groups.items()}
-    monkeypatch.setattr(probe, "reconstruct", lambda model, visual, ids: ids)
-    result = evaluation.word_table(model, table, groups, torch.device("cpu"), batch=7)
-    assert result["words"] == expected
-    assert all(share == 1.0 for row in result["accuracy"].values() for share in row.values())
-    monkeypatch.setattr(probe, "reconstruct", lambda model, visual, ids: torch.where(ids == ids.roll(1, 1), ids, 5))
-    wrong = evaluation.word_table(model, table, groups, torch.device("cpu"))
-    assert all(share == 0.0 for row in wrong["accuracy"].values() for share in row.values())
-
-
-def test_each_column_of_the_table_sees_its_own_image(run, monkeypatch):
-    table, seen = Captions([run / "mine_caption_test.arrow"]), []
-    model = weights.load(run / "last.pt")
-    monkeypatch.setattr(model, "encode_image", lambda images, which=0: seen.append(images) or images)
-    monkeypatch.setattr(probe, "reconstruct", lambda model, visual, ids: ids)
-    evaluation.word_table(model, table, {"a": ["red"]}, torch.device("cpu"), batch=50)
-    right, other, none = seen
-    assert right.shape == other.shape and not none.any()
-    assert all(not torch.equal(a, b) for a, b in zip(right, other))
-
-
-def test_the_words_command_writes_its_table_and_examples(run, capsys):
-    evaluation.main(["words", str(run / "last.pt"), "--data", str(run), "--splits", "test", "--groups", str(run / "groups.json")])
-    printed = capsys.readouterr().out
-    assert "right image" in printed and "colours" in printed and "%" in printed
-    written = json.loads((run / "words.json").read_text())["test"]
-    assert set(written["accuracy"]["colours"]) == set(evaluation.IMAGES) and len(written["examples"]) == 12
-    assert written["examples"][0]["file"].endswith("mine_caption_test.arrow")
-
-
-def test_missing_files_are_named_in_a_sentence(run, tmp_path):
-    with pytest.raises(SystemExit, match="no such checkpoint"):
-        evaluation.main(["words", str(tmp_path / "x.pt"), "--data", str(run)])
-    with pytest.raises(SystemExit, match="toy_words.json: a JSON file"):
-        evaluation.main(["words", str(run / "last.pt"), "--data", str(run)])
-
-
 # -- the downstream tasks, from a pretrained model to the files of results -------------------------------------------------
 
 KINDS = {"vqa": ("flm", "mlm", "vilt"), "nlvr2": ("flm", "vilt"), "caption": ("flm", "ar")}
@@ -414,7 +336,7 @@ def test_search_orders_pictures_by_the_score_of_the_pair(world, photo):
     scores = {}
     for path, score in found:
         text = model.encode_text(predict.token_ids(model, "a red dog"))
-        logits = model.itm_head(model.fuse(predict.look_at(model, [path]), text).pooled)[0]
+        logits = model.itm_head(model.fuse(predict.encode_pictures(model, [path]), text).pooled)[0]
         scores[path] = score
         assert score == pytest.approx(math.log(torch.softmax(logits, -1)[1]), abs=1e-5)
     assert [path for path, _ in found] == sorted(scores, key=lambda p: -scores[p]) and len(found) == 2
@@ -429,7 +351,7 @@ def test_fill_puts_the_likeliest_word_into_every_blank(world, photo, kind):
     (word, share), = words
     ids = torch.tensor([[0, *tok.encode("a red <mask> on a car", specials=True), 2]])
     place = ids[0].tolist().index(tok.mask_id)
-    logits = model.vocab_logits(model.fuse(predict.look_at(model, [photo]), model.encode_text(ids)).reconstructed[0, place])
+    logits = model.vocab_logits(model.fuse(predict.encode_pictures(model, [photo]), model.encode_text(ids)).reconstructed[0, place])
     shares = logits.softmax(-1)
     logits[[0, 1, 2, 3, 4]] = -math.inf
     best = int(logits.argmax())
@@ -443,7 +365,7 @@ def test_fill_puts_the_likeliest_word_into_every_blank(world, photo, kind):
 def test_several_blanks_are_read_again_with_the_guesses_in_them(world, photo, monkeypatch):
     model, reads = weights.load(world / "flm.pt"), []
     tok, encode_text = model.tokenizer, model.encode_text
-    visual = predict.look_at(model, [photo])
+    visual = predict.encode_pictures(model, [photo])
     monkeypatch.setattr(model, "encode_text", lambda ids: reads.append(ids) or encode_text(ids))
     text, words = predict.fill(model, photo, "<mask> red <mask> <mask> car", rounds=50)
     blanks = (reads[0][0] == tok.mask_id).nonzero()[:, 0].tolist()
@@ -464,9 +386,9 @@ def test_several_blanks_are_read_again_with_the_guesses_in_them(world, photo, mo
 @pytest.mark.parametrize("name", ["<eos>", "</s>"])
 def test_a_caption_ends_at_eos_or_at_the_end_of_the_text(world, photo, name):
     model = weights.load(world / "caption-flm/last.pt")
-    assert predict.write_captions(model, predict.look_at(model, [photo]), max_tokens=6)[0]
+    assert predict.write_captions(model, predict.encode_pictures(model, [photo]), max_tokens=6)[0]
     model.vocab_head.decoder.bias[model.tokenizer.ids[name]] += 1000
-    assert predict.write_captions(model, predict.look_at(model, [photo]), max_tokens=6, no_repeat=1) == [""]     # not twice
+    assert predict.write_captions(model, predict.encode_pictures(model, [photo]), max_tokens=6, no_repeat=1) == [""]     # not twice
 
 
 @pytest.mark.parametrize("arguments, sentence", [
