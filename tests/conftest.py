@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +186,17 @@ def original(name, folder):
     recorded = torch.load(DOWNSTREAM, weights_only=True)["tasks"][name]
     torch.save({"state_dict": recorded["state_dict"], "hyper_parameters": {"config": recorded["config"]}}, folder / "x.ckpt")
     return weights.load(folder / "x.ckpt", vit_heads=2), recorded["inputs"], recorded["outputs"]
+
+
+def two_processes(script, *arguments):
+    """Runs a script of the root on two processes, on a free port -> what it printed."""
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(root / script), *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 # -- raw downloads for prepare.py ------------------------------------------------------------------
