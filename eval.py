@@ -427,7 +427,7 @@ REQUIRED = object()
 UNITS = {"N": int, "X": float}              # all other units are text
 DEFAULT_SPLIT = {"vqa": "val", "nlvr2": "val", "caption": "test", "retrieval": "test"}
 MODEL_FLAGS = [
-    ("--tokenizer DIR", None, "of vocab.json + merges.txt or vocab.txt; default: the checkpoint's"),
+    ("--tokenizer DIR", None, "folder of a tokenizer's files; default: the checkpoint's own"),
     ("--device NAME", None, "cpu, cuda or cuda:1; default: cuda where there is a GPU"),
     ("--precision NAME", "fp32", "of matrix products: fp32, bf16 or fp16"),
 ]

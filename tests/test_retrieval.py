@@ -315,8 +315,8 @@ def test_a_pretrained_model_without_matching_cannot_retrieve(world, tmp_path):
         del state[name]
     weights.save(tmp_path / "bare.pt", state, replace(model.config, itm=False), "pretrain",
                  weights.pack_tokenizer(model.tokenizer))
-    with pytest.raises(SystemExit, match="bare.pt: a model of task pretrain with head vocab; needed "
-                                         "is what train.py --task retrieval .* makes .or one "
+    with pytest.raises(SystemExit, match="bare.pt: a model of task pretrain with head vocab; needed"
+                                         " is what train.py --task retrieval .* makes .or one "
                                          "pretrained with image-text matching"):
         main("retrieval", tmp_path / "bare.pt", "--data", world)
 
