@@ -25,8 +25,6 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from files import *  # noqa TEMPORARY
-
 # -------------------------------------------------------------------------------------------------
 # Reading.
 

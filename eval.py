@@ -1,486 +1,522 @@
-"""Scores of a trained model, submission files, and answers about single pictures.
+"""Predictions of a data set, their scores and submission files; and answers about single pictures.
 
-    python eval.py vqa runs/toy-vqa/last.pt --data data/toy                # the official accuracy, a results file
-    python eval.py nlvr2 runs/toy-nlvr2/last.pt --data data/toy            # accuracy, consistency
-    python eval.py caption runs/toy-caption/last.pt --data data/toy        # BLEU, ROUGE-L, CIDEr
-    torchrun --nproc_per_node 8 eval.py retrieval runs/retrieval/last.pt --data data/f30k     # recall at 1, 5, 10
-    python eval.py words runs/toy/last.pt --data data/toy                  # what does it read from the picture?
-    python eval.py align runs/vilt/last.pt --data data/toy                 # ViLT: which patches does each word go to?
-    python eval.py ask runs/toy-vqa/last.pt photo.jpg "what is on the table?"  # also describe, compare, search, fill
+    python eval.py vqa runs/toy-vqa/last.pt --data data/toy            # the official accuracy
+    python eval.py nlvr2 runs/toy-nlvr2/last.pt --data data/toy        # accuracy, consistency
+    python eval.py caption runs/toy-caption/last.pt --data data/toy    # BLEU, ROUGE-L, CIDEr
+    torchrun --nproc_per_node 8 eval.py retrieval runs/f30k/last.pt --data data/f30k    # recall
+    python eval.py ask runs/toy-vqa/last.pt photo.jpg "is it red?"     # also describe, compare, …
 
-Any number of processes and any batch size give the same scores: each text is asked exactly once.
+Results go to a folder beside the checkpoint. Any number of processes and any batch size give the
+same scores, because each text is asked exactly once. What a model is asked stands in predict.py,
+what the scores mean in metrics.py.
 """
 
 import argparse
 import json
 import math
-import re
 import sys
-import zlib
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+import files
+import machine
 import predict
-import tokenizer
-import weights
-from data import evaluation_batches, token_lengths
+import tasks
 from layers import encode_batch_images, task_logits
-from machine import loader_workers, set_up
 from metrics import caption_scores, check_official_tools, nlvr2_scores, recall_at_k, vqa_accuracy
-from predict import Gallery, fill_scores
-from tasks import task_of
+from predict import choose_datasets, finite, no_split, open_model
 from settings import Settings
 from tasks import to_device
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the commands share: a model, a split, a function of a batch; each text exactly once, on any number of processes.
+# -------------------------------------------------------------------------------------------------
+# What the commands share: a model, a split of the data, and its texts dealt to the processes.
 
 class Evaluation:
-    """A checkpoint and the split of the data that it is asked about; results go to a folder beside the checkpoint."""
+    """A checkpoint, the split of the data that it is asked about, and the folder of the results."""
 
-    def __init__(self, args, task):
-        settings = Settings(task=task, data=args.data, micro_batch=args.batch_size, device=args.device, pad_to=1,
-                            false_captions=0)
-        for flag, least in (("batch_size", 1), ("examples", 0)):
-            if getattr(args, flag) < least:
-                raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least {least} is expected")
-        self.rank, self.world, self.device = set_up(settings)
-        self.say = print if self.rank == 0 else lambda *a, **k: None
-        self.model, self.split = open_model(args, task).to(self.device), args.split
-        self.config, self.tok = self.model.config, self.model.tokenizer
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
-        self.task_class = task_of(task, self.config)
-        self.settings = replace(settings, max_tokens=self.config.max_tokens,
-                                datasets=choose_datasets(args, self.model, self.task_class.KIND))
+    def __init__(self, args, task: str):
+        at_least(1, "--batch-size", args.batch_size)
+        at_least(0, "--examples", args.examples)
+        self.machine = machine.set_up(args.device, args.precision)
+        self.say = self.machine.say
+        model = open_model(args.checkpoint, task, args.tokenizer)
+        self.model, self.config = model.to(self.machine.device), model.config
+        self.args = args
+        self.split = args.split or DEFAULT_SPLIT[task]
         self.out = Path(args.out or Path(args.checkpoint).with_name(task))
-        self.task = self.task_class(self.settings, self.config, self.tok)
+        task_class = tasks.task_of(task, self.config)
+        self.datasets = choose_datasets(model, args.data, args.datasets, task_class.KIND)
+        self.settings = Settings(task=task, data=args.data, datasets=self.datasets, pad_to=1,
+                                 max_tokens=self.config.max_tokens)
+        self.task = task_class(self.settings, self.config, model.tokenizer)
         self.task.targets = False           # other data may have other answers than the model
-        self.table = self.table_of(self.split)
+        self.table = self.task.table(self.settings, self.split)
+        if self.table is None:
+            raise no_split(args.data, self.datasets, self.split, task_class.KIND)
+        self.count = len(self.table.row_of)                     # number of texts
+        self.files = ", ".join(self.table.paths)
 
-    def table_of(self, split):
-        table = self.task_class.table(self.settings, split)
-        if table is None:
-            raise no_split(self.settings.data, self.settings.datasets, split, self.task_class.KIND)
-        return table
+    def unique(self, ids: list, what: str) -> list:
+        """The ids themselves; ValueError if one comes twice."""
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"{self.files}: some {what} come more than once, so no results file "
+                             "is valid")
+        return ids
+
+    def answers(self, function: Callable, ids: dict) -> dict[str, dict]:
+        """What the model answers -> {column heading: {id: answer}}, the same on every process.
+
+        ids: {number of a text: its official id}, of the texts that are asked.
+        function(batch, numbers) gives an answer for each text of a batch.
+        With --blank there is a second column: all texts again, with black pictures. What the model
+        then knows, it knows from the text alone.
+        """
+        images = "images" if len(self.table.IMAGES) == 2 else "image"
+        blank_of = {f"right {images}": False}
+        if self.args.blank:
+            blank_of[f"no {images}"] = True
+        columns = {}
+        for heading, blank in blank_of.items():
+            found = self.each(function, f"{self.settings.task}, {heading}", list(ids), blank)
+            columns[heading] = {ids[number]: found[number] for number in ids}
+        return columns
 
     @torch.no_grad()
-    def each(self, function, what, numbers=None, blank=False):
-        """function(batch, numbers) -> a value for each of the batch -> {number: value} of all texts, on every process.
-
-        numbers: those of the texts that are asked about, by default all. blank: the pictures are black: what the model
-        then knows, it knows from the text.
-        """
-        numbers = range(len(self.table.row_of)) if numbers is None else numbers
-        batches = evaluation_batches(token_lengths(self.table, self.tok, numbers), numbers, self.settings.micro_batch)
-        batches = batches[self.rank::self.world]
-        loader = DataLoader(self.task.dataset(self.table, train=False), batch_sampler=batches, collate_fn=self.task.collate,
-                            num_workers=loader_workers(self.settings, self.device))
+    def each(self, function: Callable, title: str, numbers: list[int], blank: bool) -> dict:
+        """{number: answer} of these texts, computed by all processes together."""
+        place, tok = self.machine, self.model.tokenizer
+        lengths = data.token_lengths(self.table, tok, numbers)
+        batches = data.evaluation_batches(lengths, numbers, self.args.batch_size)
+        batches = batches[place.rank::place.world]
+        loader = DataLoader(self.task.dataset(self.table, train=False), batch_sampler=batches,
+                            collate_fn=self.task.collate,
+                            num_workers=machine.loader_workers(-1, place.device))
+        bar = tqdm(loader, title, unit="batch", leave=False, disable=place.rank > 0)
         found, unreadable, cut = {}, [], 0
-        for keys, (batch, notes) in zip(batches, tqdm(loader, what, unit="batch", leave=False, disable=self.rank > 0)):
+        for keys, (batch, notes) in zip(batches, bar, strict=True):
             if blank:
-                batch |= {name: torch.zeros_like(batch[name]) for name in ("image", "image_1") if name in batch}
-            here = [i for _, i in keys]
-            with self.autocast:
-                found |= zip(here, function(to_device(batch, self.device, self.config), here), strict=True)
-            unreadable, cut = unreadable + notes["unreadable"], cut + notes["cut"]
+                for name in {"image", "image_1"} & batch.keys():
+                    batch[name] = torch.zeros_like(batch[name])
+            here = [number for _, number in keys]
+            with place.autocast():
+                answers = function(to_device(batch, place.device, self.config), here)
+            found.update(zip(here, answers, strict=True))
+            unreadable += notes["unreadable"]
+            cut += notes["cut"]
         if not blank:
             self.warn(unreadable, cut)
-        found = self.together(found)
-        return {i: found[i] for i in sorted(found)}
+        return place.union(found)
 
-    def warn(self, unreadable, cut):
-        """Says what the model did not see as it is: pictures that cannot be decoded (a line each), texts that were cut."""
-        rows = self.together({line.partition(": ")[0]: line for line in unreadable})    # a picture with many texts once
-        cut = sum(self.together({self.rank: cut}).values())
-        if rows:
-            self.say(f"{len(rows)} rows have pictures that cannot be decoded and were shown as black, the first: "
-                     f"{min(rows.values())}")
+    def warn(self, unreadable: list[str], cut: int):
+        """Says how many pictures cannot be decoded (a line each) and how many texts were cut."""
+        place = self.machine
+        # A picture with several texts counts once.
+        lines = place.union({line.partition(": ")[0]: line for line in unreadable})
+        cut = sum(place.union({place.rank: cut}).values())
+        if lines:
+            self.say(f"{len(lines)} rows have pictures that cannot be decoded and were shown as "
+                     f"black, the first: {min(lines.values())}")
         if cut:
-            self.say(f"{cut} texts were cut to the {self.config.max_tokens} tokens that the model reads")
+            self.say(f"{cut} texts were cut to the {self.config.max_tokens} tokens that the model "
+                     "reads")
 
-    def together(self, found):
-        """The union of all processes' dicts, on each of them."""
-        if self.world == 1:
-            return found
-        parts = [None] * self.world
-        dist.all_gather_object(parts, found)
-        return {key: value for part in parts for key, value in part.items()}
+    def write(self, name: str, contents):
+        """Writes a file of results, text or JSON; it has its name only when it is complete."""
+        if self.machine.rank > 0:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        path, partial = self.out / name, self.out / (name + ".partial")
+        partial.write_text(contents if isinstance(contents, str) else json.dumps(contents))
+        partial.replace(path)
+        self.say(f"wrote {path}")
 
-    def write(self, name, contents):
-        """Writes a file of results, whole or not at all."""
-        if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            path, partial_path = self.out / name, self.out / (name + ".partial")
-            partial_path.write_text(contents if isinstance(contents, str) else json.dumps(contents))
-            partial_path.replace(path)
-            print(f"wrote {path}")
-
-    def report(self, title, columns, note):
-        """columns: {heading: {name: share}}, printed as a table in percent, and written."""
-        self.say(f"\n{title:<22}" + "".join(f"{name:>15}" for name in columns))
-        for row in next(iter(columns.values())):
-            self.say(f"{row:<22}" + "".join(f"{100 * scores[row]:>13.2f} %" for scores in columns.values()))
+    def report(self, title: str, columns: dict[str, dict[str, float]], note: str):
+        """Prints {heading: {name: share of 1}} as a table in percent, and writes it."""
+        self.say(f"\n{title:<22}" + "".join(f"{heading:>15}" for heading in columns))
+        for name in next(iter(columns.values())):
+            shares = "".join(f"{100 * scores[name]:>13.2f} %" for scores in columns.values())
+            self.say(f"{name:<22}{shares}")
         self.say(note)
         self.write(f"{title.replace(' ', '_')}_scores.json", columns)
 
-    def sheet(self, title, examples):
-        """Writes examples for `plot.py sheet`: (text number, answer, truth, right, and what else differs)."""
-        rows = []
-        for i, answer, truth, right, more in examples:
-            path, row = self.table.place(int(self.table.row_of[i]))
-            rows.append({"file": path, "row": row, "images": list(self.table.IMAGES), "text": self.table.text(i),
-                         "answer": answer, "truth": truth, "right": None if right is None else bool(right)} | more)
-        self.write("examples.json", {"title": title, "examples": rows})
+    def sheet(self, title: str, numbers: list[int], example: Callable[[int], dict]):
+        """Writes --examples of these texts, evenly spread, for `tools.plot sheet`.
+
+        example(number) -> {"answer", "truth", "right": True, False or None}, and what else differs
+        """
+        rows, count = [], min(self.args.examples, len(numbers))
+        for number in [numbers[k * len(numbers) // count] for k in range(count)]:
+            path, row = self.table.place(int(self.table.row_of[number]))
+            rows.append({"file": path, "row": row, "images": list(self.table.IMAGES),
+                         "text": self.table.text(number)} | example(number))
+        self.write("examples.json", {"title": f"{title}, {self.split}", "examples": rows})
 
 
-def open_model(args, task=None):
-    """The checkpoint's model with its tokenizer; ValueError for one that cannot do the task."""
-    model = weights.load(args.checkpoint)
-    c, tok = model.config, model.tokenizer
-    able = {None: True, "pretrain": c.head == "vocab", "caption": model.task == "caption",
-            "retrieval": c.head == "retrieval" or c.itm}
-    if not able.get(task, c.head == task):
-        others = " (or one pretrained with image-text matching, --itm)" if task == "retrieval" else ""
-        raise ValueError(f"{args.checkpoint}: a model of task {model.task} with head {c.head}; needed is what train.py "
-                         f"--task {task} --load {args.checkpoint} makes{others}")
-    if tok is None:
-        if not args.tokenizer:
-            raise ValueError(f"{args.checkpoint} carries no tokenizer: --tokenizer DIR must name the directory of its files")
-        tok = model.tokenizer = tokenizer.load(args.tokenizer)
-    if model.task == "caption":             # <bos> and <eos> come last, and in a released file's tokenizer not at all
-        task_of("caption", c).add_special_tokens(tok)
-    if len(tok) > c.vocab_size or model.task == "caption" and len(tok) < c.vocab_size:
-        raise ValueError(f"{args.tokenizer or args.checkpoint}: a tokenizer of {len(tok)} tokens; the model knows "
-                         f"{c.vocab_size}")
-    return model
+def at_least(least: int, flag: str, value: int):
+    """ValueError if a flag's number is smaller."""
+    if value < least:
+        raise ValueError(f"{flag} {value}: at least {least} is expected")
 
 
-def choose_datasets(args, model, kind):
-    """The datasets that are meant: those of --datasets, else those that the model was trained on, else the only one."""
-    if args.datasets:
-        return tuple(args.datasets)
-    known = list(data.splits_of(args.data, kind)) or data.known_datasets(args.data, kind)       # (says that there are none)
-    trained = tuple(name for name in model.about["datasets"] or () if name in known)
-    if not trained and len(known) > 1:
-        raise ValueError(f"{args.data}: --datasets must name one of {', '.join(known)}")
-    return trained or tuple(known)
+# -------------------------------------------------------------------------------------------------
+# VQA and NLVR2: one answer of a list for each text.
 
+def choose(run, answers: list[str], ids: list) -> dict[str, dict]:
+    """Of each text the answer with the highest logit -> {column heading: {id: answer}}."""
+    def function(batch, numbers):
+        best = finite(task_logits(run.model, batch)).argmax(-1)             # (B,)
+        return [answers[k] for k in best.tolist()]
+    return run.answers(function, dict(enumerate(ids)))
 
-def no_split(directory, datasets, split, kind="caption"):
-    splits = data.splits_of(directory, kind)
-    there = "; ".join(f"{name} has {', '.join(splits.get(name, ())) or 'none'}" for name in datasets)
-    return FileNotFoundError(f"{directory}: no {kind} files of split {split!r}: {there}")
-
-
-def spread(count, some):
-    """At most `some` of range(count), evenly spread."""
-    return [k * count // min(some, count) for k in range(min(some, count))]
-
-
-def headings(args, singular="right image"):
-    """What is shown: the pictures, and on request black ones instead -> [(heading, whether black)]"""
-    return [(singular, False)] + ([(singular.replace("right", "no"), True)] if args.blank else [])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# VQA and NLVR2.
 
 def vqa(args):
     run = Evaluation(args, "vqa")
-    details = [run.table.details(i) for i in range(len(run.table.row_of))]
-    if len({d["question_id"] for d in details}) != len(details):
-        raise ValueError(f"{', '.join(run.table.paths)}: some question ids come more than once, so no results file is valid")
+    details = [run.table.details(number) for number in range(run.count)]
+    ids = run.unique([d["question_id"] for d in details], "question ids")
     try:
-        listed = run.task_class.answers(run.settings)       # what the data's labels mean; the model may have other answers
+        listed = run.task.answers(run.settings)             # what the labels of the data mean
     except FileNotFoundError:
         if not run.model.answer_list:
             raise
         listed = run.model.answer_list
     answers = run.model.answer_list or listed
     if len(answers) != run.config.answers:
-        raise ValueError(f"{args.checkpoint}: chooses from {run.config.answers} answers, the answer list has {len(answers)}")
-    path = Path(args.annotations or annotations_path(run))
-    if args.annotations and not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file of annotations")
-    annotations = data.read_json(path) if path.is_file() else None
-    if annotations is not None:
-        try:
-            vqa_accuracy({d["question_id"]: "" for d in details}, annotations)      # a question too many: found out now
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    for d in details:
-        if d["labels"] and max(d["labels"]) >= len(listed):
-            raise ValueError(f"{', '.join(run.table.paths)}: question {d['question_id']}: label {max(d['labels'])} is past "
-                             f"the end of the answer list, which has {len(listed)} answers")
-    truths = [{listed[label]: score for label, score in zip(d["labels"], d["scores"])} for d in details]
-    columns, chosen = {}, None
-    for name, blank in headings(args):
-        labels = run.each(lambda batch, _: task_logits(run.model, batch).argmax(-1).tolist(), f"vqa, {name}", blank=blank)
-        said = {details[i]["question_id"]: answers[label] for i, label in labels.items()}       # each question once
-        chosen = said if chosen is None else chosen
-        if annotations:
-            scores = vqa_accuracy(said, annotations)
-            columns[name] = {kind: scores[kind] / 100 for kind in ("overall", "yes/no", "number", "other")
-                             if not math.isnan(scores[kind])}               # a type of which no question is asked
+        raise ValueError(f"{args.checkpoint}: chooses from {run.config.answers} answers, the "
+                         f"answer list has {len(answers)}")
+    truths = [soft_truth(run, d, listed) for d in details]
+    path, annotations = official_annotations(run, ids)
+
+    said, columns = choose(run, answers, ids), {}
+    results = {heading: [{"question_id": i, "answer": answer} for i, answer in answer_of.items()]
+               for heading, answer_of in said.items()}
+    for heading, answer_of in said.items():
+        if annotations is not None:
+            scores = vqa_accuracy(results[heading], annotations)
+            shares = {name: scores[name] / 100 for name in ("overall", "yes/no", "number", "other")}
+            # NaN is a type of which no question is asked.
+            columns[heading] = {name: x for name, x in shares.items() if not math.isnan(x)}
         elif any(truths):
-            scores = [truth.get(answers[labels[i]], 0.0) for i, truth in enumerate(truths)]
-            columns[name] = {"overall": sum(scores) / len(scores)}
-    run.write(f"vqa_{args.split}_results.json", [{"question_id": q, "answer": a} for q, a in chosen.items()])
+            scores = [truth.get(answer_of[i], 0.0) for i, truth in zip(ids, truths, strict=True)]
+            columns[heading] = {"overall": sum(scores) / len(scores)}
+
+    chosen = said["right image"]
+    run.write(f"vqa_{run.split}_results.json", results["right image"])
     if columns:
-        run.report(f"vqa {args.split}", columns, f"{len(details):,} questions; " + (
-            f"official accuracy by {path}" if annotations else "mean soft score of the Arrow file's labels"))
-    shown = [(i, chosen[details[i]["question_id"]], list(truths[i]))
-             for i in spread(len(details), args.examples)]
-    run.sheet(f"VQA, {args.split}", [(i, answer, " / ".join(true[:3]), answer in true if columns else None, {})
-                                     for i, answer, true in shown])
+        labels = "mean soft score of the Arrow file's labels"
+        truth = labels if annotations is None else f"official accuracy by {path}"
+        run.report(f"vqa {run.split}", columns, f"{run.count:,} questions; {truth}")
+
+    def example(number):
+        answer, true = chosen[ids[number]], list(truths[number])
+        right = answer in true if columns else None
+        return {"answer": answer, "truth": " / ".join(true[:3]), "right": right}
+    run.sheet("VQA", range(run.count), example)
 
 
-def annotations_path(run):
-    """Where prepare.py puts the annotations of a split, in the official layout."""
-    name = (run.settings.datasets or data.known_datasets(run.settings.data, "vqa"))[0]
-    if name in data.FILES["vqa"]:
-        return Path(run.settings.data) / f"{name}_annotations_{ {'val': 'rest_val', 'all-val': 'val'}.get(run.split, run.split)}.json"
-    return Path(run.settings.data) / f"{name}_vqa_annotations_{run.split}.json"
+def soft_truth(run, details: dict, listed: list[str]) -> dict[str, float]:
+    """{answer: soft score} of a question, from its labels in the Arrow file."""
+    labels = details["labels"]
+    if labels and max(labels) >= len(listed):
+        raise ValueError(f"{run.files}: question {details['question_id']}: label {max(labels)} is "
+                         f"past the end of the answer list, which has {len(listed)} answers")
+    return {listed[label]: score for label, score in zip(labels, details["scores"], strict=True)}
+
+
+def official_annotations(run, ids: list) -> tuple[Path, dict | None]:
+    """The path and contents of --annotations, or of what prepare.py wrote beside the questions.
+
+    The contents are None where there is no such file. ValueError if they are of other questions.
+    """
+    dataset, split = run.datasets[0], run.split
+    name = f"{dataset}_vqa_annotations_{split}.json"
+    if dataset in files.FILES["vqa"]:
+        split = {"val": "rest_val", "all-val": "val"}.get(split, split)
+        name = f"{dataset}_annotations_{split}.json"
+    path = Path(run.args.annotations or Path(run.args.data) / name)
+    if not path.is_file():
+        if run.args.annotations:
+            raise FileNotFoundError(f"{path}: there is no such file of annotations")
+        return path, None
+    annotations = files.read_json(path)
+    try:
+        questions = [{"question_id": i, "answer": ""} for i in ids]
+        vqa_accuracy(questions, annotations)                    # before the model is asked
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return path, annotations
 
 
 def nlvr2(args):
     run = Evaluation(args, "nlvr2")
-    details = [run.table.details(i) for i in range(len(run.table.row_of))]
-    examples = [{"identifier": d["identifier"], "label": str(bool(d["label"]))} for d in details]
-    known, subsets, official = {e["identifier"] for e in examples}, {}, {"val": "dev", "test": "test1"}.get(args.split)
-    if len(known) != len(examples):
-        raise ValueError(f"{', '.join(run.table.paths)}: some identifiers come more than once, so no prediction file is valid")
+    details = [run.table.details(number) for number in range(run.count)]
+    ids = run.unique([d["identifier"] for d in details], "identifiers")
+    truths = [str(bool(d["label"])) for d in details]
+    official = [{"identifier": i, "label": truth} for i, truth in zip(ids, truths, strict=True)]
+    subsets = official_subsets(run, set(ids))
+    nlvr2_scores([f"{i},True" for i in ids], official, subsets)     # before the model is asked
+
+    said = choose(run, ["False", "True"], ids)
+    lines = {heading: [f"{i},{answer}" for i, answer in answer_of.items()]
+             for heading, answer_of in said.items()}
+    columns = {heading: nlvr2_scores(some, official, subsets) for heading, some in lines.items()}
+    chosen = said["right images"]
+    run.write(f"nlvr2_{run.split}_predictions.csv", "\n".join(lines["right images"]) + "\n")
+    run.report(f"nlvr2 {run.split}", columns, f"{run.count:,} statements")
+
+    def example(number):
+        answer, truth = chosen[ids[number]], truths[number]
+        return {"answer": answer, "truth": truth, "right": answer == truth}
+    run.sheet("NLVR2", range(run.count), example)
+
+
+def official_subsets(run, known: set[str]) -> dict[str, set[str]]:
+    """The identifiers of the balanced and unbalanced parts, where prepare.py wrote them."""
+    subsets, split = {}, {"val": "dev", "test": "test1"}.get(run.split, run.split)
     for part in ("balanced", "unbalanced"):
-        path = Path(args.data) / f"nlvr2_{part}_{official}.json"
-        names = set(data.read_json(path, list)) if path.is_file() else set()
-        if names & known or "nlvr2" in run.settings.datasets:               # else they are not these data's
-            if missing := names - known:
-                raise ValueError(f"{path}: names {len(missing)} statements that are not in {', '.join(run.table.paths)}, "
-                                 f"such as {min(missing)}; prepare.py --force writes both anew")
-            subsets |= {part: names} if names else {}
-    nlvr2_scores({name: True for name in known}, examples, subsets)         # what cannot be scored is found out now
-    columns, chosen = {}, None
-    for name, blank in headings(args, "right images"):
-        labels = run.each(lambda batch, _: task_logits(run.model, batch).argmax(-1).tolist(), f"nlvr2, {name}", blank=blank)
-        said = {examples[i]["identifier"]: str(bool(label)) for i, label in labels.items()}
-        columns[name] = nlvr2_scores(said, examples, subsets)
-        if chosen is None:
-            chosen = said
-            run.write(f"nlvr2_{args.split}_predictions.csv", "".join(f"{key},{value}\n" for key, value in said.items()))
-    run.report(f"nlvr2 {args.split}", columns, f"{len(details):,} statements")
-    shown = [(i, chosen[examples[i]["identifier"]], examples[i]["label"]) for i in spread(len(details), args.examples)]
-    run.sheet(f"NLVR2, {args.split}", [(i, answer, true, answer == true, {}) for i, answer, true in shown])
+        path = Path(run.args.data) / f"nlvr2_{part}_{split}.json"
+        names = set(files.read_json(path, list)) if path.is_file() else set()
+        of_these_data = "nlvr2" in run.datasets or not names.isdisjoint(known)
+        if not names or not of_these_data:
+            continue
+        missing = names - known
+        if missing:
+            raise ValueError(f"{path}: names {len(missing)} statements that are not in "
+                             f"{run.files}, such as {min(missing)}; prepare.py --force writes both "
+                             "again")
+        subsets[part] = names
+    return subsets
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Captioning.
 
 def caption(args):
-    decoding_of(args, [])           # what makes no sense is said before anything is read
+    settings = decoding_of(args)            # before anything is read
     if args.official:
         check_official_tools()
     run = Evaluation(args, "caption")
-    firsts = np.flatnonzero(np.diff(run.table.row_of, prepend=-1)).tolist()         # the first caption of every image
-    names = [run.table.cell("image_id", int(run.table.row_of[i])).as_py() for i in firsts]
-    ids = dict(zip(firsts, (int(name) if name.isdecimal() else name for name in names)))
-    if len(set(ids.values())) != len(firsts):
-        raise ValueError(f"{', '.join(run.table.paths)}: some image ids come more than once, so no results file is valid")
-    references, of_row = {}, {int(run.table.row_of[i]): name for i, name in ids.items()}
-    for i, row in enumerate(run.table.row_of.tolist()):
-        references.setdefault(of_row[row], []).append(run.table.text(i))
+    row_of = run.table.row_of
+    firsts = np.flatnonzero(np.diff(row_of, prepend=-1)).tolist()       # of each image one caption
+    names = [run.table.cell("image_id", int(row_of[number])).as_py() for number in firsts]
+    names = run.unique([int(name) if name.isdecimal() else name for name in names], "image ids")
+    ids = dict(zip(firsts, names, strict=True))
+    references = [{"image_id": ids[run.table.first_of(row)], "caption": run.table.text(number)}
+                  for number, row in enumerate(row_of.tolist())]
 
-    def describe(batch, numbers):
-        how = decoding_of(args, [[args.seed or 0, i] for i in numbers])
-        return predict.write_captions(run.model, encode_batch_images(run.model, batch), **how)
+    def write(batch, numbers):
+        visual = encode_batch_images(run.model, batch)
+        seeds = [[args.seed or 0, number] for number in numbers]
+        return predict.write_captions(run.model, visual, seeds=seeds, **settings)
 
-    said_of = {name: {ids[i]: text for i, text in run.each(describe, f"captions, {name}", firsts, blank).items()}
-               for name, blank in headings(args)}
-    if run.rank > 0:
+    said, columns = run.answers(write, ids), {}
+    if run.machine.rank > 0:
         return
-    chosen, columns = next(iter(said_of.values())), {}
-    run.write(f"captions_{args.split}_results.json", [{"image_id": i, "caption": text} for i, text in chosen.items()])
-    for name, said in said_of.items():
-        columns[name] = caption_scores(said, references, official=args.official)
-        del columns[name]["per_image"]
-    run.report(f"captions {args.split}", columns, f"{len(firsts):,} images, {len(run.table.row_of):,} references")
-    shown = [firsts[k] for k in spread(len(firsts), args.examples)]
-    run.sheet(f"Captions, {args.split}", [(i, chosen[ids[i]], "", None,
-                                           {"text": ""}) for i in shown])
+    for heading, caption_of in said.items():
+        results = [{"image_id": name, "caption": text} for name, text in caption_of.items()]
+        black = "" if heading == "right image" else "_black"
+        run.write(f"captions_{run.split}{black}_results.json", results)
+        columns[heading] = caption_scores(results, {"annotations": references},
+                                          official=args.official)
+        del columns[heading]["per_image"]
+    sizes = f"{len(firsts):,} images, {run.count:,} references"
+    run.report(f"captions {run.split}", columns, sizes)
+
+    def example(number):
+        return {"text": "", "answer": said["right image"][ids[number]], "truth": "", "right": None}
+    run.sheet("Captions", firsts, example)
 
 
-def decoding_of(args, seeds):
-    """The arguments of predict.write_captions; ValueError for a flag that would change nothing."""
+def decoding_of(args) -> dict:
+    """The settings of predict.describe, without the seed. ValueError for a flag without effect."""
     sampled = args.top_p is not None
-    for flag, needs, used in (("temperature", "--top-p", sampled), ("seed", "--top-p", sampled),
-                              ("length_penalty", "--beams of more than 1", args.beams > 1)):
-        if getattr(args, flag) is not None and not used:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: changes nothing without {needs}")
-    how = dict(max_tokens=args.max_tokens, beams=args.beams, no_repeat=args.no_repeat)
-    if args.beams > 1:
-        how["length_penalty"] = 1.0 if args.length_penalty is None else args.length_penalty
-    if sampled:
-        how |= dict(top_p=args.top_p, temperature=1.0 if args.temperature is None else args.temperature, seeds=seeds)
-    return how
+    for flag, value, needs, used in (
+            ("--temperature", args.temperature, "--top-p", sampled),
+            ("--seed", args.seed, "--top-p", sampled),
+            ("--length-penalty", args.length_penalty, "--beams of more than 1", args.beams > 1)):
+        if value is not None and not used:
+            raise ValueError(f"{flag} {value}: changes nothing without {needs}")
+    names = "max_tokens", "beams", "length_penalty", "no_repeat", "top_p", "temperature"
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Retrieval.
+# -------------------------------------------------------------------------------------------------
+# Retrieval. The head of predict.py says what is computed for each image, caption and pair.
 
 def retrieval(args):
-    for flag in ("images", "captions"):
-        if getattr(args, flag) < 0:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: 0 or more is expected")
+    at_least(0, "--images", args.images)
+    at_least(0, "--captions", args.captions)
     run = Evaluation(args, "retrieval")
-
-    def gallery(table, images, captions):
-        """-> the Gallery of a table's first images with so many captions each (0: all), and the image of each caption."""
-        rows = np.unique(table.row_of)[:images or None]
-        place = np.arange(len(table.row_of)) - np.searchsorted(table.row_of, table.row_of)      # in its image's list
-        numbers = np.flatnonzero((table.row_of <= rows[-1]) & (place < (captions or 10 ** 9)))
-        dataset = run.task.dataset(table, train=False)
-        return Gallery(run.model, dataset, rows, numbers.tolist(), run.device), np.searchsorted(rows, table.row_of[numbers])
-
-    shown, image_of = gallery(run.table, args.images, args.captions)
-    # The scores are a file, so that an interrupted run goes on; its name says of what they are: other weights or other
-    # data, other name.
-    size = len(shown.rows), len(shown.numbers)
-    sources = [(Path(p).name, Path(p).stat().st_mtime_ns) for p in (args.checkpoint, *run.table.paths)]
-    stamp = zlib.crc32(repr((sources, args.precision)).encode())
-    path = run.out / f"scores_{args.split}_{size[0]}x{size[1]}_{stamp:08x}.npy"
-    if run.rank == 0 and not path.is_file():
-        run.out.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".partial")
-        np.lib.format.open_memmap(fresh, "w+", np.float32, size)[:] = np.nan
-        fresh.replace(path)
-    if run.world > 1:
-        dist.barrier()
-    scores = np.lib.format.open_memmap(path, "r+")
-    with run.autocast:
-        fill_scores(shown, scores, range(run.rank, size[0], run.world), args.batch_size, run.rank > 0)
+    place, dataset = run.machine, run.task.dataset(run.table, train=False)
+    gallery = predict.Gallery(run.model, dataset, args.images, args.captions)
+    path = predict.scores_file(gallery, run.out, f"scores_{run.split}", place, args.resume)
+    scores = np.lib.format.open_memmap(path, "r+")                          # (N, M)
+    N, M = scores.shape
+    mine = range(place.rank, N, place.world)
+    with place.autocast():
+        predict.fill_scores(gallery, scores, mine, args.batch_size, quiet=place.rank > 0)
     scores.flush()
-    run.warn(shown.unreadable, shown.cut if run.rank == 0 else 0)       # (all read all captions); all wait for all here
-    if run.rank == 0:
-        for old in run.out.glob("scores_*.npy"):        # of other weights or data
-            if re.fullmatch(rf"scores_{re.escape(args.split)}_\d+x\d+_(?!{stamp:08x})\w+\.npy", old.name):
-                old.unlink()
-        run.report(f"retrieval {args.split}", {"recall": recall_at_k(scores, image_of)},
-                   f"{size[0]:,} images x {size[1]:,} captions, every pair scored. ir: the image of a text, tr: a text of an image")
-        found = [(k, int(scores[:, k].argmax())) for k in spread(size[1], args.examples)]
-        run.sheet(f"Retrieval, {args.split}: the image found for a text", [
-            (shown.numbers[k], "", "", best == image_of[k], dict(zip(("file", "row"), run.table.place(int(shown.rows[best])))))
-            for k, best in found])
+    # Every process has read all captions, so only the first one counts those that were cut.
+    run.warn(gallery.unreadable, gallery.cut if place.rank == 0 else 0)
+    if place.rank > 0:
+        return
+    recall = recall_at_k(scores, gallery.image_of)
+    run.report(f"retrieval {run.split}", {"recall": recall}, f"{N:,} images x {M:,} captions, "
+               "every pair scored. ir: the image of a text, tr: a text of an image")
+
+    def example(number):                    # the image found for a text
+        k = int(np.searchsorted(gallery.numbers, number))
+        best = int(scores[:, k].argmax())
+        file, row = run.table.place(int(gallery.rows[best]))
+        right = bool(best == gallery.image_of[k])
+        return {"file": file, "row": row, "answer": "", "truth": "", "right": right}
+    run.sheet("Retrieval", gallery.numbers.tolist(), example)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Single pictures.
 
+@contextmanager
+def one_model(args, task: str | None = None):
+    """The model of a command about single pictures, on its device and in its precision."""
+    place = machine.set_up(args.device, args.precision)
+    model = open_model(args.checkpoint, task, args.tokenizer).to(place.device)
+    with place.autocast():
+        yield model
+
+
 def ask(args):
-    model = open_model(args, "vqa")
-    if not model.answer_list:
-        raise ValueError(f"{args.checkpoint} carries no answer list: weights.py convert --answers FILE puts one in")
-    for answer, share in predict.ask(model, args.image, args.question, args.k):
-        print(f"{100 * share:5.1f} %  {answer}")
+    with one_model(args, "vqa") as model:
+        for answer, share in predict.ask(model, args.image, args.question, args.k):
+            print(f"{100 * share:5.1f} %  {answer}")
 
 
 def describe(args):
-    model = open_model(args, "caption")
-    how = decoding_of(args, [args.seed or 0])
-    with torch.no_grad():
-        print(predict.write_captions(model, predict.look_at(model, [args.image]), **how)[0])
+    settings = decoding_of(args)
+    with one_model(args, "caption") as model:
+        print(predict.describe(model, args.image, seed=args.seed or 0, **settings))
 
 
 def compare(args):
-    model = open_model(args, "nlvr2")
-    share = predict.compare(model, args.left, args.right, args.sentence)
-    print(f"{share > 0.5} ({100 * max(share, 1 - share):.1f} %)")
+    with one_model(args, "nlvr2") as model:
+        share = predict.compare(model, args.left, args.right, args.sentence)
+        print(f"{share > 0.5} ({100 * max(share, 1 - share):.1f} %)")
 
 
 def search(args):
-    model = open_model(args, "retrieval")
-    for path, score in predict.search(model, args.text, args.images):
-        print(f"{score:8.3f}  {path}")
+    with one_model(args, "retrieval") as model:
+        for path, score in predict.search(model, args.text, args.images):
+            print(f"{score:8.3f}  {path}")
 
 
 def fill(args):
-    text, words = predict.fill(open_model(args), args.image, args.text)
-    print(text)
-    for word, share in words:
-        print(f"{100 * share:5.1f} %  {word}")
+    with one_model(args) as model:
+        text, words = predict.fill(model, args.image, args.text)
+        print(text)
+        for word, share in words:
+            print(f"{100 * share:5.1f} %  {word}")
+
+
+# -------------------------------------------------------------------------------------------------
+# The command line, as tables of (flag and unit, default, what it does). Where the default is None,
+# the text says what happens then.
+
+REQUIRED = object()
+UNITS = {"N": int, "X": float}              # all other units are text
+DEFAULT_SPLIT = {"vqa": "val", "nlvr2": "val", "caption": "test", "retrieval": "test"}
+MODEL_FLAGS = [
+    ("--tokenizer DIR", None, "folder of a tokenizer's files; default: the checkpoint's own"),
+    ("--device NAME", None, "cpu, cuda or cuda:1; default: cuda where there is a GPU"),
+    ("--precision NAME", "fp32", "of matrix products: fp32, bf16 or fp16"),
+]
+DATA_FLAGS = [
+    ("--data DIR", REQUIRED, "folder of Arrow files"),
+    ("--datasets NAME…", None, "datasets in it; default: those that the model was trained on"),
+    ("--split NAME", None, "train, val, test, …; default: val of vqa and nlvr2, test of others"),
+    ("--out DIR", None, "folder of the results; default: one beside the checkpoint"),
+    ("--batch-size N", 64, "texts at once in each process; changes speed and memory only"),
+    ("--examples N", 24, "number of texts in examples.json, which `tools.plot sheet` shows"),
+]
+BLANK_FLAG = ("--blank", False, "ask everything once more with black pictures")
+DECODING_FLAGS = [
+    ("--max-tokens N", None, "longest caption; default: 30, or what the model has positions for"),
+    ("--beams N", 1, "number of running captions of beam search; 1 is greedy decoding"),
+    ("--length-penalty X", None, "beams compete by log-probability / tokens^X; default: 1"),
+    ("--no-repeat N", 0, "n-grams of N tokens come at most once; 0: no such rule"),
+    ("--top-p X", None, "sample from the likeliest words of total probability X; default: no"),
+    ("--temperature X", None, "of sampling: logits are divided by it; default: 1"),
+    ("--seed N", None, "of sampling; default: 0"),
+]
+PICTURE = ("image", None, "a picture file")
+COMMANDS = {
+    vqa: ("the official VQA accuracy, and a results file", [
+        *DATA_FLAGS, BLANK_FLAG,
+        ("--annotations FILE", None, "official annotations; default: those that prepare.py wrote "
+                                     "beside the questions, else the labels of the Arrow files")]),
+    nlvr2: ("NLVR2's accuracy and consistency, and a prediction file", [*DATA_FLAGS, BLANK_FLAG]),
+    caption: ("BLEU, ROUGE-L and CIDEr of written captions, and a results file", [
+        *DATA_FLAGS, BLANK_FLAG, *DECODING_FLAGS,
+        ("--official", False, "METEOR and SPICE too, by pycocoevalcap, which needs Java")]),
+    retrieval: ("recall at 1, 5 and 10, of images and of texts", [
+        *DATA_FLAGS,
+        ("--images N", 0, "number of images, the first ones; 0: all"),
+        ("--captions N", 0, "number of captions of each image, the first ones; 0: all"),
+        ("--resume", False, "go on where a run of the same model, data and code was interrupted")]),
+    ask: ("answers a question about a picture", [
+        PICTURE, ("question", None, 'such as "what is on the table?"'),
+        ("-k N", 5, "number of answers")]),
+    describe: ("writes a caption for a picture", [PICTURE, *DECODING_FLAGS]),
+    compare: ("says whether a sentence is true of two pictures", [
+        ("left", None, "a picture file"), ("right", None, "a picture file"),
+        ("sentence", None, 'such as "both pictures show a dog"')]),
+    search: ("puts pictures in the order in which they fit a text", [
+        ("text", None, 'such as "a dog on a sofa"'), ("images…", None, "picture files")]),
+    fill: ("fills the blanks of a text about a picture", [
+        PICTURE, ("text", None, 'such as "a <mask> dog"')]),
+}
+
+
+def add_commands(parser: argparse.ArgumentParser, commands: dict):
+    """Gives a parser a table of commands, all of them with a checkpoint and MODEL_FLAGS."""
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for function, (says, rows) in commands.items():
+        p = subparsers.add_parser(function.__name__, help=says, description=says)
+        p.set_defaults(run=function)
+        p.add_argument("checkpoint", help="a file or folder that weights.py opens")
+        for flag, default, about in [*rows, *MODEL_FLAGS]:
+            add_flag(p, flag, default, about)
+
+
+def add_flag(parser: argparse.ArgumentParser, flag: str, default, about: str):
+    name, _, unit = flag.rstrip("…").partition(" ")
+    how = {"nargs": "+"} if flag.endswith("…") else {}
+    if default is False:
+        how["action"], default = "store_true", "no"
+    elif unit:
+        how |= {"metavar": unit, "type": UNITS.get(unit, str), "required": default is REQUIRED}
+        how["default"] = None if default is REQUIRED else default
+    if default not in (None, REQUIRED):
+        about += f"; default: {default}"
+    parser.add_argument(name, help=about, **how)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(function, says, split=None):
-        p = commands.add_parser(function.__name__, help=says, description=says,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        p.add_argument("checkpoint")
-        p.add_argument("--tokenizer", help="directory of vocab.json and merges.txt, or vocab.txt; for files that carry none")
-        p.set_defaults(run=function)
-        if split:
-            p.add_argument("--data", required=True, help="directory of Arrow files")
-            p.add_argument("--datasets", nargs="*", default=(), help="names of datasets in it; default: what was trained on")
-            p.add_argument("--split", default=split)
-            p.add_argument("--out", help="folder of the results; default: one beside the checkpoint")
-            p.add_argument("--batch-size", type=int, default=64, help="of one process")
-            p.add_argument("--device", default="", help="cpu, cuda; default: cuda where there is one")
-            p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products")
-            p.add_argument("--examples", type=int, default=24, help="texts that are kept for plot.py sheet")
-            if function is not retrieval:
-                p.add_argument("--blank", action="store_true", help="ask once more with black pictures")
-        return p
-
-    def decoding(p):
-        p.add_argument("--max-tokens", type=int, help="default: 30, or as many as the model has positions for")
-        p.add_argument("--beams", type=int, default=1, help="1: greedy")
-        p.add_argument("--length-penalty", type=float, help="of beam search; default: 1")
-        p.add_argument("--no-repeat", type=int, default=0, help="n-grams of this size come once at most; 0: no such rule")
-        p.add_argument("--top-p", type=float, help="sample from the likeliest words of this probability together")
-        p.add_argument("--temperature", type=float, help="of sampling; default: 1")
-        p.add_argument("--seed", type=int, help="of sampling; default: 0")
-
-    p = command(vqa, "the official VQA accuracy, and a results file", "val")
-    p.add_argument("--annotations", help="official annotations; default: those that prepare.py wrote beside the questions")
-    command(nlvr2, "NLVR2's accuracy and consistency, and a prediction file", "val")
-    p = command(caption, "BLEU, ROUGE-L and CIDEr of written captions, and a results file", "test")
-    p.add_argument("--official", action="store_true", help="METEOR and SPICE too, by pycocoevalcap, which needs Java")
-    decoding(p)
-    p = command(retrieval, "recall at 1, 5 and 10, of images and of texts", "test")
-    p.add_argument("--images", type=int, default=0, help="the first so many; 0: all")
-    p.add_argument("--captions", type=int, default=0, help="at most so many of each image; 0: all")
-    p = command(ask, "answers a question about a picture")
-    p.add_argument("image")
-    p.add_argument("question")
-    p.add_argument("-k", type=int, default=5, help="so many answers")
-    p = command(describe, "writes a caption for a picture")
-    p.add_argument("image")
-    decoding(p)
-    p = command(compare, "is a sentence true of two pictures?")
-    p.add_argument("left")
-    p.add_argument("right")
-    p.add_argument("sentence")
-    p = command(search, "puts pictures in the order in which they fit a text")
-    p.add_argument("text")
-    p.add_argument("images", nargs="+")
-    p = command(fill, "fills the blanks of a text about a picture")
-    p.add_argument("image")
-    p.add_argument("text", help='such as "a <mask> dog"')
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_commands(parser, COMMANDS)
     args = parser.parse_args(argv)
     try:
         args.run(args)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"eval.py: {error}")
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        machine.tear_down()
 
 
 if __name__ == "__main__":

@@ -1,176 +1,443 @@
-"""One model, pictures and text in, an answer out."""
+"""One model, pictures and text in, an answer out.
 
+    model = open_model("runs/toy-vqa/last.pt", task="vqa")
+    ask(model, "photo.jpg", "what is on the table?", k=2)       # [("plate", 0.61), ("cup", 0.22)]
+    describe(model, "photo.jpg", beams=5)                       # "a red cup on a table."
+    compare(model, "left.jpg", "right.jpg", "both show a cup")  # 0.93, the probability of "true"
+    search(model, "a red cup", ["a.jpg", "b.jpg"])              # [("b.jpg", 2.7), ("a.jpg", -4.1)]
+    fill(model, "photo.jpg", "a <mask> cup")                    # ("a red cup", [("red", 0.88)])
+
+Retrieval scores all pairs of N images and M captions (`Gallery`, `fill_scores`). It encodes once
+and fuses many:
+
+    N times      Gallery.encode_image   FLM: the whole ViT; ViLT: the projection of the patches
+    M times      Gallery.encode_texts   FLM: the text layers, and the class query through the
+                                        reconstructor beside them; ViLT: the word embeddings
+    N x M times  match_score            FLM: the fusion layers, and the class query through the
+                                        reconstructor beside them; ViLT: all its blocks;
+                                        both: pooler and head
+
+In between are the keys and values of the image in FLM's cross-attentions: they are computed once
+for each image and batch of captions, N x M / texts_at_once times.
+
+Letters: N images, M captions, B captions of a batch, L text length, P image tokens, D width.
+All functions run on the device where the model is, under the caller's autocast.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+import data
+import files
+import flm
 import generate
-from data import decode, pad_pictures, pad_texts
-from layers import encode_batch_images
-from tasks import BOS, EOS, normalized, patch_layout, shape_of
+import layers
+import tasks
+import tokenizer
+import vilt
+import weights
+from data import CaptionDataset, decode, pad_pictures, pad_texts
+from layers import encode_batch_images, task_logits
+from machine import Machine
+from tasks import BOS, EOS, patch_layout, shape_of, task_of, to_device
+
+# -------------------------------------------------------------------------------------------------
+# A model, and the data that it is asked about.
+
+def open_model(path: str | Path, task: str | None = None, tokenizer_folder: str | Path = ""):
+    """A checkpoint's model, in eval mode on the CPU, with its tokenizer.
+
+    task: what the model is wanted for (a name of tasks.TASKS), or None for anything.
+    tokenizer_folder: for files that carry no tokenizer, the folder of vocab.json and merges.txt, or
+    of vocab.txt.
+    ValueError for a model that cannot do the task, and for a tokenizer of another size.
+    """
+    model = weights.load(path)
+    try:
+        check_task(model, task, path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if model.tokenizer is None:
+        if not tokenizer_folder:
+            raise ValueError(f"{path} carries no tokenizer: --tokenizer DIR must name the "
+                             "directory of its files")
+        model.tokenizer = tokenizer.load(tokenizer_folder)
+    known = model.config.vocab_size
+    writes_captions = model.task == "caption"
+    if writes_captions:         # a released file's tokenizer lacks <bos> and <eos>, which come last
+        task_of("caption", model.config).add_special_tokens(model.tokenizer)
+    have = len(model.tokenizer)
+    if have > known or (writes_captions and have < known):
+        raise ValueError(f"{tokenizer_folder or path}: a tokenizer of {have} tokens; the model "
+                         f"knows {known}")
+    return model
 
 
-def picture_batch(config, pictures, device):
-    """Pictures, uint8 (3, h, w) each, as the batch that `flm.see` takes, on the device."""
-    batch = patch_layout(config, pictures) | {"image": pad_pictures(pictures)}
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    return batch | {"image": normalized(config, batch["image"])}
+def check_task(model, task: str | None, path: str | Path = "CHECKPOINT"):
+    """ValueError for a model that cannot do a task. Its sentence says which command makes one."""
+    c, others = model.config, ""
+    if task == "pretrain":
+        able = c.head == "vocab"
+    elif task == "caption":
+        able = model.task == "caption"
+    elif task == "retrieval":
+        able = c.head == "retrieval" or c.itm
+        others = " (or one pretrained with image-text matching, --itm)"
+    else:
+        able = task is None or c.head == task
+    if not able:
+        raise ValueError(f"a model of task {model.task} with head {c.head}; needed is what "
+                         f"train.py --task {task} --load {path} makes{others}")
 
 
-def open_picture(path, config):
+def choose_datasets(model, folder: str | Path, asked: Sequence[str], kind: str) -> tuple[str, ...]:
+    """The datasets of a folder that a model is asked about.
+
+    They are those asked for, else those that the model was trained on, else the only one there is.
+    kind: caption, vqa or nlvr2.
+    """
+    if asked:
+        return tuple(asked)
+    there = list(files.splits_of(folder, kind)) or files.known_datasets(folder, kind)
+    trained = tuple(name for name in model.about["datasets"] or () if name in there)
+    if not trained and len(there) > 1:
+        raise ValueError(f"{folder}: --datasets must name one of {', '.join(there)}")
+    return trained or tuple(there)
+
+
+def no_split(folder: str | Path, datasets: Iterable[str], split: str, kind: str) -> Exception:
+    """The error for datasets without a split; it says which splits they have."""
+    splits = files.splits_of(folder, kind)
+    there = [f"{name} has {', '.join(splits.get(name, ())) or 'none'}" for name in datasets]
+    return FileNotFoundError(f"{folder}: no {kind} files of split {split!r}: {'; '.join(there)}")
+
+
+def device_of(model) -> torch.device:
+    return next(model.parameters()).device
+
+
+def finite(logits: Tensor) -> Tensor:
+    """The logits, unchanged. ValueError if one is not a finite number."""
+    if not logits.isfinite().all():
+        raise ValueError("the model's scores are not finite numbers (NaN or infinity): its weights "
+                         "are broken, or the precision is too low for them")
+    return logits
+
+
+# -------------------------------------------------------------------------------------------------
+# Its inputs.
+
+def open_picture(path: str | Path, config) -> Tensor:
     """A picture file as the model sees it, uint8 (3, H, W); one sentence for what is no picture."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such picture")
     try:
         return decode(path.read_bytes(), shape_of(config))
-    except Exception as error:              # Pillow's readers raise what the broken bytes lead to
-        raise ValueError(f"{path}: not a picture that can be read ({error or type(error).__name__})") from None
+    except Exception as error:              # Pillow's readers raise whatever broken bytes lead to
+        reason = error or type(error).__name__
+        raise ValueError(f"{path}: not a picture that can be read ({reason})") from None
 
 
-def look_at(model, paths):
-    """Pictures, encoded."""
-    device = next(model.parameters()).device
-    return encode_batch_images(model, picture_batch(model.config, [open_picture(path, model.config) for path in paths], device))
+def picture_batch(config, pictures: Sequence[Tensor], device: torch.device) -> dict:
+    """Pictures, uint8 (3, h, w) each, as the batch that layers.encode_batch_images takes.
+
+    `image` (N, 3, H, W) is normalised; a ViLT's batch also says where its patches are.
+    """
+    batch = {"image": pad_pictures(pictures), **patch_layout(config, pictures)}
+    return to_device(batch, device, config)
 
 
-def token_ids(model, text):
-    """One text with `<s>` and `</s>`, (1, L); one that is too long is refused."""
+def encode_pictures(model, paths: Iterable[str | Path]):
+    """Picture files, encoded: the visual of len(paths) images that `model.fuse` takes."""
+    pictures = [open_picture(path, model.config) for path in paths]
+    return encode_batch_images(model, picture_batch(model.config, pictures, device_of(model)))
+
+
+def token_ids(model, text: str) -> Tensor:
+    """A text with `<s>` and `</s>`, int64 (1, L). ValueError for one that is too long."""
     tok = model.tokenizer
-    ids = [tok.cls_id, *tok.encode(text), tok.sep_id]
-    if len(ids) > model.config.max_tokens:
-        raise ValueError(f"a text of {len(ids)} tokens; this model reads at most {model.config.max_tokens}: {text!r:.60}")
-    return torch.tensor([ids], device=next(model.parameters()).device)
+    if tok is None:
+        raise ValueError("this model carries no tokenizer: model.tokenizer = tokenizer.load(DIR)")
+    return checked_ids(model, [tok.cls_id, *tok.encode(text), tok.sep_id], text)
 
+
+def checked_ids(model, ids: list[int], text: str) -> Tensor:
+    """ids as int64 (1, L), on the model's device. ValueError if the model reads fewer."""
+    if len(ids) > model.config.max_tokens:
+        raise ValueError(f"a text of {len(ids)} tokens; this model reads at most "
+                         f"{model.config.max_tokens}: {text!r:.60}")
+    return torch.tensor([ids], device=device_of(model))
+
+
+# -------------------------------------------------------------------------------------------------
+# Answers about single pictures.
 
 @torch.no_grad()
-def ask(model, path, question, k=5):
-    """The k likeliest answers to a question -> [(answer, share)], shares by the sigmoid that the model was trained with."""
+def ask(model, path: str | Path, question: str, k: int = 5) -> list[tuple[str, float]]:
+    """The k likeliest answers to a question about a picture -> [(answer, share)], the best first.
+
+    Each share is a sigmoid, as the model was trained with, so they do not add up to 1.
+    """
+    check_task(model, "vqa")
     if k < 1:
         raise ValueError(f"{k} answers: at least 1 is expected")
-    text = model.encode_text(token_ids(model, question), class_only=True)
-    shares = model.head(model.fuse(look_at(model, [path]), text).pooled)[0].sigmoid()
+    if not model.answer_list:
+        raise ValueError("this model carries no answer list: weights.py convert --answers FILE "
+                         "puts one in")
+    batch = picture_batch(model.config, [open_picture(path, model.config)], device_of(model))
+    batch["ids"] = token_ids(model, question)
+    shares = finite(task_logits(model, batch)).float()[0].sigmoid()         # (answers,)
     best = shares.topk(min(k, len(shares)))
-    return [(model.answer_list[i], share) for share, i in zip(best.values.tolist(), best.indices.tolist())]
+    answers = [model.answer_list[i] for i in best.indices.tolist()]
+    return list(zip(answers, best.values.tolist(), strict=True))
 
 
-def write_captions(model, visual, max_tokens=None, beams=1, **how):
-    """Captions of pictures already encoded -> list of strings.   how: see generate.generate
+@torch.no_grad()
+def describe(model, path: str | Path, max_tokens: int | None = None, beams: int = 1,
+             length_penalty: float = 1.0, no_repeat: int = 0, top_p: float | None = None,
+             temperature: float = 1.0, seed: int = 0) -> str:
+    """Writes a caption for a picture.   The settings are those of generate.generate."""
+    return write_captions(
+        model, encode_pictures(model, [path]), max_tokens, beams, length_penalty=length_penalty,
+        no_repeat=no_repeat, top_p=top_p, temperature=temperature, seeds=[seed])[0]
 
-    max_tokens: None: 30, or as many as the model has positions for.
+
+@torch.no_grad()
+def write_captions(model, visual: Tensor, max_tokens: int | None = None, beams: int = 1,
+                   **decoding) -> list[str]:
+    """Captions of N encoded pictures, visual (N, P, D) -> N strings.
+
+    max_tokens: None means 30, or as many as the model has positions for.
+    decoding: further settings of generate.generate.
     """
-    tok = model.tokenizer
-    if beams > model.config.vocab_size:
-        raise ValueError(f"{beams} beams: the vocabulary has {model.config.vocab_size} words to begin them with")
+    check_task(model, "caption")
+    tok, c = model.tokenizer, model.config
+    if beams > c.vocab_size:
+        raise ValueError(f"{beams} beams: the vocabulary has only {c.vocab_size} words")
     if not {BOS, EOS} <= tok.ids.keys():
-        raise ValueError(f"a model without {BOS} and {EOS} in its vocabulary: train.py --task caption makes one that writes")
-    ids, _ = generate.generate(model, visual, [tok.ids[BOS]], [tok.ids[EOS], tok.sep_id],
-                               min(30, model.config.max_tokens - 2) if max_tokens is None else max_tokens, beams, **how)
-    return [tok.decode(caption, skip_special=True).strip() for caption in ids]
+        raise ValueError(f"a model without {BOS} and {EOS} in its vocabulary: train.py --task "
+                         "caption makes one that writes")
+    if max_tokens is None:
+        max_tokens = min(30, c.max_tokens - 2)
+    captions, _ = generate.generate(model, visual, [tok.ids[BOS]], [tok.ids[EOS], tok.sep_id],
+                                    max_tokens, beams, **decoding)
+    return [tok.decode(ids, skip_special=True).strip() for ids in captions]
 
 
 @torch.no_grad()
-def compare(model, left, right, sentence):
-    """Is the sentence true of the two pictures? -> its probability"""
-    text = model.encode_text(token_ids(model, sentence), class_only=True)
-    device = next(model.parameters()).device
-    pooled = []
-    for which, path in enumerate((left, right)):
-        batch = picture_batch(model.config, [open_picture(path, model.config)], device)
-        suffix = "_1" if which else ""
-        pooled.append(model.fuse(encode_batch_images(model, {name + suffix: value for name, value in batch.items()}, which), text).pooled)
-    return model.head(torch.cat(pooled, dim=-1)).softmax(-1)[0, 1].item()
+def compare(model, left: str | Path, right: str | Path, sentence: str) -> float:
+    """The probability that a sentence about two pictures is true."""
+    check_task(model, "nlvr2")
+    batch = {"ids": token_ids(model, sentence)}
+    for suffix, path in (("", left), ("_1", right)):
+        pictures = [open_picture(path, model.config)]
+        for name, value in picture_batch(model.config, pictures, device_of(model)).items():
+            batch[name + suffix] = value
+    return finite(task_logits(model, batch)).float()[0].softmax(-1)[1].item()
 
 
 @torch.no_grad()
-def search(model, text, paths):
-    """Pictures in the order in which they fit a text -> [(path, score)]; one is encoded at a time."""
-    encoded = model.encode_text(token_ids(model, text), class_only=True)
-    return sorted(((str(path), match_score(model, look_at(model, [path]), encoded).item()) for path in paths), key=lambda p: -p[1])
+def search(model, text: str, paths: Iterable[str | Path]) -> list[tuple[str, float]]:
+    """Pictures in the order in which they fit a text -> [(path, match_score)], the best first.
 
-
-@torch.no_grad()
-def fill(model, path, text, rounds=3):
-    """Fills every `<mask>` of a text -> (the whole text, [(word, probability)]).
-
-    FLM predicts all blanks at once, each from the words on both of its sides; where there are several, it then reads the
-    text with its own guesses in it and predicts each once more, `rounds` times in all or until nothing changes. Models of
-    objective mlm (ViLT too) see the masks themselves. ValueError for models that read from one side only.
+    The text is encoded once. One picture is in memory at a time.
     """
-    tok, c, mask = model.tokenizer, model.config, model.tokenizer.tokens[model.tokenizer.mask_id]
+    check_task(model, "retrieval")
+    encoded = model.encode_text(token_ids(model, text), class_only=True)
+    found = []
+    for path in paths:
+        score = match_score(model, encode_pictures(model, [path]), encoded)         # (1,)
+        found.append((str(path), score.item()))
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+@torch.no_grad()
+def fill(model, path: str | Path, text: str,
+         rounds: int = 3) -> tuple[str, list[tuple[str, float]]]:
+    """Fills every `<mask>` of a text about a picture -> (the whole text, [(word, probability)]).
+
+    FLM predicts all blanks at once, each from the words on both sides of it. If there are several,
+    it reads the text with its guesses in it and predicts each once more. It does so until nothing
+    changes, at most `rounds` times in all. Models of objective mlm, such as ViLT, read the masks
+    themselves, once.
+    ValueError for models that read from one side only.
+    """
+    c, tok = model.config, model.tokenizer
     if c.objective not in ("flm", "mlm") or c.head != "vocab":
-        raise ValueError(f"blanks are filled by a pretrained model of objective flm or mlm; this is {c.objective} with head {c.head}")
+        raise ValueError("blanks are filled by a pretrained model of objective flm or mlm; this is "
+                         f"{c.objective} with head {c.head}")
+    mask = tok.tokens[tok.mask_id]
     text = text.replace("<mask>", mask).replace("[MASK]", mask)
-    ids = [tok.cls_id, *tok.encode(text, specials=True), tok.sep_id]
-    blanks = [i for i, token in enumerate(ids) if token == tok.mask_id]
-    if not blanks:
+    ids = checked_ids(model, [tok.cls_id, *tok.encode(text, specials=True), tok.sep_id], text)
+    blanks = (ids[0] == tok.mask_id).nonzero()[:, 0]                        # positions
+    if len(blanks) == 0:
         raise ValueError(f"there is no {mask} in {text!r}")
-    visual = look_at(model, [path])
-    for _ in range(rounds if c.objective == "flm" and len(blanks) > 1 else 1):
-        before = list(ids)
-        read = torch.tensor([ids], device=next(model.parameters()).device)
-        shares = model.vocab_logits(model.fuse(visual, model.encode_text(read)).reconstructed[0, blanks]).softmax(-1)
-        shares[:, [tok.cls_id, tok.pad_id, tok.sep_id, tok.unk_id, tok.mask_id]] = 0
-        best = shares.max(-1)
-        for i, token in zip(blanks, best.indices.tolist()):
-            ids[i] = token
-        if ids == before:
+    if c.objective == "mlm" or len(blanks) == 1:
+        rounds = 1
+
+    visual = encode_pictures(model, [path])
+    no_words = [tok.cls_id, tok.pad_id, tok.sep_id, tok.unk_id, tok.mask_id]
+    for _ in range(rounds):
+        fused = model.fuse(visual, model.encode_text(ids))
+        logits = finite(model.vocab_logits(fused.reconstructed[0, blanks]))         # (blanks, V)
+        shares = logits.float().softmax(-1)
+        shares[:, no_words] = 0
+        share, guess = shares.max(-1)                                       # (blanks,)
+        before = ids
+        ids = ids.index_copy(1, blanks, guess[None])                        # (1, L)
+        if torch.equal(ids, before):
             break
-    words = [tok.decode([ids[i]]).strip() for i in blanks]
-    return tok.decode(ids[1:-1]), list(zip(words, best.values.tolist()))
+    words = [tok.decode([token]).strip() for token in guess.tolist()]
+    return tok.decode(ids[0, 1:-1].tolist()), list(zip(words, share.tolist(), strict=True))
 
 
-def match_score(model, visual, text):
-    """How well captions go with images: the retrieval head's score, or what a pretrained model's matching says.   -> (B,)"""
-    pooled = model.fuse(visual, text).pooled
+# -------------------------------------------------------------------------------------------------
+# Retrieval: encode once, fuse many.
+
+def match_score(model, visual, text) -> Tensor:
+    """How well captions and images match, the higher the better -> float32 (B,).
+
+    It is the output of a retrieval head, or else the log-probability of a match that image-text
+    matching learned in pretraining. visual: of one image for all of the B captions, or of B images.
+    """
+    pooled = model.fuse(visual, text).pooled                                # (B, D)
     if model.config.head == "retrieval":
-        return model.head(pooled)[:, 0].float()
-    return model.itm_head(pooled).float().log_softmax(-1)[:, 1]
+        return finite(model.head(pooled))[:, 0].float()
+    return finite(model.itm_head(pooled)).float().log_softmax(-1)[:, 1]
 
 
 class Gallery:
-    """Images and captions of a split, encoded when they are wanted.
+    """N images and M captions of a data set, encoded when they are wanted.
 
-    rows (I,): the table's rows of the images; numbers (T,): its captions.
-    unreadable: a line for each picture so far that cannot be decoded, and is black; cut: how many captions are too long.
+    images, captions: take the first images of the table only, and the first captions of each; 0
+    means all.
+    rows (N,): the table's rows of the images. numbers (M,): its captions. image_of (M,): the image
+    of each caption, 0..N-1.
+    unreadable: one line for each picture so far that cannot be decoded and is black.
+    cut: number of captions that were cut to the tokens that the model reads.
     """
 
-    def __init__(self, model, dataset, rows, numbers, device):
-        self.model, self.dataset, self.rows, self.numbers, self.device = model, dataset, rows, numbers, device
+    def __init__(self, model, dataset: CaptionDataset, images: int = 0, captions: int = 0):
+        self.model, self.dataset = model, dataset
         self.unreadable, self.cut = [], 0
+        row_of = dataset.table.row_of           # of all captions, rising
+        rows = np.unique(row_of)
+        self.rows = rows[:images] if images else rows
+        chosen = row_of <= self.rows[-1]
+        if captions:
+            place = np.arange(len(row_of)) - np.searchsorted(row_of, row_of)    # among its image's
+            chosen &= place < captions
+        self.numbers = np.flatnonzero(chosen)
+        self.image_of = np.searchsorted(self.rows, row_of[self.numbers])
 
-    def image(self, i):
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), len(self.numbers)
+
+    def encode_image(self, i: int):
+        """The visual of image i of 0..N-1."""
+        config, device = self.model.config, device_of(self.model)
         pictures, wrong = self.dataset.pictures(int(self.rows[i]))
         self.unreadable += wrong
-        return encode_batch_images(self.model, picture_batch(self.model.config, pictures, self.device))
+        return encode_batch_images(self.model, picture_batch(config, pictures, device))
 
-    def tokens(self):
-        """The token ids of all captions, in order."""
-        tokens = [self.dataset.tokens(i) for i in self.numbers]
+    def tokens(self) -> list[list[int]]:
+        """The token ids of all M captions, in order."""
+        tokens = [self.dataset.tokens(int(number)) for number in self.numbers]
         self.cut = sum(cut for _, cut in tokens)
         return [ids for ids, _ in tokens]
 
-    def texts(self, tokens):
-        ids = pad_texts(tokens, self.model.config.pad_id).to(self.device)
+    def encode_texts(self, tokens: list[list[int]]):
+        """The model's Text of B captions, for the class vector alone."""
+        ids = pad_texts(tokens, self.model.config.pad_id).to(device_of(self.model))     # (B, L)
         return self.model.encode_text(ids, class_only=True)
+
+    def contents_hash(self, precision: str) -> str:
+        """A hash of all that the scores depend on, 16 hexadecimal digits.
+
+        These are the model's tensors, the tokenizer, the captions' token ids, the pictures' bytes,
+        the precision, and the code that computes. Files and tensors are read where they are mapped,
+        about a gigabyte a second.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+
+        def add(part):
+            part = memoryview(part)
+            digest.update(part.nbytes.to_bytes(8, "little"))    # else "ab", "c" would be "a", "bc"
+            digest.update(part)
+
+        model = self.model
+        tokenizer_files = weights.pack_tokenizer(model.tokenizer)
+        add(repr((model.config, precision, tokenizer_files, torch.__version__)).encode())
+        for code in (data, files, flm, layers, tasks, vilt):
+            add(Path(code.__file__).read_bytes())
+        add(Path(__file__).read_bytes())
+        for name, tensor in model.state_dict().items():
+            add(name.encode())
+            add(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for ids in self.tokens():
+            add(np.array(ids))
+        for row in self.rows:
+            add(self.dataset.table.image(int(row)) or b"")
+        return digest.hexdigest()
 
 
 @torch.no_grad()
-def fill_scores(gallery, scores, mine, texts_at_once=256, quiet=False):
-    """Scores the images `mine` with all captions: fills those rows of scores (I, T) that still hold a NaN.
+def fill_scores(gallery: Gallery, scores: np.ndarray, images: Iterable[int],
+                texts_at_once: int = 256, quiet: bool = False):
+    """Scores some images of a gallery with all of its captions, into their rows of scores (N, M).
 
-    scores may be a file that several processes and an interrupted run share: a row appears in it whole or not at all.
+    images: which of the N. Rows that hold no NaN are complete and left as they are. So `scores`
+    may be a file that several processes share, or that an interrupted run left.
+    Memory: all encoded captions stay on the device, in FLM 2 M L D floats.
+    quiet: no progress bars.
     """
     tokens = gallery.tokens()
-    order = np.argsort([len(ids) for ids in tokens], kind="stable")
-    chunks = [order[first:first + texts_at_once] for first in range(0, len(order), texts_at_once)]
-    texts = [gallery.texts([tokens[i] for i in chunk])
-             for chunk in tqdm(chunks, "captions", unit="batch", leave=False, disable=quiet)]
-    todo = [i for i in mine if np.isnan(scores[i]).any()]
+    # Captions of similar length are encoded together, so there is little padding.
+    order = np.argsort([len(ids) for ids in tokens], kind="stable")         # (M,)
+    batches = [order[first:first + texts_at_once] for first in range(0, len(order), texts_at_once)]
+    bar = tqdm(batches, "captions", unit="batch", leave=False, disable=quiet)
+    texts = [gallery.encode_texts([tokens[i] for i in batch]) for batch in bar]
+
+    todo = [i for i in images if np.isnan(scores[i]).any()]
     for i in tqdm(todo, "images", unit="image", leave=False, disable=quiet):
-        visual, line = gallery.image(i), np.full(len(tokens), -np.inf, dtype=np.float32)
-        for chunk, text in zip(chunks, texts):
-            line[chunk] = match_score(gallery.model, visual, text).cpu().numpy()
-        scores[i] = line
+        visual = gallery.encode_image(i)
+        row = np.empty(len(tokens), dtype=np.float32)
+        for batch, text in zip(batches, texts, strict=True):
+            row[batch] = match_score(gallery.model, visual, text).cpu().numpy()
+        scores[i] = row
+
+
+def scores_file(gallery: Gallery, folder: Path, name: str, place: Machine, resume: bool) -> Path:
+    """The path of a NumPy file of scores (N, M), which all processes of `place` fill together.
+
+    It holds NaN where nothing is computed yet. The file is fresh, unless `resume` finds that an
+    earlier run left one of the same contents: its name ends with their hash. Files of this name and
+    of other contents are removed.
+    """
+    path = None
+    if place.rank == 0:
+        N, M = gallery.shape
+        path = folder / f"{name}.{N}x{M}.{gallery.contents_hash(place.precision)}.npy"
+        if resume and path.is_file():
+            done = int((~np.isnan(np.load(path, mmap_mode="r")).any(1)).sum())
+            place.say(f"{path}: {done:,} of {N:,} images are scored already")
+        else:
+            if resume:
+                place.say(f"{folder}: no scores of this model, tokenizer, data and code yet")
+            folder.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_suffix(".partial")
+            np.lib.format.open_memmap(fresh, "w+", np.float32, (N, M))[:] = np.nan
+            fresh.replace(path)
+        for old in folder.glob(f"{name}.*.npy"):
+            if old != path:
+                old.unlink()
+    # All processes wait here for the first one.
+    return place.union({} if path is None else {"path": path})["path"]

@@ -35,18 +35,8 @@ import tokenizer
 import vilt
 from released import begin, download, models, names
 from released.export import ARCHITECTURES, export  # noqa: F401 (others use both)
-from released.files import (
-    make_folder,
-    one_sentence,
-    open_file,
-    open_folder,
-    plain_dict,
-    read_config,
-    read_json,
-    shown,
-    state_in,
-    tensors_in,
-)
+from released.files import (make_folder, one_sentence, open_file, open_folder, plain_dict,
+                            read_config, read_json, shown, state_in, tensors_in)
 from released.models import Source, Undrawn, checked
 from released.names import Report
 

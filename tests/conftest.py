@@ -4,6 +4,8 @@ import io
 import json
 import os
 import socket
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import flm
 import prepare
 import tasks
@@ -22,7 +23,7 @@ import train
 import vilt
 import weights
 from settings import Settings
-from data import CAPTIONS
+from files import CAPTIONS, NLVR2, VQA
 from sources.shards import Writer
 from tokenizer import BPE
 
@@ -62,7 +63,7 @@ WORDS = ("a red blue green small big dog cat house tree car on under near the wi
 def write_captions(path, rows, seed=0, captions=2, broken=(), batch_rows=7, sizes=((40, 32),)):
     """A caption file of `rows` random pictures, of these sizes in turn; rows in `broken` hold bytes that are no picture."""
     rng = np.random.default_rng(seed)
-    with Writer(path, data.CAPTIONS, batch_rows=batch_rows) as out:
+    with Writer(path, CAPTIONS, batch_rows=batch_rows) as out:
         for row in range(rows):
             texts = [" ".join(rng.choice(WORDS, rng.integers(2, 12))) for _ in range(captions)]
             image = b"not a picture" if row in broken else picture([seed, row], sizes[row % len(sizes)])
@@ -117,7 +118,7 @@ SIZES = ((40, 32), (24, 48), (30, 30))
 def write_questions(path, rows, seed, broken=()):
     """A VQA file: up to three questions to a picture, of which some have no answer in the list -> {question id: labels}."""
     rng, labels_of = np.random.default_rng(seed), {}
-    with Writer(path, data.VQA, batch_rows=3) as out:
+    with Writer(path, VQA, batch_rows=3) as out:
         for row in range(rows):
             count = 1 + row % 3
             labels = [rng.choice(len(ANSWERS), rng.integers(0, 4), replace=False).tolist() for _ in range(count)]
@@ -134,7 +135,7 @@ def write_questions(path, rows, seed, broken=()):
 def write_statements(path, rows, seed, broken=()):
     """An NLVR2 file, every second sentence about two pairs of pictures -> {identifier: label}."""
     rng, truth = np.random.default_rng(seed), {}
-    with Writer(path, data.NLVR2, batch_rows=4) as out:
+    with Writer(path, NLVR2, batch_rows=4) as out:
         for row in range(rows):
             identifier, answer = f"dev-{row // 2}-{row % 2}-0", str(bool(rng.integers(2)))
             images = [picture([seed, row, k], SIZES[(row + k) % len(SIZES)]) for k in range(2)]
@@ -194,6 +195,17 @@ def original(name, folder):
     recorded = torch.load(DOWNSTREAM, weights_only=True)["tasks"][name]
     torch.save({"state_dict": recorded["state_dict"], "hyper_parameters": {"config": recorded["config"]}}, folder / "x.ckpt")
     return weights.load(folder / "x.ckpt", vit_heads=2), recorded["inputs"], recorded["outputs"]
+
+
+def two_processes(script, *arguments):
+    """Runs a script of the root on two processes, on a free port -> what it printed."""
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(root / script), *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 # -- raw downloads for prepare.py ------------------------------------------------------------------

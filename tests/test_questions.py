@@ -491,4 +491,4 @@ def test_the_official_score_of_soft_targets_is_their_score(shared):
         labels, soft = soft_labels(answers, label_of)
         predictions.append({"question_id": question_id, "answer": listed[labels[-1]]})
         scores[question_id] = 100 * soft[-1]
-    assert vqa_accuracy(predictions, content)["per_question"] == pytest.approx(scores)
+    assert vqa_accuracy(predictions, {"annotations": content})["per_question"] == pytest.approx(scores)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import (ANSWERS, TOL, finetune, original, task_on, write_captions, write_world)
+from conftest import ANSWERS, TOL, finetune, original, task_on, write_captions, write_world
 
 import data
 import flm

@@ -41,8 +41,8 @@ import machine
 import train
 import vilt
 import weights
-from tools.measure import (HEAD, OPTIMIZER, REST, Rig, Way, adamw, compare, draw, in_turns, now, padding_multiple,
-                     print_table, shares, text_lengths)
+from tools.measure import (HEAD, OPTIMIZER, REST, Rig, Way, adamw, compare, draw, in_turns, now,
+                           padding_multiple, print_table, shares, text_lengths)
 from tasks import PretrainFLM, PretrainViLT, shape_of
 
 # ---------------------------------------------------------------------------------------------------------------------
