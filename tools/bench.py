@@ -78,7 +78,7 @@ class Way:
 def check(ways: list[Way]):
     """Raises ValueError where a way's answer differs from that of the last one.
 
-    Allowed is a difference of 1e-4, on a GPU of 1e-2: it may compute float32 in TF32.
+    A difference of 1e-4 is allowed; on a GPU 1e-2, because it may compute float32 in TF32.
     """
     expected = ways[-1].answer()
     for way in ways[:-1]:
@@ -105,8 +105,8 @@ def measure(function, device) -> float:
 def compare(ways, amount, unit, args) -> list[dict]:
     """Checks that the ways agree, measures them in turns, prints a table -> its rows.
 
-    amount, unit: what one run deals with, such as 4 pairs. Rates are per CPU second (on a GPU, per
-    second), speed-ups against the last way.
+    amount, unit: what one run deals with, such as 4 pairs. Seconds are CPU seconds, on a GPU its
+    own. Speed-ups are against the last way.
     """
     if ways[-1].model is not None:
         check(ways)
@@ -243,8 +243,8 @@ def seconds_of_parts(events, on_gpu):
                 part = event.name
             elif part != HEAD:
                 part = REST
-            time = event.device_time_total if on_gpu else event.cpu_time_total
-            seconds[part, "backward" if backward else "forward"] += time / 1e6
+            spent = event.device_time_total if on_gpu else event.cpu_time_total
+            seconds[part, "backward" if backward else "forward"] += spent / 1e6
         if not backward and event.sequence_nr >= 0:
             part_of[event.sequence_nr] = part           # the last one of a number is differentiated
     return seconds
