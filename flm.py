@@ -399,7 +399,7 @@ class FLM(nn.Module):
         """
         c = self.config
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
                 nn.init.normal_(module.weight, std=c.init_std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)

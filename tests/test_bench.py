@@ -1,29 +1,23 @@
-"""The measurements run and compare like with like; how fast anything is, no test asks."""
+"""The ways that are compared compute the same; how fast they are, no test asks."""
 
 import json
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import WORDS, write_captions
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tools import bench
+import data
 import flm
-from tools import measure
 from tokenizer import BPE
+from tools import bench
 
 pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
 
-TOY = "--preset toy --device cpu --rounds 1".split()
-
-
-@pytest.fixture(scope="module")
-def rig():
-    rig = bench.FLMRig(SimpleNamespace(device="cpu", preset="toy", tokens=9, pad=50), 3)
-    rig.model.eval()
-    return rig
+TOY = "--preset toy --device cpu --rounds 1 --batch 2 --captions 4".split()
+VILT = "vilt --preset vilt-toy --device cpu --rounds 1 --batch 4".split()
 
 
 @pytest.fixture(scope="module")
@@ -34,154 +28,268 @@ def captions(tmp_path_factory):
     return write_captions(root / "mine_caption_train.arrow", 12), root / "tok"
 
 
-def run(arguments, tmp_path):
-    """Runs bench.py -> the results that it kept."""
-    bench.main([*map(str, arguments), "--json", str(tmp_path / "numbers.json")])
-    return json.loads((tmp_path / "numbers.json").read_text())["results"]
+@pytest.fixture
+def run(tmp_path):
+    """Runs a command with one batch size -> its results, read from its file."""
+    def run(*arguments):
+        path = tmp_path / "numbers.json"
+        bench.main([*map(str, arguments), "--json", str(path)])
+        [results] = json.loads(path.read_text())["results"].values()
+        return results
+    return run
 
 
-def test_the_originals_way_computes_the_same_losses_as_ours(rig):
-    losses = []
-    with torch.no_grad():
-        for name, way in rig.ways.items():
-            losses.append(way.forward(way.model, bench.train.to_device(way.batch, rig.device, rig.config)))
-            assert way.batch["ids"].shape == (3, {"ours": 9, "original": 50}[name])
-            assert way.batch["ids"][:, :9].equal(rig.ways["ours"].batch["ids"])
-    assert losses[0].keys() == losses[1].keys() == {"reconstructed", "left_to_right", "right_to_left"}
-    for name, (loss, hits) in losses[0].items():
-        torch.testing.assert_close(losses[1][name][0], loss, rtol=1e-5, atol=1e-4)
-        assert losses[1][name][1] == hits
+@pytest.fixture
+def ways(monkeypatch):
+    """Runs a command up to its comparison -> {name: the way to be compared}."""
+    def ways(*arguments):
+        found = {}
+
+        def compare(ways, amount, unit, args):
+            found.update({way.name: way for way in ways})
+
+        monkeypatch.setattr(bench, "compare", compare)
+        bench.main(list(arguments))
+        return found
+    return ways
+
+
+def names(rows):
+    return [(row["precision"], row["way"]) for row in rows]
+
+
+def gradients(way):
+    """What a step's backward pass gives to its model."""
+    way.model.zero_grad()
+    way.forward().sum().backward()
+    found = {name: p.grad for name, p in way.model.named_parameters() if p.grad is not None}
+    return {name: gradient.clone() for name, gradient in found.items()}
+
+
+def counted_flops(function, *arguments):
+    # Fused attention kernels of some processors are not counted; the plain one is, everywhere.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function(*arguments)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("command, outputs", [("step", 3), ("tune", 1)])
+def test_the_original_has_the_same_losses_and_gradients_as_ours(command, outputs, ways):
+    ours, original = ways(command, *TOY).values()
+    assert ours.answer().shape == (outputs,)
+    torch.testing.assert_close(original.answer(), ours.answer(), rtol=1e-5, atol=1e-6)
+    expected, found = gradients(ours), gradients(original)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_the_loss_of_a_step_is_that_of_the_training_loop(ways):
+    """The sums of the losses over the numbers of targets, weighted."""
+    ours = ways("step", *TOY)["ours"]
+    batch, scales = ours.forward.args[1:]
+    results = ours.model(batch)
+    weights = ours.model.config.loss_weights
+    expected = sum(weights[k] * loss / len(batch[f"{k}_rows"]) for k, (loss, _) in results.items())
+    assert scales.keys() == weights.keys()
+    assert ours.answer().sum().item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_original_pads_to_50_and_ours_does_not(ways):
+    ours, original = ways("step", *TOY).values()
+    short, long = (way.forward.args[1]["ids"] for way in (ours, original))
+    assert short.shape == (2, 13) and long.shape == (2, 50)
+    assert long[:, :13].equal(short) and (long[:, 13:] == ours.model.config.pad_id).all()
+
+
+def test_a_step_updates_as_the_loop_does_but_changes_nothing(ways):
+    way = ways("step", *TOY)["ours"]
+    before = {name: p.detach().clone() for name, p in way.model.named_parameters()}
+    way.run(torch.autocast("cpu", torch.bfloat16, enabled=False))
+    assert all(p.equal(before[name]) for name, p in way.model.named_parameters())
+    assert all(p.grad is None for p in way.model.parameters())
+    assert len(way.optimizer.state) == len(before) and way.model.training
+
+
+def test_vilt_and_transformers_take_the_same_step(ways):
+    pytest.importorskip("transformers")
+    ours, theirs = ways(*VILT).values()
+    batch, _ = ours.forward.args[1:]
+    assert len(batch["sizes"].unique(dim=0)) == 4 and (batch["patches"] < 0).any()
+    assert batch["ids"].shape == (4, 16)            # 13 tokens, so that padding is compared too
+    torch.testing.assert_close(theirs.answer(), ours.answer())
+    expected, found = gradients(ours), gradients(theirs)
+    for name, theirs_name in (
+            ("patch.weight", "vilt.embeddings.patch_embeddings.projection.weight"),
+            ("embed.word.weight", "vilt.embeddings.text_embeddings.word_embeddings.weight"),
+            ("vocab_head.decoder.weight", "mlm_score.decoder.weight")):
+        torch.testing.assert_close(found[theirs_name], expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_retrieval_and_captions_give_the_same_in_all_ways(ways):
+    for command, shape in (("retrieval", (8, 1)), ("captions", (2, 13))):
+        found = ways(command, *TOY)
+        answers = [way.answer() for way in found.values()]
+        assert all(answer.shape == shape for answer in answers)
+        assert all(not way.model.training for way in found.values())
+        for answer in answers[1:]:
+            torch.testing.assert_close(answer, answers[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("command, function", [
+    ("step", "original_pretraining"), ("tune", "original_tuning"), ("retrieval", "pair_by_pair")])
+def test_ways_that_differ_are_not_compared(command, function, monkeypatch):
+    original = getattr(bench, function)
+
+    def disturbed(*arguments):
+        result = original(*arguments)
+        if isinstance(result, dict):
+            return {name: (1.01 * loss, hits) for name, (loss, hits) in result.items()}
+        return result + 0.01
+
+    monkeypatch.setattr(bench, function, disturbed)
+    with pytest.raises(SystemExit, match="bench.py: .* and original do not compute the same"):
+        bench.main([command, *TOY])
 
 
 @pytest.mark.parametrize("n", [3, 13])
-@pytest.mark.parametrize("sizes", [{}, dict(text_width=64, vit_width=96, width=32, fusion_layers=2, patch_size=16,
-                                            reconstructor_text_layers=1, reconstructor_fusion_layers=1)])
+@pytest.mark.parametrize("sizes", [{}, dict(
+    text_width=64, vit_width=96, width=32, fusion_layers=2, patch_size=16,
+    reconstructor_text_layers=1, reconstructor_fusion_layers=1)])
 def test_flops_are_those_that_torch_counts(n, sizes):
     config = flm.replace(flm.PRESETS["toy"], pooler=False, **sizes)
-    batch = bench.make_batch(config, 2, n, n)
-    # Fused attention kernels of some processors are not counted; the plain one's products are, everywhere.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        flm.FLM(config)(batch | {"image": batch["image"].float()})
-    assert counter.get_total_flops() == pytest.approx(2 * bench.flops(config, n), rel=0.02)
+    ids = torch.full((2, n), 7)
+    ids[:, 0], ids[:, -1] = config.cls_id, config.sep_id
+    batch = {"image": torch.zeros(2, 3, config.image_size, config.image_size), "ids": ids}
+    for name, rows in flm.predicting_rows("flm", n).items():
+        places = [b * n + row for b in range(2) for row in rows]
+        batch[f"{name}_rows"] = torch.tensor(places, dtype=torch.int64)
+    counted = counted_flops(flm.FLM(config), batch)
+    assert counted == pytest.approx(2 * bench.flops(config, n), rel=0.02)
 
 
-def test_flops_of_the_originals_way_count_the_head_everywhere():
-    assert bench.flops(flm.PRESETS["base-b32"], 50, 150) == pytest.approx(55.9e9, rel=0.02)     # measured on the original
+def test_flops_of_the_original_count_the_head_everywhere():
+    measured = 55.9e9                                       # on the published code
+    assert bench.flops(flm.PRESETS["base-b32"], 50, 150) == pytest.approx(measured, rel=0.02)
 
 
-def test_the_stopwatch_leaves_a_step_as_it_is_and_every_part_has_its_time(rig):
-    def gradients(**k):
-        kept = {}
-        optimizer = rig.ways["ours"].optimizer
-        optimizer.step = lambda: kept.update({n: p.grad.clone() for n, p in rig.model.named_parameters()})
-        seconds = rig.step("ours", "fp32", **k)[1]
-        del optimizer.step
-        return kept, seconds
-
-    plain, _ = gradients()
-    watch = measure.Stopwatch(rig.model, rig.device, bench.PARTS)
-    clocked, seconds = gradients(mark=watch.mark)
-    watch.remove()
-    assert all(clocked[name].equal(plain[name]) for name in plain)
-    for part in bench.PARTS:
-        assert watch.seconds[part, "forward"] > 0 and watch.seconds[part, "backward"] > 0
-    assert sum(watch.seconds.values()) == pytest.approx(seconds, rel=0.1)       # no moment is lost or counted twice
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in rig.model.modules())
+def test_ours_passes_each_image_once_and_the_original_once_for_each_caption(ways):
+    found = ways("tune", *TOY, "--tokens", "50")            # padded alike
+    ours, original = found.values()
+    image = counted_flops(ours.model.encode_image, torch.zeros(1, 3, 64, 64))
+    saved = counted_flops(original.forward) - counted_flops(ours.forward)
+    assert saved > 2 * (4 - 1) * image                      # and the queries but the class query
 
 
-def test_step_prints_both_variants_in_both_precisions(tmp_path, capsys):
-    rows = run(["step", *TOY, "--batch", 2, "--precision", "fp32", "bf16"], tmp_path)
-    assert [(r["precision"], r["variant"]) for r in rows] == [(p, v) for p in ("fp32", "bf16") for v in ("ours", "original")]
-    assert all(r["step s"] > r["fwd+bwd s"] > 0 for r in rows) and rows[1]["speed-up step"] == 1
-    assert "load average" in capsys.readouterr().out
+def test_step_measures_both_ways_in_both_precisions(run, capsys):
+    rows = run("step", *TOY, "--precision", "fp32", "bf16")
+    assert names(rows) == [(p, way) for p in ("fp32", "bf16") for way in ("ours", "original")]
+    for row in rows:
+        assert row["pairs/s"] == pytest.approx(2 / row["seconds"])
+    assert rows[1]["speed-up"] == rows[3]["speed-up"] == 1
+    assert "original" in capsys.readouterr().out
 
 
-def test_parts_shares_add_up(tmp_path, capsys):
-    for table in run(["parts", *TOY, "--variant", "ours", "original"], tmp_path):
-        assert sum(row["share %"] for row in table["rows"]) == pytest.approx(100)
-    assert "reconstructor, fusion side" in capsys.readouterr().out
+@pytest.mark.parametrize("command, found", [
+    ("tune", ["ours", "original"]), ("captions", ["kept", "computed again"]),
+    ("retrieval", ["captions encoded before", "ours", "original"])])
+def test_tasks_are_measured_in_all_ways(command, found, run):
+    rows = run(command, *TOY)
+    assert names(rows) == [("fp32", name) for name in found] and rows[-1]["speed-up"] == 1
 
 
-def test_loader_measures_pictures_drawn_here_and_given_files(tmp_path, captions, capsys):
-    small = "--photos 6 --rounds 1 --batch 2 --passes 1 --size 32".split()
-    for arguments in (small, [captions[0], "--tokenizer", captions[1], *small], [captions[0].parent, *small]):
-        results = run(["loader", *arguments], tmp_path)
-        assert all(row["per second"] > 0 for row in results["rows"]) and len(results["rows"]) == 7
-    assert "data.decode, fast" in capsys.readouterr().out
-
-
-def test_padding_is_the_share_of_pads(tmp_path, captions, capsys):
-    rows = run(["padding", captions[0], "--tokenizer", captions[1], "--global-batch", 16, "--micro-batch", 1], tmp_path)
-    assert [row["order"] for row in rows] == ["sorted", "as drawn"]
-    assert all(row["to 1"] == "0.0" and 0 < float(row["to 8"]) < float(row["all to 50"]) for row in rows)
-
-
-def test_gpu_measures_on_any_device_and_says_so_where_there_is_none(tmp_path, capsys, monkeypatch):
-    small = "--batch 1 2 --steps 1 --matmul 64 --no-compile".split()
-    results = run(["gpu", *TOY, *small], tmp_path)
-    assert [(r["batch"], r["variant"]) for r in results["rows"]] == [(b, v) for b in (1, 2) for v in ("ours", "original")]
-    assert all(r["pairs/s"] > 0 and r["peak GB"] > 0 and r["MFU %"] > 0 for r in results["rows"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run(["gpu"], tmp_path) is None
-    assert "no CUDA device" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("shapes", ["mixed", "square"])
-def test_vilt_and_transformers_take_the_same_step(shapes):
-    """The same batch, loss and gradients, so what is compared is how fast the same is computed."""
+def test_vilt_is_measured_beside_transformers(run):
     pytest.importorskip("transformers")
-    rig = bench.ViLTRig(bench.parse(["vilt", "--preset", "vilt-toy", "--device", "cpu", "--shapes", shapes]))
-    rig.check("mlm", "ours", "transformers")
-    ours, theirs = rig.ways["ours"], rig.ways["transformers"]
-    assert len(ours.batch["sizes"].unique(dim=0)) == (4 if shapes == "mixed" else 1)
-    lengths = (ours.batch["ids"] != rig.config.pad_id).sum(1).tolist()
-    assert lengths == [13, 13, 12, 10] and theirs.batch["input_ids"].equal(ours.batch["masked_ids"])
-    for way in (ours, theirs):
-        way.forward(way.model, bench.train.to_device(way.batch, rig.device, rig.config))["mlm"][0].backward()
-    for mine, yours in ((ours.model.patch.weight, theirs.model.vilt.embeddings.patch_embeddings.projection.weight),
-                        (ours.model.embed.word.weight, theirs.model.vilt.embeddings.text_embeddings.word_embeddings.weight),
-                        (ours.model.vocab_head.decoder.weight, theirs.model.mlm_score.decoder.weight)):
-        torch.testing.assert_close(mine.grad, yours.grad, rtol=1e-3, atol=1e-4)
+    assert names(run(*VILT)) == [("fp32", "ours"), ("fp32", "transformers")]
 
 
-def test_vilt_stops_where_the_two_models_differ(monkeypatch):
-    """A comparison of two different computations would be worth nothing."""
-    transformers = pytest.importorskip("transformers")
-    opened = transformers.ViltForMaskedLM.from_pretrained
-
-    def disturbed(folder):
-        model = opened(folder)
-        torch.nn.init.normal_(model.mlm_score.decoder.weight)
-        return model
-
-    monkeypatch.setattr(transformers.ViltForMaskedLM, "from_pretrained", disturbed)
-    with pytest.raises(SystemExit, match="bench.py: ours and transformers do not compute the same"):
-        bench.main("vilt --preset vilt-toy --device cpu --rounds 1".split())
+def test_each_of_several_batch_sizes_is_measured(tmp_path):
+    path = tmp_path / "numbers.json"
+    bench.main(["retrieval", *TOY, "--batch", "1", "3", "--json", str(path)])
+    assert list(json.loads(path.read_text())["results"]) == ["1", "3"]
 
 
-def test_vilt_prints_both_and_the_share_of_the_optimal_transport(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("transformers")
-    monkeypatch.setitem(bench.vilt.PRESETS, "vilt-toy", flm.replace(bench.vilt.PRESETS["vilt-toy"], max_patches=10))
-    results = run("vilt --preset vilt-toy --device cpu --rounds 1 --batch-size 2".split(), tmp_path)
-    limit = ", at most 10 patches"
-    assert [(r["precision"], r["variant"]) for r in results["steps"]] == [
-        (p, name) for p in ("fp32", "bf16")
-        for name in ("ours", "transformers", bench.ALL_LOSSES, "ours" + limit, "transformers" + limit)]
-    assert all(r["step s"] > r["fwd+bwd s"] > 0 for r in results["steps"])
-    assert [r["speed-up step"] for r in results["steps"][1:5:3]] == [1, 1] and results["steps"][2]["speed-up step"] == ""
-    for table in results["parts"]:
-        seconds = {row["part"]: row["both s"] for row in table["rows"]}
-        assert all(seconds.values()) and sum(row["share %"] for row in table["rows"]) == pytest.approx(100)
-        assert ("optimal transport" in seconds) == (table["variant"] == bench.ALL_LOSSES)
-    assert "the loss of masked words in float32" in capsys.readouterr().out
+def test_parts_are_all_found_and_their_shares_add_up(run):
+    rows = {row["part"]: row for row in run("parts", *TOY)}
+    assert sum(row["share %"] for row in rows.values()) == pytest.approx(100)
+    assert list(rows) == [*bench.PARTS, bench.REST]
+    assert all(rows[part]["forward s"] > 0 for part in bench.PARTS)
+    assert all(rows[part]["backward s"] > 0 for part in bench.PARTS if part != "optimizer")
+
+
+def test_backward_seconds_belong_to_the_part_that_has_gradients(run, monkeypatch):
+    steps = bench.flm_steps
+
+    def frozen(*arguments):
+        ways = steps(*arguments)
+        ways[0].model.vit.requires_grad_(False)
+        ways[0].model.image_to_fusion.requires_grad_(False)
+        return ways
+
+    monkeypatch.setattr(bench, "flm_steps", frozen)
+    rows = {row["part"]: row for row in run("parts", *TOY)}
+    assert rows["ViT"]["forward s"] > 0 and rows["ViT"]["backward s"] == 0
+    assert rows["text layers"]["backward s"] > 0
+
+
+def test_loader_measures_given_files_and_else_drawn_pictures(captions, run, monkeypatch):
+    drawn = bench.draw_photos
+    monkeypatch.setattr(bench, "draw_photos", lambda path: drawn(path, 3))
+    for files in ([captions[0]], []):
+        rows = run("loader", *files, "--rounds", 1, "--batch", 2)
+        assert len(rows) == 3 and all(row["pictures/s"] > 0 for row in rows)
+
+
+def test_drawn_pictures_are_decoded(tmp_path):
+    bench.draw_photos(tmp_path / "drawn.arrow", 2)
+    table = data.Captions([tmp_path / "drawn.arrow"])
+    assert len(table) == 2 and 50_000 < len(table.image(0).to_pybytes()) < 200_000
+    assert data.decode(table.image(1), data.Square(288)).shape == (3, 288, 288)
+
+
+def test_padding_is_the_share_of_pads():
+    lengths = np.array([[3, 5], [2, 2]])
+    assert bench.share_of_pads(lengths, 1) == pytest.approx(100 * 2 / 14)
+    assert bench.share_of_pads(lengths, 4) == pytest.approx(100 * 12 / 24)
+    assert bench.share_of_pads(lengths, 50) == pytest.approx(100 * 188 / 200)
+
+
+def test_sorted_captions_have_less_padding(captions, run):
+    rows = run("padding", captions[0], "--tokenizer", captions[1])
+    assert [row["order"] for row in rows] == ["sorted", "as drawn"] * 4
+    for row in rows:
+        assert 0 <= row["to 1"] < row["to 8"] < row["to 50"] < 100
+    assert rows[0]["to 1"] < rows[1]["to 1"]
+
+
+def test_gpu_command_runs_on_a_cpu_too(run, capsys):
+    results = run("gpu", *TOY, "--precision", "bf16")
+    assert results["MFU %"] > 0 and results["GB"] > 0
+    assert names(results["rows"]) == [("bf16", "ours"), ("bf16", "original")]
+    assert "% MFU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["loader", "absent.arrow"], "bench.py: absent.arrow: there is no such file"),
+    (["captions", *TOY, "--tokens", "99"], "bench.py: .*the model has positions for"),
+    (["step", *TOY, "--device", "abacus"], "bench.py: .*cpu or cuda is expected"),
+    (["padding", "absent.arrow"], "bench.py: absent.arrow: there is no such file")])
+def test_what_is_wrong_is_one_sentence(arguments, sentence):
+    with pytest.raises(SystemExit, match=sentence):
+        bench.main(arguments)
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--tokens", "2"], "--tokens: at least 3"), (["--batch", "4", "0"], "--batch: at least 1"),
+    (["--rounds", "0"], "--rounds: at least 1"),
+    (["--preset", "vilt"], "--preset vilt: step expects one of toy, small")])
+def test_wrong_flags_are_refused(flags, sentence, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["step", *flags])
+    assert sentence in capsys.readouterr().err
 
 
 def test_vilt_without_transformers_is_one_sentence(monkeypatch):
     monkeypatch.setitem(bench.sys.modules, "transformers", None)
-    with pytest.raises(SystemExit, match="bench.py: vilt measures ours beside the package transformers, .* not installed"):
-        bench.main("vilt --preset vilt-toy --device cpu".split())
-
-
-def test_what_is_wrong_is_one_sentence(tmp_path):
-    with pytest.raises(SystemExit, match="bench.py: .*there is no such file"):
-        bench.main(["loader", str(tmp_path / "absent.arrow")])
+    with pytest.raises(SystemExit, match="bench.py: .*transformers"):
+        bench.main(VILT)

@@ -115,7 +115,7 @@ def test_a_vqa_file_gives_the_recorded_logits(recorded, tmp_path):
     inputs, out = recorded["vqa"]["inputs"], recorded["vqa"]["outputs"]
     assert (model.task, model.config.answers, model.answer_list) == ("vqa", 11, None)
     pooled = model.fuse(model.encode_image(inputs["image"][0]),
-                        model.encode_text(inputs["text_ids"]).class_only()).pooled
+                        model.encode_text(inputs["text_ids"]).class_query()).pooled
     torch.testing.assert_close(pooled, out["cls_feats"], **TOL)
     torch.testing.assert_close(model.head(pooled), out["vqa_logits"], **TOL)
     loss = F.binary_cross_entropy_with_logits(model.head(pooled), out["vqa_targets"]) * 11
@@ -127,7 +127,7 @@ def test_an_nlvr2_file_gives_the_recorded_logits(recorded, tmp_path):
     model = open_recorded(recorded, "nlvr2", tmp_path)
     inputs, out = recorded["nlvr2"]["inputs"], recorded["nlvr2"]["outputs"]
     assert model.task == "nlvr2"
-    text = model.encode_text(inputs["text_ids"]).class_only()
+    text = model.encode_text(inputs["text_ids"]).class_query()
     pooled = [model.fuse(model.encode_image(inputs[f"image_{i}"][0], which=i), text).pooled
               for i in (0, 1)]
     for ours, theirs in zip(pooled, ("cls_feats_1", "cls_feats_2"), strict=True):
@@ -150,7 +150,7 @@ def test_a_retrieval_file_gives_the_recorded_scores(recorded, tmp_path):
     torch.testing.assert_close(scores, out["scores"], **TOL)
     every = out["recall_texts"]
     ids = every["text_ids"].masked_fill(every["text_masks"] == 0, 1)
-    every = model.encode_text(ids).class_only()
+    every = model.encode_text(ids).class_query()
     scores = torch.stack([model.head(model.fuse(visual[i:i + 1], every).pooled)[:, 0]
                           for i in range(4)])
     torch.testing.assert_close(scores, out["recall_scores"], **TOL)
