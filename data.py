@@ -154,8 +154,7 @@ class Captions(Table):
 
 
 class Questions(Captions):
-    """Questions about images. Answers are labels of the answer list with scores; tests have
-    none."""
+    """Questions about images; answers are labels of the answer list with scores (tests: none)."""
     TEXT, MORE = "questions", ("answer_labels", "answer_scores", "question_id")
 
     def details(self, i: int) -> dict:
@@ -259,8 +258,7 @@ def decode(encoded, shape, fast: bool = False, augment=None) -> Tensor:
     """Encoded bytes -> uint8 (3, H, W) of a shape (Square or Whole), resized bicubically.
 
     fast, for training: libjpeg decodes at 1/2, 1/4 or 1/8 where that still has the pixels, and
-    torch resizes instead of Pillow: 2.3 times as fast on photographs, and equal to within 2 grey
-    levels.
+    torch resizes instead of Pillow: 2.3 times as fast, and equal to within 2 grey levels.
     augment: a PIL -> PIL function, applied before the resize as in CLIP's fine-tuning.
     Raises whatever Pillow's readers raise for what is no image.
     """
@@ -466,8 +464,7 @@ class GlobalBatches:
         return rng.permutation(batches).reshape(-1)
 
     def micro_batches(self, start: int, stop: int, micro_batch: int, rank: int = 0, world: int = 1):
-        """This process's micro-batches of the steps start..stop-1: lists of (epoch, caption
-        number)."""
+        """This process's micro-batches of the steps start..stop-1: lists of (epoch, caption)."""
         for step in range(start, stop):
             numbers, epoch = self.batch(step), step // self.steps_per_epoch
             hands = numbers.reshape(-1, world, micro_batch)     # (accumulation, world, micro_batch)

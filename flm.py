@@ -18,12 +18,13 @@ for the tokens i = 1 .. n-1:
 where first_i .. last_i is the span hidden from query i: the word itself, or more (`draw_spans`).
 
 Where is what
-    which rows may look at which columns       the masks, below
-    which output predicts which token          SHIFT and predicting_rows, below
-    what is hidden and asked in training       tasks.PretrainFLM.draw
-    the wrong images of image-text matching    tasks.Pretrain.other_pictures, FLM._itm
-    the ViT, attention, the layers             layers.py
-    the total loss over a global batch         Config.loss_weights, train.backward
+    which rows may look at which columns    flm.left_to_right_mask … flm.reconstructor_mask
+    which output predicts which token       flm.SHIFT, flm.predicting_rows
+    what is hidden and asked in training    tasks.PretrainFLM.draw, flm.draw_spans
+    the wrong images of matching            tasks.Pretrain.other_pictures, flm.FLM._itm
+    the total loss over a global batch      flm.Config.loss_weights, train.backward
+    the ViT, attention, the layers          layers.ViT, layers.Attention, layers.StreamLayer
+    captions; scoring N images x M texts    generate.generate, predict.fill_scores
 
 Letters: B batch, L text length, n real tokens of a caption, S streams (2 for FLM, else 1),
 Q queries (L, or 1), P image tokens (1 + patches), D width, V vocabulary, M images.
@@ -51,7 +52,7 @@ class Config:
 
     The defaults are the paper's base model. The comments are the help texts of train.py's flags.
     """
-    objective: str = "flm"          # flm, mlm, ar or prefix: which streams exist, under which masks
+    objective: str = "flm"              # flm, mlm, ar or prefix: which streams, which masks
     # the ViT (CLIP's, without its last block)
     image_size: int = 288               # pixels; for other sizes the position grid is interpolated
     patch_size: int = 32                # pixels
@@ -74,15 +75,14 @@ class Config:
     fusion_layers: int = 6              # fusion layers, which see the image
     reconstructor_text_layers: int = 6      # beside the last text layers
     reconstructor_fusion_layers: int = 6    # beside the last fusion layers
-    image_positions: float = 0.0     # if not 0 (as published), a second position embedding is added
-                                        # to the image tokens: sine waves of this height, then
-                                        # learned
+    image_positions: float = 0.0        # height of a second position embedding, which starts as
+                                        # sine waves, added to the image tokens; 0: none
     dropout: float = 0.1                # of all layers but the ViT's
-    init_std: float = 0.02            # of new text and fusion weights (the ViT has CLIP's own rule)
+    init_std: float = 0.02              # of new text and fusion weights; the ViT has CLIP's rule
     # the losses
     left_to_right_weight: float = 1.0   # w_f, of the left-to-right stream's loss: the next word
     right_to_left_weight: float = 1.0   # w_r, of the right-to-left stream's: the previous word
-    corruption_rate: float = 0.0      # share of a caption hidden from each query; 0: its word alone
+    corruption_rate: float = 0.0        # share of a caption hidden from each query; 0: one word
     prediction_rate: float = 1.0        # share of the words that are predicted in training
     mask_rate: float = 0.15             # objective mlm: share of masked words
     label_smoothing: float = 0.0        # of the words' targets, in training
@@ -99,9 +99,8 @@ class Config:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective {self.objective!r}: one of {', '.join(OBJECTIVES)} "
                              "is expected")
-        if self.image_positions and self.width % 4:
-            raise ValueError(f"image_positions needs a width that divides by 4, not {self.width}: "
-                             "sine and cosine of row and column")
+        if self.image_positions and self.width % 4:     # sine and cosine of row and column
+            raise ValueError(f"image_positions needs a width that divides by 4, not {self.width}")
         if self.objective != "flm":
             return
         if (self.reconstructor_text_layers > self.text_layers
@@ -109,8 +108,7 @@ class Config:
             raise ValueError("the reconstructor has at most as many layers as the transformer "
                              "that it stands beside")
         if self.reconstructor_fusion_layers == 0:
-            raise ValueError("objective flm needs reconstructor_fusion_layers of at least 1: "
-                             "they see the image")
+            raise ValueError("objective flm needs at least 1 of reconstructor_fusion_layers")
 
     @property
     def max_tokens(self) -> int:
@@ -267,8 +265,7 @@ def draw_spans(n: int, length: int, rate: float, rng) -> tuple[np.ndarray, np.nd
     neighbours are hidden, in one span. The token is in its middle (with an odd K, left or right of
     it at random), but a span that would leave the caption is shifted back into it, not cut. So the
     mean share of hidden tokens is `rate`, for any 1/m <= rate <= 1.
-    Returns first, last: int64 (length,), inclusive. Rows that predict nothing hide themselves
-    alone.
+    Returns first, last: int64 (length,), inclusive. Other rows hide themselves alone.
     """
     first = np.arange(length)
     last = first.copy()
@@ -284,23 +281,20 @@ def draw_spans(n: int, length: int, rate: float, rng) -> tuple[np.ndarray, np.nd
 
 # Row i of an output predicts token i + SHIFT[output]. All outputs also know the image.
 #
-# output         row i knows                  predicts   rows    never a target, and why
-# weight reconstructed  the words outside its span   w_i        1..n-1  <s>: it is always the same
-# 1 left_to_right  w_1 .. w_i                   w_{i+1}    1..n-2  w_1: row 0 has read the whole
-# caption    w_f right_to_left  w_i .. w_{n-1}               w_{i-1}    2..n-1  </s>: no row stands
-# right of it          w_r
+# output         row i has read             predicts  rows    never a target, and why       weight
+# reconstructed  all but its hidden span    w_i       1..n-1  <s>: always the same          1
+# left_to_right  w_1 .. w_i                 w_i+1     1..n-2  w_1: row 0 has read it        w_f
+# right_to_left  w_i .. w_n-1               w_i-1     2..n-1  </s>: no real row follows it  w_r
 #
-# (Objective mlm has `reconstructed` alone, and its rows are the masked words. ar and prefix have
-# `left_to_right` alone; prefix predicts no word of the prefix.)
+# Objective mlm has `reconstructed` alone, and its rows are the masked words. ar and prefix have
+# `left_to_right` alone; prefix predicts no word of the prefix.
 SHIFT = {"reconstructed": 0, "left_to_right": 1, "right_to_left": -1}
 
 
 def predicting_rows(objective: str, n: int, prefix: int = 0) -> dict[str, range]:
-    """Output -> the rows that predict a token, in a caption of n real tokens, as in the table
-    above.
+    """Output -> the rows that predict a token, in a caption of n real tokens: the table above.
 
-    n counts `<s>` and `</s>`. Padding predicts nothing. Not for mlm, whose rows are drawn at
-    random.
+    n counts `<s>` and `</s>`. Padding predicts nothing. Objective mlm draws its rows at random.
 
     >>> predicting_rows("flm", 5)
     {'reconstructed': range(1, 5), 'left_to_right': range(1, 4), 'right_to_left': range(2, 5)}
@@ -318,9 +312,8 @@ def predicting_rows(objective: str, n: int, prefix: int = 0) -> dict[str, range]
 
 @dataclass
 class Text:
-    """What `fuse` needs of captions: all that does not depend on the image. `text[index]` picks
-    some."""
-    streams: Tensor                    # (B, S, L, D): both streams, or the single one of a baseline
+    """What `fuse` needs of captions. `text[index]` picks some of them."""
+    streams: Tensor                     # (B, S, L, D): both streams, or a baseline's single one
     mask: Mask                          # (B, S, L, L)
     queries: Tensor | None = None       # (B, Q, D): the reconstructor's; None for the baselines
     query_mask: Mask | None = None      # (B, Q, S L)
@@ -345,8 +338,7 @@ class Text:
 
 @dataclass
 class Fused:
-    """What the model knows of image-caption pairs. Row i of an output speaks of token i +
-    SHIFT[output]."""
+    """What the model knows of image-caption pairs. The table at SHIFT says what row i predicts."""
     pooled: Tensor | None = None            # (B, D) the class vector; None without a pooler
     left_to_right: Tensor | None = None     # (B, L, D) flm, ar, prefix: row i has read words 1..i
     right_to_left: Tensor | None = None     # (B, L, D) flm: row i has read words i..n-1
@@ -394,8 +386,7 @@ class FLM(nn.Module):
         """Draws all weights, from torch's global random state.
 
         The ViT by CLIP's rule (`ViT.init_weights`), image_position as `sine_waves`. The rest by
-        BERT's:
-        matrices, embeddings and types of std init_std; LayerNorms 1 and 0, biases 0.
+        BERT's: matrices, embeddings and types of std init_std; LayerNorms 1 and 0, biases 0.
         """
         c = self.config
         for module in self.modules():
@@ -426,13 +417,11 @@ class FLM(nn.Module):
 
     def encode_text(self, ids: Tensor, first=None, last=None, prefix=None, queries=None,
                     class_only: bool = False) -> Text:
-        """All that does not depend on the image: ids (B, L) int64, `<s> … </s>` and padding ->
-        Text.
+        """All that does not depend on the image: ids (B, L) int64, `<s> … </s>`, padded -> Text.
 
         first, last (B, L): FLM's hidden spans (default: each word alone). prefix (B,): PrefixLM's
         prefix lengths (default 0: causal). queries (B, L): the reconstructor's input ids, in place
-        of `<s> <mask> <mask> …`. class_only: query 0 alone is asked, which is all the class vector
-        needs.
+        of `<s> <mask> <mask> …`. class_only: query 0 alone, all that the class vector needs.
         """
         c = self.config
         if ids.shape[1] > c.max_tokens:
@@ -487,8 +476,10 @@ class FLM(nn.Module):
         return self.vocab_head(x)
 
     def _run(self, layers, reconstructors, text: Text, visual: Tensor | None = None) -> Text:
-        """The streams through `layers`; after each of the last ones, the queries through the
-        reconstructor layer beside it."""
+        """Runs the streams through `layers` and the queries through `reconstructors`.
+
+        The reconstructors stand beside the last layers. Each reads the streams after its layer.
+        """
         B, S, L, _ = text.streams.shape
         streams, q = text.streams, text.queries
         mask = text.mask.reshape(B * S)
@@ -509,11 +500,10 @@ class FLM(nn.Module):
         """The losses of a batch: output -> (sum of its targets' losses, number predicted right).
 
         `batch` holds `image` (B, 3, H, W) normalised, `ids` (B, L), and what `tasks.PretrainFLM`
-        drew:
-        for every output `<output>_rows`, the predicting rows as indices into B L; `masked_ids`
+        drew: for every output `<output>_rows`, its predicting rows as indices in B L; `masked_ids`
         (mlm); `prefix` (prefix); `first` and `last` (flm with spans); for itm `other_image` and
         `same_image`. The losses are sums: the mean is over the targets of the *global* batch, which
-        only the training loop knows. Of a fine-tuned head, see `layers.task_loss`.
+        only the training loop knows (train.backward). Of a fine-tuned head: `layers.task_loss`.
         """
         c, ids = self.config, batch["ids"]
         if c.head in TASK_HEADS:

@@ -1,7 +1,7 @@
 """What FLM and ViLT are built from: attention, the ViT, text embeddings, transformer layers, heads.
 
-Letters: B batch, L text length, S streams, Q queries, K keys, P image tokens, D width, d = D /
-heads, M images (B, or fewer: each image then belongs to B / M neighbouring captions), V vocabulary.
+Letters: B batch, L text length, S streams, Q queries, K keys, P image tokens, D width, d = D/heads,
+M images (B, or fewer: each image then belongs to B / M neighbouring captions), V vocabulary.
 In every mask, True = the row may look at the column.
 """
 
@@ -83,8 +83,7 @@ class Attention(nn.Module):
         k, v = memory if isinstance(memory, tuple) else self.keys_and_values(memory)
         M = len(k)
         dropout = self.dropout if self.training else 0.0
-        # Captions of one image stand side by side: B / M captions of Q rows are one of B / M Q
-        # rows.
+        # Captions of one image stand side by side, as one caption of B / M Q rows.
         q = self.q(x).view(M, B // M * Q, self.heads, D // self.heads)
         q = q.transpose(1, 2)                                               # (M, heads, B/M Q, d)
         if mask is None:
@@ -129,8 +128,7 @@ class ViTBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Mask | None = None, queries: int | None = None) -> Tensor:
-        """queries: only the first rows are computed, this many: for a last block whose other rows
-        nobody reads. None: all."""
+        """queries: number of rows to compute, the first ones, where nobody reads the others."""
         y = self.norm1(x)
         x = x[:, :queries] + self.dropout(self.attention(y[:, :queries], y, mask))
         return x + self.dropout(self.mlp(self.norm2(x)))
@@ -187,8 +185,8 @@ class ViT(nn.Module):
 def resize_positions(position: Tensor, size: tuple[int, int]) -> Tensor:
     """Interpolates a learned position grid to another resolution; the class row is kept.
 
-    position (1 + g², D), size (h, w) -> (1 + h w, D); bicubic, align_corners false, no
-    antialiasing.
+    Bicubic, align_corners false, no antialiasing.
+    position (1 + g², D), size (h, w) -> (1 + h w, D)
     """
     cls, grid = position[:1], position[1:]
     side = int(len(grid) ** 0.5)
@@ -204,8 +202,7 @@ def sine_waves(side: int, width: int) -> Tensor:
     """Sines and cosines of a patch's row (first half) and column (second half) -> (side², width).
 
     A start for learned positions. The longest wave is four grids long, nearly a straight line from
-    edge to edge; the shortest is two patches. So "left of" is a direction in them from the first
-    step on.
+    edge to edge; the shortest is two patches. So "left of" is a direction from the first step on.
     """
     waves = width // 4
     exponent = torch.linspace(0, 1, waves, device="cpu")
@@ -238,8 +235,7 @@ class TextEmbedding(nn.Module):
 
 
 def roberta_positions(real: Tensor) -> Tensor:
-    """RoBERTa counts real tokens from 2; padding has position 1.   real (B, L) bool -> (B, L)
-    int64"""
+    """RoBERTa counts real tokens from 2; padding has position 1.   real (B, L) -> (B, L) int64"""
     return 1 + real.cumsum(1) * real
 
 
@@ -261,8 +257,7 @@ class StreamLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Mask | None, image=None, cache=None) -> Tensor:
-        """cache: of the words before these; its `extend` adds the keys and values of x
-        (generate.py)."""
+        """cache: a generate.KVCache of the words before these."""
         B, S, L, D = x.shape
         y = x.reshape(B * S, L, D)                          # each stream looks at itself
         words = y
@@ -278,10 +273,9 @@ class StreamLayer(nn.Module):
 
 
 class ReconstructorLayer(nn.Module):
-    """A post-norm layer of queries: cross-attention to the streams, feed-forward, NO
-    self-attention.
+    """A post-norm layer of queries: cross-attention to the streams, and a feed-forward.
 
-    Without self-attention, a query cannot learn another query's answer.
+    It has no self-attention, so a query cannot learn another query's answer.
     q (B, Q, D), streams (B, S, L, D), mask for Q rows and S L columns -> (B, Q, D)
     """
 
@@ -315,12 +309,11 @@ class VocabHead(nn.Module):
 
 
 def task_head(config) -> nn.Module:
-    """The head of a fine-tuned model, on the class vectors (B, D). ViLT's, which METER and FLM
-    kept.
+    """The head of a fine-tuned model, on class vectors: ViLT's, which METER and FLM kept.
 
-    vqa: (B, D) -> (B, answers). nlvr2: the vectors of two images, (B, 2D) -> (B, 2), class 1 =
-    True.
-    retrieval: (B, D) -> (B, 1), how well image and caption go together.
+    vqa          (B, D) -> (B, answers)
+    nlvr2        the vectors of both images, (B, 2D) -> (B, 2), class 1 = the statement is true
+    retrieval    (B, D) -> (B, 1), how well image and caption go together
     """
     D = config.width
     if config.head == "retrieval":
@@ -331,8 +324,7 @@ def task_head(config) -> nn.Module:
 
 
 def loss_and_hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropies, and number of hits: logits (N, C), targets (N,) -> two
-    scalars."""
+    """Sum of the cross-entropies and number of hits: logits (N, C), targets (N,) -> 2 scalars."""
     loss = F.cross_entropy(logits.float(), targets, reduction="sum")
     hits = (logits.argmax(-1) == targets).float().sum()
     return loss, hits

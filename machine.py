@@ -1,12 +1,11 @@
 """What a run stands on: its processes, its device, its precision.
 
-    machine = set_up(device="", precision="")       # joins the other processes, if a launcher
-    started several with machine.autocast():
+    machine = set_up(device="", precision="")   # joins the other processes, if there are several
+    with machine.autocast():
         ...
     machine.say("printed once, by the first process")
 
-torchrun, OpenMPI's mpirun and SLURM's srun are understood; without any of them a process runs
-alone.
+torchrun, OpenMPI's mpirun and SLURM's srun are understood. Without them a process runs alone.
 """
 
 import os
@@ -70,8 +69,7 @@ class Machine:
 
 
 def find_ranks(env: dict) -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this node), from a launcher's variables; alone: (0, 1,
-    0).
+    """(rank, number of processes, rank on this node) from a launcher's variables; else (0, 1, 0).
 
     SLURM sets its variables in every shell of an allocation, also where nothing was started by
     srun. So they count only inside a step, which srun alone opens.
@@ -172,8 +170,7 @@ def choose_precision(asked: str, device: torch.device) -> str:
 def loader_workers(asked: int, device: torch.device) -> int:
     """Number of data-loading processes beside this one; asked < 0: chosen by the device.
 
-    A CPU run has none, since they would take the model's cores. A GPU gets its share, at most
-    eight.
+    A CPU run has none: they would take the model's cores. A GPU gets its share, at most eight.
     """
     if asked >= 0:
         return asked

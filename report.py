@@ -39,8 +39,7 @@ class Sums:
         self.values += torch.stack([losses, hits, counts]).to(self.values)
 
     def read(self, prefix: str = "") -> dict[str, float]:
-        """{loss, <output>_loss, <output>_accuracy} over all processes' targets; starts again at
-        0."""
+        """{loss, <output>_loss, <output>_accuracy}, of all processes; starts again at 0."""
         if dist.is_initialized():
             dist.all_reduce(self.values)
         losses, hits, counts = self.values.tolist()
@@ -232,8 +231,7 @@ def device_name(device: torch.device) -> str:
 
 
 def dry_run(run):
-    """Prints what would run, its settings, and an estimate of the memory of a process; trains
-    nothing.
+    """Prints what would run, its settings, and an estimate of the memory of a process.
 
     Activations are counted in a forward pass of the first step's longest micro-batch.
     """

@@ -36,6 +36,7 @@ class Settings:
     load: str = ""                 # a checkpoint, ours or a released one: sizes, weights, tokenizer
     vit: str = ""                 # a file to start the image side from: CLIP's, or for ViLT a ViT's
     text: str = ""                  # a file to start the text side from: RoBERTa's or BERT's
+    trust: bool = False             # run the code of TorchScript files that OpenAI did not publish
     tokenizer: str = ""             # directory of vocab.json and merges.txt, or of vocab.txt; none:
                                     # train one on the captions
     # optimization
@@ -78,7 +79,7 @@ class Settings:
 # What may differ between a run and its resumption without changing what is learned.
 FREE_TO_CHANGE = {"resume", "out", "data", "micro_batch", "workers", "device", "compile", "shard",
                   "log_every", "eval_every", "eval_samples", "pad_to", "save_every", "keep",
-                  "max_unreadable", "max_skipped", "tokenizer", "dry_run"}
+                  "max_unreadable", "max_skipped", "tokenizer", "trust", "dry_run"}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -223,8 +224,7 @@ def split_batch(settings: Settings, world: int) -> tuple[int, int]:
 
 
 def check_config_flags(config_flags: dict, config, what: str):
-    """ValueError for a flag that the model's Config does not have. what: the model, for the
-    sentence."""
+    """ValueError for a flag that the model's Config does not have. what: how to call the model."""
     names = {field.name for field in fields(config)}
     for name in config_flags:
         if name not in names:

@@ -116,8 +116,7 @@ RECIPES = {
         "vilt": dict(
             model="vilt", max_tokens=40, datasets=("nlvr2",), augment=True, epochs=10,
             global_batch=128, lr=1e-4, warmup=0.1, head_lr_scale=1.0),
-        # Slowly, or noise wears off what the VQA model knows before the head has begun to compare
-        # (docs/LOG.md).
+        # Slowly, or the VQA model forgets before the head has begun to compare (docs/LOG.md).
         "toy": dict(
             model="toy", steps=1600, global_batch=32, micro_batch=32, bucket=16, clip=1.0,
             lr=2e-5, warmup=0.05, head_lr_scale=50.0, fusion_lr_scale=5.0,
@@ -243,8 +242,7 @@ class Task:
     def collate(self, samples: list[dict]) -> tuple[dict, dict]:
         """Samples -> (batch, notes): tensors for the model, and what the loop counts and reports.
 
-        Everything random is drawn here, so the loop knows the number of targets without asking the
-        device.
+        All chance is drawn here, so the loop knows the number of targets without asking the device.
         """
         c, texts = self.config, self.texts(samples)
         rngs = [sample["rng"] for sample in samples] if samples[0]["train"] else None
@@ -304,8 +302,8 @@ class Pretrain(Task):
     def other_pictures(samples: list[dict]) -> tuple[Tensor, Tensor]:
         """A wrong image for every caption, from the micro-batch: all images move on by one shift.
 
-        -> (index (B,) of each caption's image, (B,) whether it happens to be the right one after
-        all) """
+        -> (index (B,) of each caption's image, (B,) bool: it happens to be the right one after all)
+        """
         B = len(samples)
         shift = int(samples[0]["rng"].integers(1, max(2, B)))
         other = (torch.arange(B) + shift) % B
@@ -334,8 +332,7 @@ class PretrainFLM(Pretrain):
     def draw_rows(self, samples, batch, c):
         """Adds the rows that predict, `<output>_rows`, and what is hidden from each query.
 
-        prefix: the prefix lengths. flm with a corruption rate: `first` and `last` of the hidden
-        spans.
+        Objective prefix: `prefix`. flm with a corruption rate: `first`, `last` of the spans.
         """
         L = batch["ids"].shape[1]
         rows, prefixes, spans = defaultdict(list), [], []
@@ -384,8 +381,7 @@ class PretrainViLT(Pretrain):
         return counts
 
     def mask_patches(self, samples, batch):
-        """Adds `mpp_rows`, the patches that are asked for, and `hidden_patches` (B, K), 80 % of
-        them."""
+        """Adds `mpp_rows`, the patches asked for, and `hidden_patches` (B, K), 80 % of them."""
         picked = np.zeros(batch["patches"].shape, dtype=bool)                               # (B, K)
         hidden = picked.copy()
         real_counts = (batch["patches"] >= 0).sum(1).tolist()
@@ -467,8 +463,8 @@ def full_stop(text: str) -> str:
 class Caption(Task):
     """Captions, word by word from the left, on `<s> <bos> w1 … wk <eos> </s>`.
 
-    The left-to-right stream alone is trained and decodes: the row of `<bos>` predicts w1, that of
-    wk predicts `<eos>`.
+    Only the left-to-right stream is trained and decodes: the row of `<bos>` predicts w1, that of wk
+    predicts `<eos>`.
     """
 
     @classmethod

@@ -1,9 +1,8 @@
 """ONE training loop: pretraining and every fine-tuning task.
 
     python train.py --task pretrain --recipe toy --data data/toy --out runs/toy
-    torchrun --nproc_per_node 8 train.py --task pretrain --recipe flm-b32 --data DIR --tokenizer DIR
-    \
-        --out runs/flm
+    torchrun --nproc_per_node 8 train.py --task pretrain --recipe flm-b32 --data DIR \
+        --tokenizer DIR --out runs/flm
     python train.py … --resume          # goes on where the run stopped
     python train.py … --dry-run         # prints what would run, with its memory, and stops
 
@@ -54,9 +53,9 @@ UNDECAYED = ("vit.position", "image_position", "position")
 def parameter_groups(model, settings: Settings) -> list[dict]:
     """AdamW's groups: {base, head, fusion} x {decayed, not}; every parameter is in exactly one.
 
-    Decayed are matrices: weights of linear layers, convolutions and embeddings. Not decayed are
-    biases, LayerNorms, the class token, the type vectors and the image's positions. A ViLT has no
-    fusion group: its pooler and blocks are the group "base".
+    Decayed are all parameters of two or more dimensions but UNDECAYED: weights of linear layers and
+    convolutions, embeddings. Not decayed are biases, LayerNorms, the class token, and the image's
+    positions. A ViLT has no fusion group: its blocks and pooler are in "base".
     """
     scales = {"base": 1.0, "head": settings.head_lr_scale, "fusion": settings.fusion_lr_scale}
     groups = {(group, decayed): [] for group in scales for decayed in (True, False)}
@@ -72,8 +71,7 @@ def parameter_groups(model, settings: Settings) -> list[dict]:
 
 
 def rate_at(step: int, settings: Settings) -> float:
-    """The share of the peak rate at a step, from 0: linear up over the warm-up, then linear to
-    0."""
+    """The share of the peak rate at a step: linear from 0 over the warm-up, then linear to 0."""
     warmup = round(settings.warmup * settings.steps)
     if step < warmup:
         return step / warmup
@@ -95,8 +93,9 @@ class Run:
     micro_batch: int
     accumulation: int               # micro-batches of one process per step
     answers: list | None            # vqa: the answer list
-    saved: dict | None              # the checkpoint that it goes on from
-    source: object                  # the model of --load
+    resumed: bool                   # it goes on from a checkpoint
+    saved: dict | None              # that checkpoint, and the model of --load, until the model has
+    source: object                  # their weights
 
     @property
     def out(self) -> Path:
@@ -146,7 +145,9 @@ def open_run(settings: Settings, config_flags: dict) -> Run:
     micro_batch, accumulation = split_batch(settings, machine.world)
     checkpoint = Path(settings.out) / "last.pt"
     saved = weights.read(checkpoint) if settings.resume and checkpoint.exists() else None
-    source = weights.load(settings.load) if settings.load and not saved else None
+    source = None
+    if settings.load and not saved:
+        source = weights.load(settings.load, trust=settings.trust)
     if saved:
         config = weights.config_of(saved)
     else:
@@ -175,7 +176,7 @@ def open_run(settings: Settings, config_flags: dict) -> Run:
     if settings.epochs:
         settings = replace(settings, steps=round(settings.epochs * sampler.steps_per_epoch))
     run = Run(settings, machine, config, task, tables, sampler, micro_batch, accumulation, answers,
-              saved, source)
+              saved is not None, saved, source)
     if saved:
         check_same_run(checkpoint, saved, settings, config, run.files)
     return run
@@ -256,6 +257,7 @@ def build_state(run: Run) -> State:
     if machine.world > 1 and not s.shard:
         on_gpu = machine.device.type == "cuda"
         model = DistributedDataParallel(bare, device_ids=[machine.device.index] if on_gpu else None)
+    run.saved = run.source = None           # they would hold the weights a second time
     skipped = torch.tensor(float(counters["skipped"]), device=machine.device)
     return State(model, bare, optimizer, scaler, step, counters, skipped, torch.zeros_like(skipped))
 
@@ -267,7 +269,7 @@ def start_from_files(run: Run, model):
         return
     fresh_head = {name: tensor.clone() for name, tensor in model.state_dict().items()
                   if name.startswith("head.")}
-    run.machine.say(weights.start(model, s.vit, s.text, s.load))
+    run.machine.say(weights.start(model, s.vit, s.text, s.load, trust=s.trust))
     loaded_answers = run.source.answer_list if run.source else None
     if run.answers and loaded_answers and loaded_answers != run.answers:
         model.load_state_dict(fresh_head, strict=False)
@@ -321,7 +323,7 @@ def train(run: Run):
     while True:
         finished = state.step == s.steps
         new = state.step > first_step       # not what the checkpoint knew already
-        if run.tables["val"] and run.due(s.eval_every, state.step) and (new or not run.saved):
+        if run.tables["val"] and run.due(s.eval_every, state.step) and (new or not run.resumed):
             with log.paused():
                 metrics = evaluate(run, state)
             log.validation(metrics, state.step)
@@ -387,8 +389,7 @@ def backward(run: Run, state: State, micro_batches: list, log: Log):
 def update(run: Run, state: State) -> torch.Tensor:
     """Clips the gradient and steps the optimizer -> the gradient's norm, on the device.
 
-    A gradient that is not finite is skipped and counted, all on the device: the loop never waits to
-    find out.
+    A gradient that is not finite is skipped and counted on the device: the loop does not wait.
     """
     optimizer, scaler = state.optimizer, state.scaler
     scaler.unscale_(optimizer)
@@ -427,16 +428,14 @@ def save(run: Run, state: State, keep: bool):
 
 @torch.no_grad()
 def evaluate(run: Run, state: State) -> dict:
-    """Losses and accuracies on validation captions, each counted once by any number of
-    processes."""
+    """Losses and accuracies on validation captions, each counted once by all processes."""
     s, machine, table = run.settings, run.machine, run.tables["val"]
     count = len(table.row_of)
     some = min(s.eval_samples or count, count)
     chosen = [i * count // some for i in range(some)]
     lengths = token_lengths(table, run.task.tok, chosen)
     batches = evaluation_batches(lengths, chosen, run.micro_batch)
-    # A process that has nothing left repeats the first batch, uncounted: sharded models run in
-    # step.
+    # A process that has nothing left repeats the first batch, uncounted: shards run in step.
     rounds = -(-len(batches) // machine.world)
     places = range(machine.rank, rounds * machine.world, machine.world)
     mine = [batches[k] if k < len(batches) else batches[0] for k in places]

@@ -1,16 +1,16 @@
-"""ViLT: one transformer over words and patches, pretrained with masked words, image-text matching
-and word-patch alignment by optimal transport.
+"""ViLT: one transformer over words and patches.
 
     model = ViLT(PRESETS["vilt"])
-    visual = model.encode_image(images, sizes)   # once per image: patches, projected, with
-    positions text = model.encode_text(ids)                # once per caption: words, with positions
-    fused = model.fuse(visual, text)             # once per pair: all twelve blocks, over [text ;
-    image] logits = model.vocab_logits(fused.reconstructed)
+    visual = model.encode_image(images, sizes)      # once per image: its patches, projected
+    text = model.encode_text(ids)                   # once per caption: its words, embedded
+    fused = model.fuse(visual, text)                # once per pair: all blocks, over [text ; image]
+    logits = model.vocab_logits(fused.reconstructed)
 
-"ViLT: Vision-and-Language Transformer Without Convolution or Region Supervision", Kim et al., ICML
-2021, arXiv 2102.03334. Images keep their aspect ratio, so a batch holds grids of different shapes.
-They are packed: each image is the list of its own patches. Only the difference to the longest list
-of the batch is padding, and nothing looks at it.
+It is pretrained with masked words, image-text matching, and word-patch alignment by optimal
+transport. "ViLT: Vision-and-Language Transformer Without Convolution or Region Supervision", Kim et
+al., ICML 2021, arXiv 2102.03334. Images keep their aspect ratio, so a batch holds grids of several
+shapes. They are packed: each image is the list of its own patches. Only the difference to the
+longest list of the batch is padding, and nothing looks at it.
 
 Letters: B batch, L text length, K patches (of the longest list), P image tokens (1 + K), D width,
 V vocabulary, M words and N patches of an alignment, h, w rows and columns of one image's patches.
@@ -116,8 +116,7 @@ PRESETS = {
 
 # -------------------------------------------------------------------------------------------------
 # Images of any shape. `patches` (B, K) int64 are places in the padded grid of the batch, row by
-# row;
-# -1 is padding.
+# row; -1 is padding.
 
 def all_patches(sizes: Tensor, rows: int, columns: int) -> Tensor:
     """Every patch of every image, packed: sizes (B, 2) int64, rows and columns -> patches (B, K).
@@ -136,8 +135,7 @@ def all_patches(sizes: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def some_patches(rows: int, columns: int, limit: int, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of each patch of one image that is shown: all, or a random choice of
-    `limit`."""
+    """Row and column of each patch of an image that is shown: all, or `limit` random ones."""
     count = rows * columns
     chosen = np.arange(count)
     if 0 < limit < count:
@@ -159,9 +157,8 @@ def transport_plan(cost: Tensor, text_real: Tensor, image_real: Tensor, beta: fl
                    iterations: int = 50, inner: int = 1) -> Tensor:
     """The cheapest way to carry the words' mass to the patches: inexact proximal optimal transport.
 
-    Words have mass 1/m each and patches 1/n each, m and n being how many are real. With
-    G = exp(-cost / beta), the plan T starts at 1, sigma (of the words) at 1/m, and each iteration
-    does
+    The m real words have mass 1/m each, the n real patches 1/n. With G = exp(-cost / beta), the
+    plan T starts at 1 and sigma (of the words) at 1/m. Each iteration does
 
         Q     = G ∘ T
         delta = 1 / (n Q sigma),   sigma = 1 / (m Q^T delta)        `inner` times (Sinkhorn)
@@ -291,8 +288,7 @@ class ViLT(nn.Module):
         """All that does not depend on the text: images (B, 3, H, W), normalised -> Visual.
 
         sizes (B, 2) int64: rows and columns of patches of each image, which stands at the top left
-        of its padded place (default: no padding). patches (B, K): those that are shown (default:
-        all).
+        of its padded place (default: no padding). patches (B, K): those shown (default: all).
         which: 1 for the second image of a pair (nlvr2). hidden (B, K) bool: patches whose content
         is replaced by the mask token (masked patch prediction).
         """
@@ -340,8 +336,7 @@ class ViLT(nn.Module):
         return Text(tokens, ids != self.config.pad_id, 1 if class_only else None)
 
     def fuse(self, visual: Visual, text: Text) -> Fused:
-        """Reads captions with their images: visual of M, text of B captions, B / M each ->
-        Fused."""
+        """Reads captions with their images: visual of M, text of B, B / M neighbours -> Fused."""
         check_pairs(len(visual), len(text))
         B, L = text.mask.shape
         captions = B // len(visual)
@@ -378,12 +373,11 @@ class ViLT(nn.Module):
         """The losses of a batch: output -> (sum of its targets' losses, number predicted right).
 
         `batch` holds `image` (B, 3, H, W) normalised, `sizes`, `patches`, `ids` (B, L), and what
-        `tasks.PretrainViLT` drew: `masked_ids` and `mlm_rows`, the masked words as indices into B
-        L; for itm `image_of` (B,), the image that each caption is shown, and `same_image` (B,),
+        `tasks.PretrainViLT` drew: `masked_ids` and `mlm_rows`, the masked words as indices in B L;
+        for itm `image_of` (B,), the image that each caption is shown, and `same_image` (B,),
         whether it is its own; for mpp `mpp_rows`, the masked patches as indices into B K, and
         `hidden_patches` (B, K), where their content is hidden.
-        Alignment has no right and wrong: its second value is NaN. For a fine-tuned head, see
-        `layers.task_loss`.
+        Alignment has no right and wrong: its second value is NaN. Fine-tuned: `layers.task_loss`.
         """
         c, ids = self.config, batch["ids"]
         if c.head in TASK_HEADS:

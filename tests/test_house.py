@@ -1,0 +1,80 @@
+"""The house itself: imports run one way, files hold one idea, and the maps lead to what is there."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Each file imports only from those before it. weights and released/ are the door to other people's
+# checkpoints, prepare and sources/ that to other people's downloads.
+ORDER = ("tokenizer files data layers flm vilt tasks released weights settings machine report train generate treebank "
+         "metrics predict eval sources prepare tools tests").split()
+
+
+def modules():
+    """(name, path) of every module outside the tests."""
+    for folder in (".", "released", "sources", "tools"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            yield (path.stem if folder == "." else folder), path
+
+
+def imported(path):
+    """The modules and packages of this project that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names & set(ORDER)
+
+
+@pytest.mark.parametrize("name, path", modules(), ids=lambda value: value if isinstance(value, str) else value.name)
+def test_imports_run_one_way(name, path):
+    assert name in ORDER, f"{path.name} has no place in the house yet"
+    allowed = set(ORDER[:ORDER.index(name)]) | ({name} if path.parent != ROOT else set())
+    assert imported(path) <= allowed
+
+
+def test_the_core_knows_neither_its_tools_nor_its_toy():
+    for name, path in modules():
+        if name != "tools":
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"^\s*(from|import) tools\b", text, re.M), path
+
+
+@pytest.mark.parametrize("name, path", modules(), ids=lambda value: value if isinstance(value, str) else value.name)
+def test_a_file_is_read_in_one_sitting(name, path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 560
+
+
+def places():
+    """(file, dotted name) of every place that a map names: in README `file.py`: `name`, in flm.py file.name."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("## Where is what"):]
+    table = table[:table.index("\n## ", 5)]
+    for line in table.splitlines():
+        for file, names in re.findall(r"`([\w/]+)\.py`:((?: `[\w.]+`,?)+)", line):
+            for name in re.findall(r"`([\w.]+)`", names):
+                yield file.replace("/", "."), name
+    head = ast.get_docstring(ast.parse((ROOT / "flm.py").read_text(encoding="utf-8")))
+    rows = head[head.index("Where is what"):].split("\n\n")[0].splitlines()[1:]
+    for row in rows:
+        yield from re.findall(r"\b(\w+)\.([\w.]+)", row[40:])
+
+
+@pytest.mark.parametrize("file, name", sorted(set(places())))
+def test_the_maps_lead_to_what_is_there(file, name):
+    thing = importlib.import_module(file)
+    for part in name.split("."):
+        fields = getattr(thing, "__dataclass_fields__", {})
+        assert hasattr(thing, part) or part in fields, f"{file}.{name}"
+        thing = getattr(thing, part, None)
+
+
+def test_nothing_called_data_or_eval_is_installed_into_site_packages():
+    setup = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert "py-modules = []" in setup and "packages = []" in setup
