@@ -374,6 +374,15 @@ def test_the_class_query_alone_is_exact():
 
 
 @torch.no_grad()
+def test_masks_are_prepared_once_for_all_layers(monkeypatch):
+    prepared, of = [], Mask.of
+    monkeypatch.setattr(flm.Mask, "of", lambda may_look: prepared.append(may_look.shape) or of(may_look))
+    model, ids = tiny(), torch.cat([caption(7, 8), caption(4, 8)])
+    model.fuse(model.encode_image(torch.randn(2, 3, 24, 24)), model.encode_text(ids))
+    assert prepared == [(2, 2, 8, 8), (2, 8, 16)]               # of the streams, and of the queries
+
+
+@torch.no_grad()
 def test_one_image_serves_many_captions():
     model, ids = tiny(), torch.cat([caption(7, 8), caption(4, 8)])
     visual, text = model.encode_image(torch.randn(1, 3, 24, 24)), model.encode_text(ids)

@@ -1,5 +1,6 @@
 """The house itself: imports run one way, files hold one idea, and the maps lead to what is there."""
 
+import argparse
 import ast
 import importlib
 import re
@@ -78,3 +79,26 @@ def test_the_maps_lead_to_what_is_there(file, name):
 def test_nothing_called_data_or_eval_is_installed_into_site_packages():
     setup = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert "py-modules = []" in setup and "packages = []" in setup
+
+
+class Parser(Exception):
+    """Carries a command's parser out of its main function."""
+
+
+@pytest.mark.parametrize("module", ["tokenizer", "train", "eval", "weights", "prepare", "tools.toy", "tools.plot", "tools.probe",
+                                    "tools.bench"])
+def test_every_flag_of_every_command_says_what_it_does(module, monkeypatch):
+    def carry(self, *_, **__):
+        raise Parser(self)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", carry)
+    with pytest.raises(Parser) as carried:
+        importlib.import_module(module).main([])
+    parsers = [carried.value.args[0]]
+    while parsers:
+        parser = parsers.pop()
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            else:
+                assert action.help, f"{parser.prog} {action.option_strings or action.dest}"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -462,6 +463,29 @@ def test_the_gpu_that_was_asked_for_is_the_one_that_is_used(monkeypatch):
         machine.find_device("cuda:1", world=2, local_rank=0)
     with pytest.raises(ValueError, match="--device cuda:7: there are 2 GPUs here"):
         machine.find_device("cuda:7", world=1, local_rank=0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_processes_wait_for_each_other_longer_than_nccl_does_and_know_their_gpu(monkeypatch, device):
+    joined = {}
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(machine.dist, "init_process_group", lambda backend, **how: joined.update(how, backend=backend))
+    machine.set_up(device, "bf16")
+    assert joined["timeout"] >= timedelta(hours=1) and (joined["rank"], joined["world_size"]) == (1, 2)
+    expected = ("nccl", torch.device("cuda:1")) if device == "cuda" else ("gloo", None)
+    assert (joined["backend"], joined["device_id"]) == expected
+
+
+def test_shards_travel_in_the_precision_in_which_they_are_used(monkeypatch):
+    policies = []
+    monkeypatch.setattr(train, "fully_shard", lambda module, mp_policy: policies.append(mp_policy))
+    model = flm.FLM(flm.PRESETS["toy"])
+    train.shard(model, "bf16")
+    assert {(policy.param_dtype, policy.reduce_dtype) for policy in policies} == {(torch.bfloat16, torch.float32)}
+    assert len(policies) == 1 + sum(len(m) for m in model.modules() if isinstance(m, torch.nn.ModuleList))
 
 
 def test_float32_is_float32_also_where_a_gpu_would_round_it(monkeypatch):
