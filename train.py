@@ -158,10 +158,7 @@ def open_run(settings: Settings, config_flags: dict) -> Run:
     tables = {split: task_class.table(settings, split) for split in ("train", "val")}
     tok = open_tokenizer(settings, config_flags, saved, source, tables["train"], machine)
     tok = task_class.add_special_tokens(tok)
-    config = replace(config, **{"pooler": True} | config_flags)     # the task takes it away again
-    config = replace(config, vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id,
-                     sep_id=tok.sep_id, mask_id=tok.mask_id)
-    config = task_class.adapt(config, settings)
+    config = fit_config(config, config_flags, tok, task_class, settings)
     check_task(settings, config_flags, config, micro_batch)
     answers = task_class.answers(settings) if config.head == "vqa" else None
     if saved and answers != saved.get("answers"):
@@ -180,6 +177,15 @@ def open_run(settings: Settings, config_flags: dict) -> Run:
     if saved:
         check_same_run(checkpoint, saved, settings, config, run.files)
     return run
+
+
+def fit_config(config, config_flags: dict, tok, task_class, settings: Settings):
+    """A model's Config with the flags' values, the tokenizer's sizes, and the head of the task."""
+    flags = {"pooler": True} | config_flags         # the task takes away a pooler it does not train
+    config = replace(config, **flags)
+    config = replace(config, vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id,
+                     sep_id=tok.sep_id, mask_id=tok.mask_id)
+    return task_class.adapt(config, settings)
 
 
 def open_tokenizer(settings, config_flags, saved, source, table, machine):
@@ -217,7 +223,8 @@ def training_lengths(table, tok, out: Path, machine: Machine) -> np.ndarray:
 
     The file's name is derived from the data files and the tokenizer that they were counted with.
     """
-    counted = [table.rows_of_files(), weights.pack_tokenizer(tok)]
+    files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in table.paths]
+    counted = [files, weights.pack_tokenizer(tok)]
     name = blake2b(json.dumps(counted).encode(), digest_size=4).hexdigest()
     path = out / f"token_lengths_{name}.npy"
     if machine.rank == 0 and not path.exists():
