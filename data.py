@@ -299,9 +299,9 @@ class CaptionDataset(torch.utils.data.Dataset):
 
     A sample is a pure function of (seed, epoch, i): the number of workers or processes, and
     resuming, change nothing. An image that cannot be decoded is named in the sample's "unreadable".
-    In training the next row with a readable image is used instead, and the training loop counts
-    them, and stops if there are too many. In evaluation, where every question wants its answer, the
-    image is black.
+    In training the first text of the next row with a readable image is used instead; the run stops
+    (report.Log.micro_batch) where more than --max-unreadable of the images, 1 %, cannot be decoded.
+    In evaluation, where every question wants its answer, the image is black.
 
     clean: str -> str, applied to every text. around: token ids put between `<s>` and the text, and
     between the text and `</s>`. augment: RandAugment(2, 9).
@@ -398,6 +398,7 @@ def mask_words(ids: list[int], word_starts: list[bool], rate: float, mask_id: in
                rng) -> tuple[np.ndarray, np.ndarray]:
     """BERT's masking, of whole words: 80 % of their tokens become `<mask>`, 10 % a random token.
 
+    The fate of each token is drawn apart from the others of its word.
     ids: a caption's tokens, `<s>` and `</s>` at its ends. word_starts: for the tokens in between,
     whether a word starts there. replacements: the ids that random tokens are drawn from. Of W
     words, rate · W are picked, rounded up or down at random so that the mean is `rate`, but at

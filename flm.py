@@ -281,11 +281,12 @@ def draw_spans(n: int, length: int, rate: float, rng) -> tuple[np.ndarray, np.nd
 
 # Row i of an output predicts token i + SHIFT[output]. All outputs also know the image.
 #
-# output         row i has read             predicts  rows    never a target, and why       weight
-# reconstructed  all but its hidden span    w_i       1..n-1  <s>: always the same          1
-# left_to_right  w_1 .. w_i                 w_i+1     1..n-2  w_1: row 0 has read it        w_f
-# right_to_left  w_i .. w_n-1               w_i-1     2..n-1  </s>: no real row follows it  w_r
+# output         row i has read             predicts  rows    never a target besides <s>      weight
+# reconstructed  all but its hidden span    w_i       1..n-1                                  1
+# left_to_right  w_1 .. w_i                 w_i+1     1..n-2  w_1: row 0 has read it          w_f
+# right_to_left  w_i .. w_n-1               w_i-1     2..n-1  </s>: no real row follows it    w_r
 #
+# The weights are divided by 1 + w_f + w_r. `<s>` is always the same, so it is never predicted.
 # Objective mlm has `reconstructed` alone, and its rows are the masked words. ar and prefix have
 # `left_to_right` alone; prefix predicts no word of the prefix.
 SHIFT = {"reconstructed": 0, "left_to_right": 1, "right_to_left": -1}
@@ -359,7 +360,7 @@ class FLM(nn.Module):
         self.image_to_fusion = nn.Linear(c.vit_width, c.width)
         if c.image_positions:
             self.image_position = nn.Parameter(torch.zeros(1 + self.vit.grid ** 2, c.width))
-        # [0] text (left-to-right stream), [1] image, [2] nlvr2's second image
+        # [0] text (left-to-right stream), [1] image, [2] nlvr2's second image, first a copy of [1]
         self.token_type = nn.Parameter(torch.zeros(3 if c.head == "nlvr2" else 2, c.width))
         self.fusion_layers = nn.ModuleList(
             StreamLayer(*fusion, eps=1e-12, cross_attention=True) for _ in range(c.fusion_layers))

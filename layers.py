@@ -61,7 +61,7 @@ class Attention(nn.Module):
     x (B, Q, D), memory (M, K, D) or what `keys_and_values` made of it -> (B, Q, D).
     With a mask, (B, Q, K), there is a memory for every row of the batch: M = B. Without one, M may
     divide B: one image and several captions, and no copy of the image.
-    A fully masked row outputs zeros before the output projection: the layer returns its bias there.
+    A fully masked row outputs zeros before the output projection: Attention returns `out.bias`.
     """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
@@ -185,6 +185,7 @@ class ViT(nn.Module):
 def resize_positions(position: Tensor, size: tuple[int, int]) -> Tensor:
     """Interpolates a learned position grid to another resolution; the class row is kept.
 
+    For images of another size, and for released weights: CLIP's 7 x 7 grid becomes 9 x 9 at 288.
     Bicubic, align_corners false, no antialiasing.
     position (1 + g², D), size (h, w) -> (1 + h w, D)
     """

@@ -13,12 +13,12 @@ and fuses many:
     N times      Gallery.encode_image   FLM: the whole ViT; ViLT: the projection of the patches
     M times      Gallery.encode_texts   FLM: the text layers, and the class query through the
                                         reconstructor beside them; ViLT: the word embeddings
-    N x M times  match_score            FLM: the fusion layers, and the class query through the
-                                        reconstructor beside them; ViLT: all its blocks;
-                                        both: pooler and head
+    N x M times  match_score            FLM: text_to_fusion, the fusion layers, and the class query
+                                        through the reconstructor beside them; ViLT: all its
+                                        blocks; both: pooler and head
 
-In between are the keys and values of the image in FLM's cross-attentions: they are computed once
-for each image and batch of captions, N x M / texts_at_once times.
+FLM's keys and values of an image, in the cross-attentions, are computed once for each batch of
+captions: N x M / texts_at_once times.
 
 Letters: N images, M captions, B captions of a batch, L text length, P image tokens, D width.
 All functions run on the device where the model is, under the caller's autocast.

@@ -302,6 +302,7 @@ class Pretrain(Task):
     def other_pictures(samples: list[dict]) -> tuple[Tensor, Tensor]:
         """A wrong image for every caption, from the micro-batch: all images move on by one shift.
 
+        A micro-batch of pretraining with matching holds at least two pairs (settings.check_task).
         -> (index (B,) of each caption's image, (B,) bool: it happens to be the right one after all)
         """
         B = len(samples)
@@ -340,9 +341,9 @@ class PretrainFLM(Pretrain):
             rng, n = sample["rng"], len(sample["ids"])
             prefix = 0
             if c.objective == "prefix":
-                prefix = int(rng.integers(0, max(1, n - 2)))        # leaves a word to predict
+                prefix = int(rng.integers(0, max(1, n - 2)))    # 0..n-3: leaves a token to predict
             prefixes.append(prefix)
-            if c.corruption_rate:
+            if c.objective == "flm" and c.corruption_rate:
                 spans.append(flm.draw_spans(n, L, c.corruption_rate, rng))
             for name, positions in flm.predicting_rows(c.objective, n, prefix).items():
                 positions = np.asarray(positions, dtype=np.int64)
@@ -353,7 +354,7 @@ class PretrainFLM(Pretrain):
             batch[f"{name}_rows"] = torch.from_numpy(np.concatenate(places))
         if c.objective == "prefix":
             batch["prefix"] = torch.tensor(prefixes)
-        if c.objective == "flm" and c.corruption_rate:
+        if spans:
             batch["first"] = torch.from_numpy(np.stack([first for first, _ in spans]))      # (B, L)
             batch["last"] = torch.from_numpy(np.stack([last for _, last in spans]))
 
@@ -464,7 +465,7 @@ class Caption(Task):
     """Captions, word by word from the left, on `<s> <bos> w1 … wk <eos> </s>`.
 
     Only the left-to-right stream is trained and decodes: the row of `<bos>` predicts w1, that of wk
-    predicts `<eos>`.
+    predicts `<eos>` (and that of `<eos>` predicts `</s>`).
     """
 
     @classmethod

@@ -11,7 +11,7 @@ Both tokenizers have the same methods, and give the ids of `tokenizers` and `tra
     tok.word_starts([102, 4758])      # [True, True]: where words begin, for whole-word masking
     tok.cls_id, tok.pad_id, tok.sep_id, tok.unk_id, tok.mask_id, len(tok)
 
-**Text is only text.** `encode` reads "</s>" in a caption as four ordinary characters, so nothing
+**Text is only text.** `encode` reads "</s>" in a caption as ordinary characters, so nothing
 that was written on the web can end a sequence or mask a word. `encode(text, specials=True)` is
 for text of our own, such as "a <mask> dog".
 """

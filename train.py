@@ -7,8 +7,9 @@
     python train.py … --dry-run         # prints what would run, with its memory, and stops
 
 The global batch is the only knob. It is split into micro-batches, accumulated and dealt to the
-processes, and the gradient is that of the mean over the global batch however it was split. (With
-dropout, the split changes which random numbers are drawn.) A step is an optimizer step, everywhere.
+processes, and the gradient is that of the mean over the global batch however it was split. (The
+split only changes which random numbers dropout draws, and which images are the wrong ones of
+image-text matching.) A step is an optimizer step, everywhere.
 """
 
 import contextlib
@@ -53,9 +54,14 @@ UNDECAYED = ("vit.position", "image_position", "position")
 def parameter_groups(model, settings: Settings) -> list[dict]:
     """AdamW's groups: {base, head, fusion} x {decayed, not}; every parameter is in exactly one.
 
+    base     lr                      ViT, text embedding, text layers, type vectors; a ViLT's blocks
+    head     lr x head_lr_scale      vocabulary head, matching, a task's head
+    fusion   lr x fusion_lr_scale    fusion layers, reconstructor, pooler, and what leads to them
+
     Decayed are all parameters of two or more dimensions but UNDECAYED: weights of linear layers and
-    convolutions, embeddings. Not decayed are biases, LayerNorms, the class token, and the image's
-    positions. A ViLT has no fusion group: its blocks and pooler are in "base".
+    convolutions, embeddings with the text's positions, type vectors. Not decayed are biases,
+    LayerNorms, the class token, and the image's positions. As published (recipe flm-b32 and the
+    defaults): lr 8e-5, both scales 5, weight decay 0.01, betas 0.9 and 0.98.
     """
     scales = {"base": 1.0, "head": settings.head_lr_scale, "fusion": settings.fusion_lr_scale}
     groups = {(group, decayed): [] for group in scales for decayed in (True, False)}
@@ -126,7 +132,7 @@ class Run:
 
 @dataclass
 class State:
-    """What changes with every step; a checkpoint holds all of it."""
+    """What changes with every step; a checkpoint holds all but `skipped_in_a_row`."""
     model: torch.nn.Module          # as it is called: the bare model, or DDP around it
     bare: torch.nn.Module           # the model itself
     optimizer: torch.optim.Optimizer
@@ -319,7 +325,11 @@ def main(argv=None):
 
 
 def train(run: Run):
-    """Validates, saves, stops?, steps, reports: until the last step is done."""
+    """Validates, saves, steps and reports, each when it is due, until the last step is done.
+
+    Halt, from log.report or log.micro_batch, if gradients stay non-finite for max_skipped steps, or
+    if more than max_unreadable of the images cannot be decoded.
+    """
     s, state = run.settings, build_state(run)
     describe(run, state.bare, state.step)
     write_config(run, state.bare)
@@ -397,6 +407,7 @@ def update(run: Run, state: State) -> torch.Tensor:
     """Clips the gradient and steps the optimizer -> the gradient's norm, on the device.
 
     A gradient that is not finite is skipped and counted on the device: the loop does not wait.
+    Log.report stops the run after max_skipped of them in a row.
     """
     optimizer, scaler = state.optimizer, state.scaler
     scaler.unscale_(optimizer)
