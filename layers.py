@@ -243,7 +243,8 @@ def roberta_positions(real: Tensor) -> Tensor:
 class StreamLayer(nn.Module):
     """A post-norm transformer layer over the streams of a caption; after each part, add and norm.
 
-    Self-attention, in fusion layers cross-attention to the image, and a feed-forward.
+    Text layers (eps 1e-5) have self-attention and a feed-forward. Fusion layers (eps 1e-12) have
+    cross-attention to the image between the two.
     x (B, S, L, D) -> (B, S, L, D); mask for B S streams of L rows; image (M, P, D).
     """
 
@@ -274,7 +275,7 @@ class StreamLayer(nn.Module):
 
 
 class ReconstructorLayer(nn.Module):
-    """A post-norm layer of queries: cross-attention to the streams, and a feed-forward.
+    """A post-norm layer of queries (eps 1e-12): cross-attention to the streams, feed-forward.
 
     It has no self-attention, so a query cannot learn another query's answer.
     q (B, Q, D), streams (B, S, L, D), mask for Q rows and S L columns -> (B, Q, D)

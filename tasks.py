@@ -284,6 +284,7 @@ class Pretrain(Task):
     def mask_words(self, samples: list[dict], batch: dict, rate: float = 1.0) -> Tensor:
         """Masks words of every caption: adds `masked_ids` (B, L) -> their places, indices into B L.
 
+        A random token may be any but the special ones: <s>, <pad>, </s>, <unk>, <mask>.
         rate: the share of the masked words that is asked for.
         """
         c, masked, places = self.config, batch["ids"].clone(), []

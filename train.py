@@ -60,8 +60,8 @@ def parameter_groups(model, settings: Settings) -> list[dict]:
 
     Decayed are all parameters of two or more dimensions but UNDECAYED: weights of linear layers and
     convolutions, embeddings with the text's positions, type vectors. Not decayed are biases,
-    LayerNorms, the class token, and the image's positions. As published (recipe flm-b32 and the
-    defaults): lr 8e-5, both scales 5, weight decay 0.01, betas 0.9 and 0.98.
+    LayerNorms, the class token, and the image's positions. As published (recipe flm-b32): lr 8e-5,
+    both scales 5, weight decay 0.01, betas 0.9 and 0.98.
     """
     scales = {"base": 1.0, "head": settings.head_lr_scale, "fusion": settings.fusion_lr_scale}
     groups = {(group, decayed): [] for group in scales for decayed in (True, False)}
