@@ -300,7 +300,7 @@ class CaptionDataset(torch.utils.data.Dataset):
     A sample is a pure function of (seed, epoch, i): the number of workers or processes, and
     resuming, change nothing. An image that cannot be decoded is named in the sample's "unreadable".
     In training the first text of the next row with a readable image is used instead; the run stops
-    (report.Log.micro_batch) where more than --max-unreadable of the images, 1 %, cannot be decoded.
+    (report.Log.micro_batch) where more than 10, and more than 1 % (--max-unreadable), cannot be.
     In evaluation, where every question wants its answer, the image is black.
 
     clean: str -> str, applied to every text. around: token ids put between `<s>` and the text, and

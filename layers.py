@@ -26,7 +26,7 @@ class Mask(NamedTuple):
     look nowhere is let look everywhere, and its output is set to zero afterwards.
     """
     allowed: Tensor     # (…, Q, K) bool: the row may look at the column, or the row is blind
-    sighted: Tensor     # (…, Q, 1) bool: False = a blind row, whose output is zeroed
+    sighted: Tensor     # (…, Q, 1) bool: False = a blind row, zeroed before the output projection
 
     @classmethod
     def of(cls, may_look: Tensor) -> "Mask":
@@ -348,6 +348,8 @@ def encode_batch_images(model, batch: dict, which: int = 0):
 def task_logits(model, batch: dict) -> Tensor:
     """A fine-tuned head's scores: vqa (B, answers), nlvr2 (B, 2), retrieval (captions, 1).
 
+    nlvr2 reads the text with each image alone, joins both class vectors, and tells the second image
+    by its type vector, token_type[2].
     `batch` holds `image` (B, 3, H, W), for nlvr2 `image_1` too, and `ids` (B, L), for retrieval
     (B · captions, L): several captions of each image, which is encoded once.
     """
