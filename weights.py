@@ -21,8 +21,7 @@ import os
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,8 @@ import vilt
 from files import read_json
 from released import begin, download, models, names
 from released.export import ARCHITECTURES, export  # noqa: F401 (others use both)
-from released.files import (make_folder, one_sentence, open_file, open_folder, plain_dict,
-                            read_config, tensors_in)
+from released.files import (one_sentence, open_file, open_folder, plain_dict, read_config,
+                            tensors_in)
 from released.models import Source, Undrawn
 from released.names import Report
 
@@ -71,38 +70,21 @@ def save(path: str | Path, model: dict, config: Config, task: str, tokenizer_fil
     model: a state dict. tokenizer_files: what pack_tokenizer returns. more: plain values, among
     them `answers`, the list of a VQA head; in a torch file also tensors (an optimizer's, …).
     A name that ends in .safetensors makes a safetensors file, with all but the weights as JSON in
-    its metadata; any other name makes a torch file. ValueError if the file cannot be written.
+    its metadata; any other name makes a torch file.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path}: a folder; a checkpoint is a file")
-    make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     about = {"format": FORMAT, "backbone": backbone_of(config), "config": asdict(config),
              "task": task, "tokenizer": tokenizer_files, **more}
-    with whole_file(path) as partial:
+    partial = path.with_name(path.name + ".partial")
+    try:
         if path.suffix == ".safetensors":
             state = {name: tensor.contiguous() for name, tensor in model.items()}
-            metadata = {name: as_json(name, value, path) for name, value in about.items()}
+            metadata = {name: json.dumps(value) for name, value in about.items()}
             safetensors.torch.save_file(state, partial, metadata)
         else:
             with open(partial, "wb") as file:
                 torch.save(about | {"model": model}, file)
-
-
-def as_json(name: str, value: Any, path: Path) -> str:
-    try:
-        return json.dumps(value)
-    except TypeError:
-        raise ValueError(f"{path}: a safetensors file holds the weights and plain values, "
-                         f"not {name}; that can stand in a file NAME.pt") from None
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which gets the name `path` when all is on the disk."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -116,26 +98,11 @@ def read(path: str | Path) -> dict:
 
     ValueError in one sentence for anything else.
     """
-    contents = open_file(path)
-    if not is_ours(contents):
-        raise ValueError(f"{path}: not a checkpoint of this project (its format is {FORMAT!r})")
-    check_ours(contents, path)
-    return contents
-
-
-def is_ours(contents: Any) -> bool:
-    return isinstance(contents, dict) and contents.get("format") == FORMAT
-
-
-def check_ours(contents: dict, path: str | Path) -> None:
-    """ValueError unless a checkpoint of ours is complete and its Config is one."""
-    parts = ("backbone", "model", "config", "task", "tokenizer")
-    missing = [name for name in parts if name not in contents]
-    if missing:
-        raise ValueError(f"{path}: a damaged checkpoint of this project, "
-                         f"without {', '.join(missing)}")
-    with one_sentence(path):
-        config_of(contents)
+    source = open_source(path)
+    if source.family is not names.OURS:
+        raise ValueError(f"{path}: it is {source.family.about}; a checkpoint of this project is "
+                         f"expected")
+    return source.contents
 
 
 def check_fit(found: dict, own: dict, needed: Iterable[str], path: str | Path,
@@ -153,8 +120,8 @@ def check_fit(found: dict, own: dict, needed: Iterable[str], path: str | Path,
         elif tensor.shape != own[name].shape:
             problems.append(f"has {theirs} {shape}, expected {tuple(own[name].shape)}")
     if problems:
-        more = ", …" if len(problems) > 5 else ""
-        raise ValueError(f"{path}: does not fit the model: it {', '.join(problems[:5])}{more}")
+        more = ", …" if len(problems) > 3 else ""
+        raise ValueError(f"{path}: does not fit the model: it {', '.join(problems[:3])}{more}")
 
 
 def load_exactly(model: nn.Module, state: dict, path: str | Path, called: dict | None = None,
@@ -178,17 +145,13 @@ def pack_tokenizer(tok: tokenizer.BPE | tokenizer.WordPiece) -> dict[str, str]:
 
 
 def unpack_tokenizer(files: dict | None) -> tokenizer.BPE | tokenizer.WordPiece | None:
-    """What pack_tokenizer packed; None for a checkpoint without one. ValueError if it is none."""
+    """What pack_tokenizer packed; None for a checkpoint without one."""
     if not files:
         return None
     with tempfile.TemporaryDirectory() as directory:
         for name, text in files.items():
             (Path(directory) / Path(name).name).write_text(text, encoding="utf-8")
-        try:
-            return tokenizer.load(directory)
-        except (ValueError, OSError) as error:
-            sentence = str(error).replace(directory, "").lstrip("/:, ")
-            raise ValueError(f"its tokenizer: {sentence}") from None
+        return tokenizer.load(directory)
 
 
 # -- opening any file ------------------------------------------------------------------------------
@@ -204,9 +167,14 @@ def open_source(path: str | Path, trust: bool = False) -> Source:
         if not isinstance(contents, dict):
             raise ValueError(f"not a checkpoint of this project, nor a table of tensors, but a "
                              f"{type(contents).__name__}")
-        state = names.unwrapped(tensors_in(contents, path), path)
-        if is_ours(contents):
-            check_ours(contents, path)
+        state = {names.unwrapped(name): tensor
+                 for name, tensor in tensors_in(contents, path).items()}
+        if contents.get("format") == FORMAT:
+            missing = {"backbone", "model", "config", "task", "tokenizer"} - contents.keys()
+            if missing:
+                raise ValueError(f"a damaged checkpoint of this project, "
+                                 f"without {', '.join(sorted(missing))}")
+            config_of(contents)         # has it all that a Config needs, and nothing else?
             settings = plain_dict(contents.get("settings"))
             return Source(path, names.OURS, state, settings, contents, folder)
         family = names.family_of(state)

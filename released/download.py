@@ -15,7 +15,6 @@ import re
 import ssl
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, build_opener
@@ -134,8 +133,8 @@ def fetch_from_hub(file: str, folder: Path) -> None:
 NETWORK_ERRORS = (URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
-def fetch_address(address: str, target: Path, sha256: str = "", tries: int = 5, timeout: float = 60,
-                  pause: Callable[[float], None] = time.sleep) -> None:
+def fetch_address(address: str, target: Path, sha256: str = "", tries: int = 5,
+                  timeout: float = 60) -> None:
     """Fetches one address to `target`.
 
     It gives up after `tries` failures in a row without one new byte, and waits 1, 2, 4, … seconds
@@ -163,7 +162,7 @@ def fetch_address(address: str, target: Path, sha256: str = "", tries: int = 5, 
                 raise ValueError(f"{address}: {error}{kept}") from None
             seconds = 2 ** (failures - 1)
             print(f"{address}: {error}; trying again in {seconds} s", file=sys.stderr)
-            pause(seconds)
+            time.sleep(seconds)
         except OSError as error:
             raise ValueError(f"{partial}: {error.strerror or error}") from None
     found = sha256_of(partial) if sha256 else ""
@@ -194,9 +193,6 @@ def receive(address: str, partial: Path, timeout: float) -> None:
             raise ConnectionError("what is here does not fit the file there") from None
         raise
     with response:
-        if response.headers.get_content_type() == "text/html":
-            raise ValueError(f"{address}: a web page came instead of the file "
-                             f"(a login, or a moved address?)")
         if response.length is None:
             raise ValueError(f"{address}: the server does not tell the length, so a whole file "
                              f"cannot be known from a part")

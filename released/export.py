@@ -12,7 +12,6 @@ from torch import nn
 import tokenizer
 import vilt
 from released import names
-from released.files import make_folder
 
 ARCHITECTURES = {"none": "ViltModel", "vocab": "ViltForMaskedLM", "vqa": "ViltForQuestionAnswering",
                  "nlvr2": "ViltForImagesAndTextClassification",
@@ -23,19 +22,17 @@ UNKNOWN_THERE = r"itm_head\.|patch_head\.|mask_token$"
 def export(model: nn.Module, folder: str | Path) -> list[str]:
     """Writes config.json, model.safetensors and vocab.txt. Returns what transformers cannot use.
 
-    That is a list of names: tensors, which transformers passes over, and a tokenizer that is not
-    written. `weights.load` gives back the same model: config.json also holds our own settings, as
-    flm_vilt.
+    That is a list of names of tensors, which transformers passes over, and of a tokenizer that is
+    not written. `weights.load` gives back the same model: config.json also holds our own settings.
 
     transformers has one eps for all LayerNorms, and gets text_eps: the word embeddings, which are
-    normalised first, have the smallest numbers. Measured on a freshly drawn ViLT-B/32, that moves
-    class vector and logits by 6e-6 at most, the image's class token by 8e-4; with eps for all it
-    would be 7e-4 and 1e-3. (Its own copies of the released models have 1e-12.)
+    normalised first, have the smallest numbers. On a freshly drawn ViLT-B/32 that moves class
+    vector and logits by 6e-6 at most; with eps for all it would be 7e-4.
     """
     if not isinstance(model.config, vilt.Config):
         raise ValueError("only a ViLT can be exported: transformers has no FLM")
     folder, tok = Path(folder), getattr(model, "tokenizer", None)
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(their_tensors(model), folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(their_config(model), indent=2) + "\n")
     left_out = [name for name in model.state_dict() if re.match(UNKNOWN_THERE, name)]
@@ -95,21 +92,15 @@ def their_config(model: nn.Module) -> dict:
         "num_hidden_layers": c.layers,
         "num_attention_heads": c.heads,
         "intermediate_size": c.mlp_width,
-        "hidden_act": "gelu",
-        "qkv_bias": True,
         "hidden_dropout_prob": c.dropout,
-        "attention_probs_dropout_prob": 0.0,
         "initializer_range": c.init_std,
         "layer_norm_eps": c.text_eps,
         "image_size": c.image_size,
         "patch_size": c.patch_size,
-        "num_channels": 3,
-        "max_image_length": -1,
         "num_images": 2 if c.head == "nlvr2" else -1,
         # transformers wants to tie the vocabulary head to the embeddings; with both in the file it
         # keeps them apart.
         "tie_word_embeddings": False,
         "id2label": dict(enumerate(classes)),
-        "label2id": {label: i for i, label in enumerate(classes)},
         "flm_vilt": asdict(c),
     }

@@ -36,16 +36,9 @@ def plain_dict(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{folder}: no folder can be made here ({error.strerror})") from None
-
-
 @contextmanager
 def one_sentence(path: Path) -> Iterator[None]:
-    """Whatever a file's odd settings lead to becomes a ValueError that begins with its path."""
+    """Whatever odd settings or tensors lead to becomes a ValueError that begins with its path."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -53,7 +46,7 @@ def one_sentence(path: Path) -> Iterator[None]:
             raise
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:
-        raise ValueError(f"{path}: its settings describe no model ({in_a_line(error)})") from error
+        raise ValueError(f"{path}: it describes no model ({in_a_line(error)})") from error
 
 
 def in_a_line(error: Exception) -> str:
@@ -78,13 +71,6 @@ class Inert:
         pass
 
 
-class Namespace(dict):
-    """argparse.Namespace as a dict: its attributes are the items."""
-
-    def __setstate__(self, state):
-        self.update(state)
-
-
 def empty_dict(factory=None):
     """collections.defaultdict as a plain dict; the pickle fills it."""
     return {}
@@ -93,16 +79,15 @@ def empty_dict(factory=None):
 # Containers of settings, as plain dicts and lists: by their whole names, or those of LIBRARIES by
 # the names of their classes.
 CONTAINERS = {
-    "argparse.Namespace": Namespace, "types.SimpleNamespace": Namespace,
     "collections.defaultdict": empty_dict, "builtins.frozenset": frozenset,
     "ReadOnlyDict": dict, "ReadOnlyList": list, "AttributeDict": dict}
 # Libraries whose classes stand in checkpoints without being needed.
 LIBRARIES = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities",
              "torchmetrics", "sacred", "omegaconf", "transformers", "timm", "deepspeed", "apex",
              "fairscale", "flm", "vilt", "meter", "clip", "pathlib", "typing"}
-# Other names whose objects are not needed: numbers of NumPy, and types named in settings.
+# Other names whose objects are not needed: numbers of NumPy, types named in settings.
 UNUSED = {
-    "numpy.dtype", "numpy.ndarray",
+    "argparse.Namespace", "types.SimpleNamespace", "numpy.dtype", "numpy.ndarray",
     "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct",
     "builtins.bool", "builtins.int", "builtins.float", "builtins.str", "builtins.bytes",
@@ -247,31 +232,13 @@ def tensors_in(contents: dict, path: str | Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json",
-                "pytorch_model.bin", "pytorch_model.bin.index.json", "open_clip_model.safetensors")
-
-
 def open_folder(folder: Path) -> dict:
-    """What the weights' file of a folder holds; of a model in several files, its tensors."""
-    for name in FOLDER_FILES:
-        file = folder / name
-        if file.is_file():
-            return open_parts(file) if name.endswith(".index.json") else open_file(file)
+    """What the weights' file of a folder of the Hub holds."""
+    for name in ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors"):
+        if (folder / name).is_file():
+            return open_file(folder / name)
     raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin "
                             f"is in this folder")
-
-
-def open_parts(index: Path) -> dict:
-    """The tensors of a model in several files. `index` is the table of each tensor's file."""
-    table = read_config(index).get("weight_map", {})
-    tensors = {}
-    for name in sorted(set(table.values())):
-        file = index.parent / Path(name).name
-        tensors |= tensors_in(open_file(file), file)
-    missing = sorted(table.keys() - tensors.keys())
-    if missing:
-        raise ValueError(f"{index}: names {missing[0]}, which none of its files has")
-    return tensors
 
 
 def read_config(path: Path) -> dict:

@@ -9,7 +9,6 @@ the width is no multiple of 64, nothing is guessed.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,28 +65,15 @@ class Undrawn(torch.overrides.TorchFunctionMode):
         return function(*arguments, **(keywords or {}))
 
 
-def sizes(found: dict, path: Path) -> tuple[Callable, Callable]:
-    """-> size(name, axis), a side of a tensor of ours; count(prefix), the layers under a prefix"""
-    def size(name, axis=0):
-        if name not in found or found[name].dim() <= axis:
-            raise ValueError(f"{path}: not complete; {name}, as it is called here, is missing "
-                             f"or has another shape")
-        return found[name].shape[axis]
-
-    def count(prefix):
-        inner = [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
-        return len({name.split(".")[0] for name in inner})
-
-    return size, count
+def count(prefix: str, found: dict) -> int:
+    """The number of layers under a prefix."""
+    inner = [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
+    return len({name.split(".")[0] for name in inner})
 
 
-def image_size_of(rows: int, patch_size: int, path: Path) -> int:
+def image_size_of(rows: int, patch_size: int) -> int:
     """The resolution of a position table of 1 + g² rows."""
-    side = int((rows - 1) ** 0.5)
-    if side ** 2 + 1 != rows:
-        raise ValueError(f"{path}: a position table of {rows} rows is no square grid "
-                         f"and a class token")
-    return side * patch_size
+    return int((rows - 1) ** 0.5) * patch_size
 
 
 def first_rows(name: str, rows: int, found: dict, called: dict, report: names.Report,
@@ -151,18 +137,17 @@ def flm_parts(source: Source, report: names.Report) -> tuple[flm.Config, dict, d
 
     Of a captioning model only the forward stream is kept, as objective ar: it does the decoding.
     """
-    stored, path = source.settings, source.path
-    task = flm_task(source)
+    stored, task = source.settings, flm_task(source)
     objective, table, unused = flm_objective(source, task)
     if task not in ("pretrain", "caption"):
         unused[r"(lm|mlm)_score\."] = f"the vocabulary head, which task {task} does not use"
     found, called = names.translate(source.state, source.family._replace(names=table), report,
-                                    path, unused)
+                                    source.path, unused)
 
-    size, count = sizes(found, path)
-    patch, words = size("vit.patch.weight", 2), size("embed.word.weight")
-    width, text_width = size("text_to_fusion.weight"), size("text_to_fusion.weight", 1)
-    vit_width = size("vit.patch.weight")
+    shape = {name: tensor.shape for name, tensor in found.items()}
+    vit_width, _, _, patch = shape["vit.patch.weight"]
+    width, text_width = shape["text_to_fusion.weight"]
+    words = shape["embed.word.weight"][0]
     vit = plain_dict(stored.get("vit_config") or source.contents.get("vit_config"))  # rarely there
     vit_heads = [vit.get("heads"), stored.get("vit_heads")]
     if vit.get("head_dim"):
@@ -176,27 +161,27 @@ def flm_parts(source: Source, report: names.Report) -> tuple[flm.Config, dict, d
         head = "vocab" if "vocab_head.decoder.weight" in found else "none"
     config = dict(
         objective=objective,
-        image_size=image_size_of(size("vit.position"), patch, path),
+        image_size=image_size_of(shape["vit.position"][0], patch),
         patch_size=patch,
         vit_width=vit_width,
-        vit_layers=count("vit.blocks."),
+        vit_layers=count("vit.blocks.", found),
         vit_heads=heads_of("vit_heads", vit_width, source, *vit_heads),
         vocab_size=words,
         text_width=text_width,
-        text_layers=count("text_layers."),
+        text_layers=count("text_layers.", found),
         text_heads=heads_of("text_heads", text_width, source,
                             heads if text_width == width else None),
-        max_positions=size("embed.position.weight"),
+        max_positions=shape["embed.position.weight"][0],
         mask_id=words - 3 if has_bos else words - 1,
         width=width,
         heads=heads,
-        fusion_layers=count("fusion_layers."),
-        reconstructor_text_layers=count("text_reconstructor."),
-        reconstructor_fusion_layers=count("fusion_reconstructor."),
+        fusion_layers=count("fusion_layers.", found),
+        reconstructor_text_layers=count("text_reconstructor.", found),
+        reconstructor_fusion_layers=count("fusion_reconstructor.", found),
         dropout=stored.get("drop_rate", 0.1),
         corruption_rate=stored.get("span_corruption_rate", 0.0),
         head=head,
-        answers=size("head.3.weight") if task == "vqa" else 0,
+        answers=shape["head.3.weight"][0] if task == "vqa" else 0,
         pooler="pooler.weight" in found)
     return flm.Config(**config | source.told), found, called, task
 
@@ -263,8 +248,7 @@ def vilt_parts(source: Source, report: names.Report) -> tuple[vilt.Config, dict,
 
 def vilt_config(source: Source, task: str, found: dict) -> dict:
     """What sizes and settings say of a ViLT's Config."""
-    stored, path = source.settings, source.path
-    size, count = sizes(found, path)
+    stored = source.settings
     if source.family is names.VILT_TRANSFORMERS:
         heads, patches = stored.get("num_attention_heads"), stored.get("max_image_length")
         dropout = stored.get("hidden_dropout_prob", 0.1)
@@ -278,23 +262,24 @@ def vilt_config(source: Source, task: str, found: dict) -> dict:
     head = task
     if task == "pretrain":
         head = "vocab" if "vocab_head.dense.weight" in found else "none"
-    patch, width = size("patch.weight", 2), size("patch.weight")
+    shape = {name: tensor.shape for name, tensor in found.items()}
+    width, _, _, patch = shape["patch.weight"]
     return dict(
-        image_size=image_size_of(size("position"), patch, path),
+        image_size=image_size_of(shape["position"][0], patch),
         patch_size=patch,
         max_patches=patches,
-        vocab_size=size("embed.word.weight"),
-        max_positions=size("embed.position.weight"),
+        vocab_size=shape["embed.word.weight"][0],
+        max_positions=shape["embed.position.weight"][0],
         pad_id=stored.get("pad_token_id") or 0,
         width=width,
-        layers=count("blocks."),
+        layers=count("blocks.", found),
         heads=heads_of("heads", width, source, heads or None),
-        mlp_width=size("blocks.0.mlp.0.weight"),
+        mlp_width=shape["blocks.0.mlp.0.weight"][0],
         eps=eps,
         text_eps=text_eps,
         dropout=dropout,
         head=head,
-        answers=size("head.3.weight") if task == "vqa" else 0,
+        answers=shape["head.3.weight"][0] if task == "vqa" else 0,
         pooler="pooler.weight" in found)
 
 

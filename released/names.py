@@ -277,15 +277,9 @@ def rename(key: str, table: dict) -> str | None:
     return None
 
 
-def unwrapped(state: dict, path: str | Path) -> dict:
-    """The same tensors without what wrappers put into names: `module.`, `model.`, `_orig_mod.`"""
-    result = {}
-    for key, tensor in state.items():
-        result[re.sub(r"^(?:module\.|model\.)+", "", key.replace("_orig_mod.", ""))] = tensor
-    if len(result) < len(state):
-        raise ValueError(f"{path}: holds tensors whose names differ only in module., model. "
-                         f"or _orig_mod.")
-    return result
+def unwrapped(key: str) -> str:
+    """A name without what wrappers put into it: `module.`, `model.`, `_orig_mod.`"""
+    return re.sub(r"^(?:module\.|model\.)+", "", key.replace("_orig_mod.", ""))
 
 
 def canonical(key: str, aliases: dict) -> str:
@@ -326,8 +320,9 @@ def translate(state: dict, family: Family, report: Report, path: str | Path,
         if name.removeprefix("vit.") in ("cls", "mask_token", "position"):
             tensor = tensor.squeeze()       # others store them as (1, 1, D) and (1, N, D)
         if name in found:
-            first = called[name][0]
-            if not same(tensor, found[name]):
+            first, twin = called[name][0], found[name]
+            shared = tensor.data_ptr() == twin.data_ptr()       # views of the same numbers
+            if not shared and not torch.equal(tensor.to(twin.dtype), twin):
                 raise ValueError(f"{path}: {key} and {first} should be the same tensor and differ; "
                                  f"a model that does not share these weights is not supported")
             report.add("ignored", [key], f"the same tensors as {first.split('.')[0]}", path)
@@ -338,13 +333,6 @@ def translate(state: dict, family: Family, report: Report, path: str | Path,
     for name in found:      # one after the other: of half-precision files only one lies here twice
         found[name] = found[name].float()
     return found, called
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Are two tensors equal? Views of one storage are, without a look at their numbers."""
-    if a.shape != b.shape:
-        return False
-    return a.data_ptr() == b.data_ptr() or torch.equal(a.to(b.dtype), b)
 
 
 def merge_projections(found: dict, called: dict) -> None:
