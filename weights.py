@@ -196,8 +196,7 @@ def load(path: str | Path, trust: bool = False, **overrides: Any) -> nn.Module:
     trust: run a TorchScript archive of unknown origin. overrides: fields of the Config that no
     file stores and the rule gets wrong (vit_heads). ValueError or FileNotFoundError in a sentence.
 
-    Memory: float32 files are mapped. What is stored in half precision is converted: that takes
-    twice the file for the model and, while it is opened, the file's own pages beside it.
+    Memory: float32 files are mapped; of half-precision files a float32 copy is made.
 
     The model has .task ("pretrain", "vqa", "nlvr2", "caption", "retrieval"), .tokenizer and
     .answer_list (None where the file has none), .step, .report (a names.Report) and .about (whose,
@@ -308,12 +307,13 @@ def summary(path: str | Path, trust: bool = False) -> str:
         "recipe": model.about["recipe"],
         "data": ", ".join(filter(None, [model.about["data"], *model.about["datasets"]])),
         "parameters": f"{count:,}",
-        "config": ", ".join(f"{name} {value}" for name, value in asdict(c).items()),
+        "config": ", ".join(f"{name}={value}" for name, value in asdict(c).items()),
         "tokenizer": f"{type(tok).__name__}, {len(tok):,} tokens" if tok else "none in the file",
     }
-    if c.answers:
-        rows["answers"] = f"{c.answers:,}: " + (
-            f"{', '.join(answers[:5])}, …" if answers else "the file has no list of them")
+    if answers:
+        rows["answers"] = f"{c.answers:,}: {', '.join(answers[:5])}, …"
+    elif c.answers:
+        rows["answers"] = f"{c.answers:,}, of which the file has no list"
     lines = [textwrap.fill(f"{name:<13}{value}", 100, subsequent_indent=" " * 13)
              for name, value in rows.items() if value]
     return "\n".join([str(path), *lines, "tensors", str(model.report)])
