@@ -20,9 +20,9 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+import textwrap
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,12 @@ from torch import nn
 import flm
 import tokenizer
 import vilt
+from files import read_json
 from released import begin, download, models, names
 from released.export import ARCHITECTURES, export  # noqa: F401 (others use both)
-from released.files import (make_folder, one_sentence, open_file, open_folder, plain_dict,
-                            read_config, read_json, shown, state_in, tensors_in)
-from released.models import Source, Undrawn, checked
+from released.files import (one_sentence, open_file, open_folder, plain_dict, read_config,
+                            tensors_in)
+from released.models import Source, Undrawn
 from released.names import Report
 
 FORMAT = "flm-vilt-1"
@@ -69,38 +70,21 @@ def save(path: str | Path, model: dict, config: Config, task: str, tokenizer_fil
     model: a state dict. tokenizer_files: what pack_tokenizer returns. more: plain values, among
     them `answers`, the list of a VQA head; in a torch file also tensors (an optimizer's, …).
     A name that ends in .safetensors makes a safetensors file, with all but the weights as JSON in
-    its metadata; any other name makes a torch file. ValueError if the file cannot be written.
+    its metadata; any other name makes a torch file.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path}: a folder; a checkpoint is a file")
-    make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     about = {"format": FORMAT, "backbone": backbone_of(config), "config": asdict(config),
              "task": task, "tokenizer": tokenizer_files, **more}
-    with whole_file(path) as partial:
+    partial = path.with_name(path.name + ".partial")
+    try:
         if path.suffix == ".safetensors":
             state = {name: tensor.contiguous() for name, tensor in model.items()}
-            metadata = {name: as_json(name, value, path) for name, value in about.items()}
+            metadata = {name: json.dumps(value) for name, value in about.items()}
             safetensors.torch.save_file(state, partial, metadata)
         else:
             with open(partial, "wb") as file:
                 torch.save(about | {"model": model}, file)
-
-
-def as_json(name: str, value: Any, path: Path) -> str:
-    try:
-        return json.dumps(value)
-    except TypeError:
-        raise ValueError(f"{path}: a safetensors file holds the weights and plain values, "
-                         f"not {name}; that can stand in a file NAME.pt") from None
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which gets the name `path` when all is on the disk."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -114,55 +98,30 @@ def read(path: str | Path) -> dict:
 
     ValueError in one sentence for anything else.
     """
-    contents = open_file(path)
-    check_ours(contents, path)
-    return contents
+    source = open_source(path)
+    if source.family is not names.OURS:
+        raise ValueError(f"{path}: it is {source.family.about}; a checkpoint of this project is "
+                         f"expected")
+    return source.contents
 
 
-def is_ours(contents: Any) -> bool:
-    return isinstance(contents, dict) and contents.get("format") == FORMAT
+def check_fit(found: dict, own: dict, needed: Iterable[str], path: str | Path,
+              called: dict) -> None:
+    """ValueError unless a file's tensors fit the model's, and those that it needs are there.
 
-
-def check_ours(contents: Any, path: str | Path) -> None:
-    """ValueError unless this is a complete checkpoint of ours."""
-    if not is_ours(contents):
-        raise ValueError(f"{path}: not a checkpoint of this project (its format is {FORMAT!r})")
-    damage = damage_of(contents)
-    if damage:
-        raise ValueError(f"{path}: a damaged checkpoint of this project, {damage}")
-    tensors_in(contents["model"], path)
-    known = {field.name for field in fields(BACKBONES[contents["backbone"]][0])}
-    unknown = sorted(contents["config"].keys() - known)
-    if unknown:
-        raise ValueError(f"{path}: its config has {unknown}, which this version does not know")
-
-
-def damage_of(contents: dict) -> str:
-    """What is wrong with the parts of a checkpoint of ours; "" if nothing is."""
-    parts = ("backbone", "model", "config", "task", "tokenizer")
-    missing = [name for name in parts if name not in contents]
-    if missing:
-        return f"without {', '.join(missing)}"
-    backbone, task = contents["backbone"], contents["task"]
-    if not isinstance(backbone, str) or backbone not in BACKBONES:
-        return f"of the unknown model {shown(backbone)}"
-    for name in ("config", "model"):
-        table = contents[name]
-        if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
-            return f"its {name} is {shown(table)}"
-    for name, tensor in contents["model"].items():
-        if not isinstance(tensor, torch.Tensor):
-            return f"{name} is no tensor"
-    if not isinstance(task, str):
-        return "its task is no name"
-    answers = contents.get("answers")
-    if answers is not None and not is_list_of_text(answers):
-        return "its answers are no list of words"
-    return ""
-
-
-def is_list_of_text(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    found, own: our name -> tensor, of the file and of the model. called: our name -> the file's.
+    """
+    problems = [f"lacks {name}" for name in needed if name not in found]
+    for name, tensor in found.items():
+        theirs = " + ".join(called.get(name, [name]))
+        shape = tuple(tensor.shape)
+        if name not in own:
+            problems.append(f"has {theirs} {shape}, for which the model has no place")
+        elif tensor.shape != own[name].shape:
+            problems.append(f"has {theirs} {shape}, expected {tuple(own[name].shape)}")
+    if problems:
+        more = ", …" if len(problems) > 3 else ""
+        raise ValueError(f"{path}: does not fit the model: it {', '.join(problems[:3])}{more}")
 
 
 def load_exactly(model: nn.Module, state: dict, path: str | Path, called: dict | None = None,
@@ -172,25 +131,8 @@ def load_exactly(model: nn.Module, state: dict, path: str | Path, called: dict |
     ValueError says which it has not. called: our name -> the file's names, for that sentence.
     assign: the model gets these tensors themselves, not copies.
     """
-    own, called = model.state_dict(), called or {}
-
-    def theirs(name):
-        return " + ".join(called.get(name) or [name])
-
-    other_shapes = []
-    for name in own.keys() & state.keys():
-        has, wants = tuple(state[name].shape), tuple(own[name].shape)
-        if has != wants:
-            other_shapes.append(f"{theirs(name)} {has}, expected {wants}")
-    problems = []
-    for what, found in (("lacks", own.keys() - state.keys()),
-                        ("has unknown", [theirs(name) for name in state.keys() - own.keys()]),
-                        ("has other shapes", other_shapes)):
-        if found:
-            more = " …" if len(found) > 5 else ""
-            problems.append(f"it {what}: {', '.join(sorted(found)[:5])}{more}")
-    if problems:
-        raise ValueError(f"{path}: does not fit the model; {'; '.join(problems)}")
+    own = model.state_dict()
+    check_fit(state, own, own, path, called or {})
     model.load_state_dict(state, assign=assign)
 
 
@@ -203,51 +145,47 @@ def pack_tokenizer(tok: tokenizer.BPE | tokenizer.WordPiece) -> dict[str, str]:
 
 
 def unpack_tokenizer(files: dict | None) -> tokenizer.BPE | tokenizer.WordPiece | None:
-    """What pack_tokenizer packed; None for a checkpoint without one. ValueError if it is none."""
+    """What pack_tokenizer packed; None for a checkpoint without one."""
     if not files:
         return None
-    if not isinstance(files, dict) or not is_list_of_text([*files.keys(), *files.values()]):
-        raise ValueError("its tokenizer is no table of files")
     with tempfile.TemporaryDirectory() as directory:
-        try:
-            for name, text in files.items():
-                (Path(directory) / Path(name).name).write_text(text, encoding="utf-8")
-            return tokenizer.load(directory)
-        except (ValueError, OSError) as error:
-            sentence = str(error).replace(directory, "").lstrip("/:, ")
-            raise ValueError(f"its tokenizer: {sentence}") from None
+        for name, text in files.items():
+            (Path(directory) / Path(name).name).write_text(text, encoding="utf-8")
+        return tokenizer.load(directory)
 
 
 # -- opening any file ------------------------------------------------------------------------------
 
-WHOLE_MODELS = (None, names.FLM, names.VILT, names.VILT_TRANSFORMERS)
 def open_source(path: str | Path, trust: bool = False) -> Source:
     """Opens a file, or a folder of the Hub. ValueError or FileNotFoundError in a sentence."""
     path = Path(path)
-    if path.is_dir():
-        contents, folder = open_folder(path), path
-    else:
-        contents, folder = open_file(path, trust), path.parent
-    if is_ours(contents):
-        check_ours(contents, path)
-        state = names.unwrapped(contents["model"], path)
-        settings = plain_dict(contents.get("settings"))
-        return Source(path, None, state, settings, contents, folder)
-    if not isinstance(contents, dict):
-        raise ValueError(f"{path}: not a checkpoint of this project, nor a table of tensors: "
-                         f"{shown(contents)}")
-    state = names.unwrapped(state_in(contents, path), path)
-    family = names.family_of(state)
-    if family is None:
-        held = f"{len(state)} tensors ({', '.join(list(state)[:3])}, …)" if state else "no tensors"
-        raise ValueError(f"{path}: not a checkpoint of this project nor of another that is known "
-                         f"here; it holds {held}")
-    if family in (names.FLM, names.VILT):
-        hyper = plain_dict(contents.get("hyper_parameters"))
-        settings = hyper | plain_dict(contents.get("config")) | plain_dict(hyper.get("config"))
-    else:
+    with one_sentence(path):
+        if path.is_dir():
+            contents, folder = open_folder(path), path
+        else:
+            contents, folder = open_file(path, trust), path.parent
+        if not isinstance(contents, dict):
+            raise ValueError(f"not a checkpoint of this project, nor a table of tensors, but a "
+                             f"{type(contents).__name__}")
+        state = {names.unwrapped(name): tensor
+                 for name, tensor in tensors_in(contents, path).items()}
+        if contents.get("format") == FORMAT:
+            missing = {"backbone", "model", "config", "task", "tokenizer"} - contents.keys()
+            if missing:
+                raise ValueError(f"a damaged checkpoint of this project, "
+                                 f"without {', '.join(sorted(missing))}")
+            config_of(contents)         # has it all that a Config needs, and nothing else?
+            settings = plain_dict(contents.get("settings"))
+            return Source(path, names.OURS, state, settings, contents, folder)
+        family = names.family_of(state)
+        if family is None:
+            raise ValueError(f"not a checkpoint of this project nor of another that is known here; "
+                             f"it holds {len(state)} tensors ({', '.join(list(state)[:3])}, …)")
         settings = read_config(folder / "config.json")
-    return Source(path, family, state, settings, contents, folder)
+        if family in (names.FLM, names.VILT):
+            hyper = plain_dict(contents.get("hyper_parameters"))
+            settings = hyper | plain_dict(contents.get("config")) | plain_dict(hyper.get("config"))
+        return Source(path, family, state, settings, contents, folder)
 
 
 def load(path: str | Path, trust: bool = False, **overrides: Any) -> nn.Module:
@@ -258,8 +196,7 @@ def load(path: str | Path, trust: bool = False, **overrides: Any) -> nn.Module:
     trust: run a TorchScript archive of unknown origin. overrides: fields of the Config that no
     file stores and the rule gets wrong (vit_heads). ValueError or FileNotFoundError in a sentence.
 
-    Memory: float32 files are mapped. What is stored in half precision is converted: that takes
-    twice the file for the model and, while it is opened, the file's own pages beside it.
+    Memory: float32 files are mapped; of half-precision files a float32 copy is made.
 
     The model has .task ("pretrain", "vqa", "nlvr2", "caption", "retrieval"), .tokenizer and
     .answer_list (None where the file has none), .step, .report (a names.Report) and .about (whose,
@@ -267,31 +204,13 @@ def load(path: str | Path, trust: bool = False, **overrides: Any) -> nn.Module:
     """
     source, report = open_source(path, trust), Report()
     source.told = overrides
-    backbone = "flm" if source.family is names.FLM else "vilt"
-    if source.family is None:
-        backbone = source.contents["backbone"]
-    unknown = overrides.keys() - {field.name for field in fields(BACKBONES[backbone][0])}
-    if unknown:
-        raise ValueError(f"{', '.join(sorted(unknown))}: {backbone} has no such setting")
-    tok = answers = None
     with one_sentence(source.path):
         config, found, called, task = model_parts(source, report)
-        if source.family is None:
-            answers = source.contents.get("answers")
-            tok = unpack_tokenizer(source.contents["tokenizer"])
-        elif source.family is names.VILT_TRANSFORMERS:
-            config, tok = models.with_vocabulary(config, source.folder)
-            config = replace(config, **overrides)
-            answers = models.labels(source.settings) if task == "vqa" else None
         with torch.device("meta"), Undrawn():   # no memory or time for what the file replaces
             model = model_of(config)
         load_exactly(model, found, path, called, assign=True)
-    model.task, model.tokenizer, model.answer_list, model.report = task, tok, answers, report
-    if source.family is not None:
-        model.spare_rows = source.spare         # for `export`, as is pad_token_id
-    if source.family is names.VILT_TRANSFORMERS:
-        model.pad_token_id = source.settings.get("pad_token_id", config.pad_id)
-    model.step, model.about = source.step(), source.about()
+    model.task, model.tokenizer, model.answer_list = task, source.tok, source.answers
+    model.step, model.report, model.about = source.step(), report, source.about()
     return model.eval()
 
 
@@ -301,22 +220,18 @@ def model_parts(source: Source, report: Report) -> tuple[Config, dict, dict, str
         return models.flm_parts(source, report)
     if source.family in (names.VILT, names.VILT_TRANSFORMERS):
         return models.vilt_parts(source, report)
-    if source.family is not None:
-        raise ValueError(f"{source.path}: {source.family.about}, a part of a model: {use(source)}")
-    for name, tensor in source.state.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{source.path}: {name} holds {tensor.dtype}, "
-                             f"expected floating-point numbers")
-    report.add("taken", source.state, file=source.path)
-    found = {name: tensor.float() for name, tensor in source.state.items()}
-    config_class = BACKBONES[source.contents["backbone"]][0]
-    config = checked(config_class, source.contents["config"] | source.told, len(found))
-    return config, found, {name: [name] for name in found}, source.contents["task"]
+    if source.family is not names.OURS:
+        raise ValueError(f"{source.family.about}, a part of a model: {use(source)}")
+    contents = source.contents
+    source.tok = unpack_tokenizer(contents["tokenizer"])
+    source.answers = contents.get("answers")
+    found, called = names.translate(source.state, source.family, report, source.path)
+    config = config_of(contents | {"config": contents["config"] | source.told})
+    return config, found, called, contents["task"]
 
 
 def use(source: Source) -> str:
-    flag = "--text" if source.family is names.BERT else "--vit"
-    return f"train.py {flag} begins from it"
+    return f"train.py {source.family.flag} begins from it"
 
 
 # -- beginning from what others trained ------------------------------------------------------------
@@ -344,19 +259,19 @@ def start(model: nn.Module, vit: str | None = None, text: str | None = None,
             found, called = parts_of(source, model, report)
         for name, tensor in found.items():
             found[name] = begin.adapt(name, tensor, own, called[name], report, path)
-            begin.check_place(found[name], own.get(name), called[name][0], path)
+        # A module is filled as a whole; of a checkpoint, only the parts may be missing.
+        modules = {name.split(".")[0] for name in found}
+        needed = [name for name in own if name.split(".")[0] in modules
+                  or (path == checkpoint and begin.part_of(name) is None)]
+        check_fit(found, own, needed, path, called)
         with torch.no_grad():
             for name, tensor in found.items():
                 own[name].copy_(tensor)
         filled |= found.keys()
     for name in own:
         if name not in filled:
-            part = begin.part_of(name)
-            if checkpoint and part is None:
-                raise ValueError(f"{checkpoint}: has no {name}, which the model needs; "
-                                 f"are they of different sizes?")
-            report.add("fresh", [name], f"{part or name.split('.')[0]}: drawn at random",
-                       "the model")
+            report.add("fresh", [name],
+                       f"{begin.part_of(name) or name.split('.')[0]}: drawn at random", "the model")
     return report
 
 
@@ -366,7 +281,7 @@ def checkpoint_parts(source: Source, model: nn.Module, report: Report) -> tuple[
     source.assumed = {name: getattr(c, name) for name in begin.head_fields(c)}
     config, found, called, _ = model_parts(source, report)
     if type(config) is not type(c):
-        raise ValueError(f"{source.path}: a checkpoint of {backbone_of(config)}, "
+        raise ValueError(f"a checkpoint of {backbone_of(config)}, "
                          f"but the model is {backbone_of(c)}")
     begin.keep_fitting_parts(config, found, called, model, report, source.path)
     return found, called
@@ -377,50 +292,31 @@ def checkpoint_parts(source: Source, model: nn.Module, report: Report) -> tuple[
 def summary(path: str | Path, trust: bool = False) -> str:
     """What a file is, in lines of text."""
     source = open_source(path, trust)
-    if source.family not in WHOLE_MODELS:
+    if source.family.flag:
         count = sum(tensor.numel() for tensor in source.state.values())
-        rows = {"whose": source.family.about, "parameters": f"{count:,}", "use": use(source)}
-        return "\n".join([str(path), *(f"{name:<13}{value}" for name, value in rows.items())])
+        return (f"{path}\nwhose        {source.family.about}\nparameters   {count:,}\n"
+                f"use          {use(source)}")
     model = load(path, trust)
-    c, tok = model.config, model.tokenizer
+    c, tok, answers = model.config, model.tokenizer, model.answer_list
     count = sum(parameter.numel() for parameter in model.parameters())
     rows = {
         "whose": model.about["whose"],
-        "model": f"{backbone_of(c)}, objective {c.objective}, head {c.head}"
-                 f"{', itm' if c.itm else ''}",
+        "model": backbone_of(c),
         "task": model.task,
         "step": f"{model.step:,}",
         "recipe": model.about["recipe"],
         "data": ", ".join(filter(None, [model.about["data"], *model.about["datasets"]])),
-        "layers": layers_of(c),
         "parameters": f"{count:,}",
-        "image": f"{c.image_size} pixels, patches of {c.patch_size}",
-        "answers": answers_of(model),
-        "tokenizer": f"none in the file; a vocabulary of {c.vocab_size:,}",
+        "config": ", ".join(f"{name}={value}" for name, value in asdict(c).items()),
+        "tokenizer": f"{type(tok).__name__}, {len(tok):,} tokens" if tok else "none in the file",
     }
-    if tok:
-        rows["tokenizer"] = f"{type(tok).__name__}, {len(tok):,} tokens"
-    lines = [f"{name:<13}{value}" for name, value in rows.items() if value]
-    return "\n".join([str(path), *lines, "tensors", str(model.report)])
-
-
-def layers_of(c: Config) -> str:
-    if isinstance(c, vilt.Config):
-        return f"{c.layers} x {c.width}, feed-forward {c.mlp_width}"
-    line = (f"ViT {c.vit_layers} x {c.vit_width}, text {c.text_layers} x {c.text_width}, "
-            f"fusion {c.fusion_layers} x {c.width}")
-    if c.objective == "flm":
-        line += f", reconstructor {c.reconstructor_text_layers} + {c.reconstructor_fusion_layers}"
-    return line
-
-
-def answers_of(model: nn.Module) -> str:
-    answers = model.answer_list
     if answers:
-        return f"{', '.join(answers[:5])}, … ({len(answers):,})"
-    if model.config.answers:
-        return f"{model.config.answers:,}; the file has no list of them"
-    return ""
+        rows["answers"] = f"{c.answers:,}: {', '.join(answers[:5])}, …"
+    elif c.answers:
+        rows["answers"] = f"{c.answers:,}, of which the file has no list"
+    lines = [textwrap.fill(f"{name:<13}{value}", 100, subsequent_indent=" " * 13)
+             for name, value in rows.items() if value]
+    return "\n".join([str(path), *lines, "tensors", str(model.report)])
 
 
 def read_answers(path: str | Path) -> list[str]:
@@ -428,7 +324,7 @@ def read_answers(path: str | Path) -> list[str]:
     answers = read_json(path)
     if isinstance(answers, dict):
         answers = [answers.get(str(i)) for i in range(len(answers))]
-    if not isinstance(answers, list) or not is_list_of_text(answers):
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"{path}: a JSON list of answers, or a table from 0, 1, … to answers, "
                          f"is expected")
     return answers

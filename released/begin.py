@@ -17,90 +17,73 @@ import layers
 import vilt
 from released import names
 from released.files import plain_dict
-from released.models import Source, first_rows, sizes, without_batch
+from released.models import Source, first_rows
 from released.names import Report
 
 
 def expect(source: Source, families: tuple, what: str) -> None:
     if source.family not in families:
-        found = source.family.about if source.family else "a checkpoint of this project"
-        raise ValueError(f"{source.path}: {found}; {what} is expected here")
+        raise ValueError(f"it is {source.family.about}; {what} is expected here")
 
 
-def expect_sizes(source: Source, what: str, rows: tuple) -> None:
-    """ValueError where a size differs. rows: (its name, the file's, the model's)"""
-    for name, has, wants in rows:
-        if has != wants:
-            raise ValueError(f"{source.path}: a {what} with {name} {has}, "
-                             f"but the model's has {wants}")
+def expect_heads(settings: dict, wants: int) -> None:
+    """ValueError where a config.json has another number of heads: no shape tells it."""
+    has = settings.get("num_attention_heads", wants)
+    if has != wants:
+        raise ValueError(f"a transformer with heads {has}, but the model's has {wants}")
 
 
-CLIP_BLOCK = r"(?:visual\.transformer\.resblocks|(?:vision_model\.)?encoder\.layers|blocks)\."
+def is_roberta(source: Source) -> bool:
+    """RoBERTa has one token type, and counts positions from 2; BERT has two, and counts from 0."""
+    kind = source.settings.get("model_type")
+    if kind:
+        return kind == "roberta"
+    return any(key.endswith("token_type_embeddings.weight") and len(tensor) == 1
+               for key, tensor in source.state.items())
+
+
+CLIP_BLOCK = r"(?:visual\.transformer\.resblocks|encoder\.layers|blocks)\."
 
 
 def clip_parts(source: Source, model: nn.Module, report: Report) -> tuple[dict, dict]:
     """CLIP's ViT without its last block, for FLM."""
     expect(source, (names.CLIP, names.CLIP_TRANSFORMERS, names.CLIP_TIMM), "CLIP")
-    c, path = model.config, source.path
-    stored = plain_dict(source.settings.get("vision_config")) or source.settings
-    blocks = [re.match(CLIP_BLOCK + r"(\d+)\.", name) for name in source.state]
-    depth = len({block[1] for block in blocks if block})
-    unused = {rf"{CLIP_BLOCK}{depth - 1}\.": "CLIP's last block, which FLM does without"}
-    found, called = names.translate(source.state, source.family, report, path, unused)
-    without_batch(found, "vit.cls", "vit.position")
-    size, _ = sizes(found, path)
-    expect_sizes(source, "ViT", (
-        ("patches", size("vit.patch.weight", 2), c.patch_size),
-        ("width", size("vit.patch.weight"), c.vit_width),
-        ("heads", stored.get("num_attention_heads", c.vit_heads), c.vit_heads)))
-    if depth - 1 != c.vit_layers:
-        raise ValueError(f"{path}: a ViT of {depth} blocks, of which FLM uses {depth - 1}, "
-                         f"but the model has {c.vit_layers}")
-    activation = stored.get("hidden_act", "quick_gelu")
+    settings = plain_dict(source.settings.get("vision_config")) or source.settings
+    expect_heads(settings, model.config.vit_heads)
+    activation = settings.get("hidden_act", "quick_gelu")
     if source.family is names.CLIP_TRANSFORMERS and activation != "quick_gelu":
-        raise ValueError(f"{path}: a ViT with {activation}; OpenAI's, with quick_gelu, is expected")
-    return found, called
+        raise ValueError(f"a ViT with {activation}; OpenAI's, with quick_gelu, is expected")
+    standard = [names.canonical(key, source.family.aliases) for key in source.state]
+    blocks = [re.match(CLIP_BLOCK + r"(\d+)\.", key) for key in standard]
+    last = max(int(block[1]) for block in blocks if block)
+    unused = {rf"{CLIP_BLOCK}{last}\.": "CLIP's last block, which FLM does without"}
+    return names.translate(source.state, source.family, report, source.path, unused)
 
 
 def vit_parts(source: Source, model: nn.Module, report: Report) -> tuple[dict, dict]:
     """A ViT, for ViLT, whose blocks and positions began as one."""
     expect(source, (names.VIT, names.TIMM), "a ViT of timm or transformers")
-    c = model.config
+    expect_heads(source.settings, model.config.heads)
     unused = {}
-    if not c.mpp:
+    if not model.config.mpp:
         unused[r"mask_token$"] = "masked patch prediction, which the model does not do"
-    found, called = names.translate(source.state, source.family, report, source.path, unused)
-    without_batch(found, "cls", "mask_token", "position")
-    size, _ = sizes(found, source.path)
-    expect_sizes(source, "ViT", (
-        ("patches", size("patch.weight", 2), c.patch_size),
-        ("width", size("patch.weight"), c.width),
-        ("heads", source.settings.get("num_attention_heads", c.heads), c.heads)))
-    return found, called
+    return names.translate(source.state, source.family, report, source.path, unused)
 
 
 def text_parts(source: Source, model: nn.Module, report: Report) -> tuple[dict, dict]:
     """RoBERTa's or BERT's embeddings and first layers, for FLM.
 
-    RoBERTa counts positions from 2 (row 1 is padding's), BERT from 0: its rows are shifted by two.
-    FLM's LayerNorms have RoBERTa's eps, 1e-5; BERT's have 1e-12.
+    BERT's positions are shifted by RoBERTa's two special ones. FLM's LayerNorms have RoBERTa's eps,
+    1e-5; BERT's have 1e-12.
     """
     expect(source, (names.BERT,), "RoBERTa or BERT")
     c, path = model.config, source.path
+    expect_heads(source.settings, c.text_heads)
     kept = "|".join(str(layer) for layer in range(c.text_layers))
-    deeper = rf"(?:roberta\.|bert\.)?encoder\.layer\.(?!(?:{kept})\.)"
-    unused = {deeper: f"a layer above the first {c.text_layers}"}
+    unused = {rf"encoder\.layer\.(?!(?:{kept})\.)": f"a layer above the first {c.text_layers}"}
     found, called = names.translate(source.state, source.family, report, path, unused)
-    size, count = sizes(found, path)
-    expect_sizes(source, "text transformer", (
-        ("width", size("embed.word.weight", 1), c.text_width),
-        ("layers", count("text_layers."), c.text_layers),
-        ("heads", source.settings.get("num_attention_heads", c.text_heads), c.text_heads),
-        ("feed-forward", size("text_layers.0.mlp.0.weight"), 4 * c.text_width)))
-    one_type = size("embed.token_type") == 1
-    kind = source.settings.get("model_type") or ("roberta" if one_type else "bert")
-    first_rows("embed.token_type", 1, found, called, report, source)
-    if kind != "roberta":
+    first_rows("embed.token_type", 1, found, called, report, path)
+    if not is_roberta(source):
         name = "embed.position.weight"
         report.add("grown", called[name], "BERT's positions, after RoBERTa's two special ones",
                    path)
@@ -112,14 +95,11 @@ def text_parts(source: Source, model: nn.Module, report: Report) -> tuple[dict, 
 def bert_embeddings(source: Source, model: nn.Module, report: Report) -> tuple[dict, dict]:
     """BERT's embeddings alone, for ViLT."""
     expect(source, (names.BERT,), "BERT")
-    unused = {r"(?:roberta\.|bert\.)?encoder\.": "ViLT takes BERT's embeddings alone"}
+    if is_roberta(source):
+        raise ValueError("RoBERTa; ViLT begins from BERT, whose positions count from 0")
+    unused = {r"encoder\.": "ViLT takes BERT's embeddings alone"}
     found, called = names.translate(source.state, source.family, report, source.path, unused)
-    size, _ = sizes(found, source.path)
-    kind = source.settings.get("model_type", "bert")
-    if kind != "bert" or size("embed.token_type") == 1:
-        raise ValueError(f"{source.path}: RoBERTa; ViLT begins from BERT, "
-                         f"whose positions count from 0")
-    first_rows("embed.token_type", 1, found, called, report, source)
+    first_rows("embed.token_type", 1, found, called, report, source.path)
     return found, called
 
 
@@ -163,7 +143,7 @@ def keep_fitting_parts(config: flm.Config | vilt.Config, found: dict, called: di
     for name in alike:
         has, wants = getattr(config, name), getattr(c, name)
         if has != wants:
-            raise ValueError(f"{path}: {name} {has}, but the model has {wants}")
+            raise ValueError(f"{name} {has}, but the model has {wants}")
     same_head = (config.head, config.answers) == (c.head, c.answers)
     for name in list(found):
         part = part_of(name)
@@ -179,17 +159,7 @@ def keep_fitting_parts(config: flm.Config | vilt.Config, found: dict, called: di
                        "the ranking head starts as image-text matching's class 1", path)
 
 
-# -- the places of a model -------------------------------------------------------------------------
-
-def check_place(tensor: torch.Tensor, place: torch.Tensor | None, name: str, path: str) -> None:
-    """ValueError unless the model has a place of this shape for a tensor of a file."""
-    if place is None:
-        expected = "the model has no such tensor"
-    else:
-        expected = f"the model has {tuple(place.shape)}"
-    if place is None or tensor.shape != place.shape:
-        raise ValueError(f"{path}: {name} has the shape {tuple(tensor.shape)}; {expected}")
-
+# -- tensors of another size -----------------------------------------------------------------------
 
 GROWING = ("embed.word.weight", "vocab_head.decoder.weight", "vocab_head.decoder.bias",
            "embed.position.weight")

@@ -12,7 +12,6 @@ from torch import nn
 import tokenizer
 import vilt
 from released import names
-from released.files import make_folder
 
 ARCHITECTURES = {"none": "ViltModel", "vocab": "ViltForMaskedLM", "vqa": "ViltForQuestionAnswering",
                  "nlvr2": "ViltForImagesAndTextClassification",
@@ -23,26 +22,19 @@ UNKNOWN_THERE = r"itm_head\.|patch_head\.|mask_token$"
 def export(model: nn.Module, folder: str | Path) -> list[str]:
     """Writes config.json, model.safetensors and vocab.txt. Returns what transformers cannot use.
 
-    That is a list of names: tensors (they are in the file, and transformers passes over them), and
-    a tokenizer that is not written. `weights.load` gives back the same model: config.json also
-    holds our own settings, as flm_vilt.
+    That is a list of names of tensors, which transformers passes over, and of a tokenizer that is
+    not written. `weights.load` gives back the same model: config.json also holds our own settings.
 
-    transformers has one eps for all LayerNorms, and ours differ (Config.eps, Config.text_eps). It
-    gets text_eps: the word embeddings, which are normalised first, have the smallest numbers.
-    Measured on a freshly drawn ViLT-B/32, that moves class vector and logits by 6e-6 at most, the
-    image's class token by 8e-4; with eps for all it would be 7e-4 and 1e-3. (Its own copies of the
-    released models have 1e-12.)
+    transformers has one eps for all LayerNorms, and gets text_eps: the word embeddings, which are
+    normalised first, have the smallest numbers. On a freshly drawn ViLT-B/32 that moves class
+    vector and logits by 6e-6 at most; with eps for all it would be 7e-4.
     """
     if not isinstance(model.config, vilt.Config):
         raise ValueError("only a ViLT can be exported: transformers has no FLM")
     folder, tok = Path(folder), getattr(model, "tokenizer", None)
-    # BERT's embeddings have two types, of which a ViLT uses the first.
-    two_types = {"embed.token_type": model.embed.token_type.detach()}
-    spare = getattr(model, "spare_rows", two_types)
-    make_folder(folder)
-    save_file(their_tensors(model, spare), folder / "model.safetensors", {"format": "pt"})
-    config = json.dumps(their_config(model, spare), indent=2)
-    (folder / "config.json").write_text(config + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(their_tensors(model), folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(their_config(model), indent=2) + "\n")
     left_out = [name for name in model.state_dict() if re.match(UNKNOWN_THERE, name)]
     if isinstance(tok, tokenizer.WordPiece):
         tok.save(folder)
@@ -51,20 +43,14 @@ def export(model: nn.Module, folder: str | Path) -> list[str]:
     return left_out
 
 
-def from_right_to_left(table: str) -> dict:
-    return names.pairs("\n".join(" ".join(line.split()[::-1]) for line in table.splitlines()))
+BACKBONE_NAMES = {ours: theirs for theirs, ours in names.TRANSFORMERS_VILT.items()}
+HEAD_NAMES = {ours: theirs for theirs, ours in names.TRANSFORMERS_HEADS.items()}
 
 
-BACKBONE_NAMES = from_right_to_left(names.TRANSFORMERS_VILT)
-HEAD_NAMES = from_right_to_left(names.TRANSFORMERS_HEADS)
-
-
-def their_tensors(model: nn.Module, spare: dict) -> dict[str, torch.Tensor]:
-    """All tensors under transformers' names. spare: our name -> rows that the model does not use"""
+def their_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All tensors under transformers' names."""
     c, state = model.config, {}
     for name, tensor in model.state_dict().items():
-        if name in spare:
-            tensor = torch.cat([tensor, spare[name].to(tensor.device)])
         pieces = {name: tensor}
         if ".kv." in name:
             key, value = tensor.chunk(2)
@@ -86,7 +72,7 @@ def their_name(name: str, head: str) -> str:
     return outside
 
 
-def their_config(model: nn.Module, spare: dict) -> dict:
+def their_config(model: nn.Module) -> dict:
     """What config.json says."""
     c = model.config
     classes = [f"LABEL_{i}" for i in range(c.answers or 2)]
@@ -98,29 +84,23 @@ def their_config(model: nn.Module, spare: dict) -> dict:
         "architectures": [ARCHITECTURES[c.head]],
         "model_type": "vilt",
         "vocab_size": c.vocab_size,
-        "type_vocab_size": 1 + len(spare.get("embed.token_type", ())),
-        "modality_type_vocab_size": len(model.token_type) + len(spare.get("token_type", ())),
-        "pad_token_id": getattr(model, "pad_token_id", c.pad_id),
+        "type_vocab_size": len(model.embed.token_type),
+        "modality_type_vocab_size": len(model.token_type),
+        "pad_token_id": c.pad_id,
         "max_position_embeddings": c.max_positions,
         "hidden_size": c.width,
         "num_hidden_layers": c.layers,
         "num_attention_heads": c.heads,
         "intermediate_size": c.mlp_width,
-        "hidden_act": "gelu",
-        "qkv_bias": True,
         "hidden_dropout_prob": c.dropout,
-        "attention_probs_dropout_prob": 0.0,
         "initializer_range": c.init_std,
         "layer_norm_eps": c.text_eps,
         "image_size": c.image_size,
         "patch_size": c.patch_size,
-        "num_channels": 3,
-        "max_image_length": -1,
         "num_images": 2 if c.head == "nlvr2" else -1,
         # transformers wants to tie the vocabulary head to the embeddings; with both in the file it
         # keeps them apart.
         "tie_word_embeddings": False,
         "id2label": dict(enumerate(classes)),
-        "label2id": {label: i for i, label in enumerate(classes)},
         "flm_vilt": asdict(c),
     }

@@ -32,26 +32,13 @@ class Refused(Exception):
     """What is wrong with a file, as the end of a sentence that begins with its path."""
 
 
-def shown(value: Any) -> str:
-    """A value for an error message: short and on one line, whatever it is."""
-    plain = isinstance(value, str | bytes | int | float)
-    return repr(value)[:80] if plain else f"a {type(value).__name__}"
-
-
 def plain_dict(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{folder}: no folder can be made here ({error.strerror})") from None
-
-
 @contextmanager
 def one_sentence(path: Path) -> Iterator[None]:
-    """Whatever a file's odd settings lead to becomes a ValueError that begins with its path."""
+    """Whatever odd settings or tensors lead to becomes a ValueError that begins with its path."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -59,9 +46,12 @@ def one_sentence(path: Path) -> Iterator[None]:
             raise
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:
-        first_line = (str(error).splitlines() or [""])[0][:200]
-        raise ValueError(f"{path}: its settings describe no model "
-                         f"({type(error).__name__}: {first_line})") from error
+        raise ValueError(f"{path}: it describes no model ({in_a_line(error)})") from error
+
+
+def in_a_line(error: Exception) -> str:
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line[:200]}"
 
 
 # -- what stands for the classes of other libraries ------------------------------------------------
@@ -81,46 +71,27 @@ class Inert:
         pass
 
 
-class Namespace(dict):
-    """argparse.Namespace as a dict: its attributes are the items."""
-
-    def __setstate__(self, state):
-        self.update(state)
-
-
 def empty_dict(factory=None):
     """collections.defaultdict as a plain dict; the pickle fills it."""
     return {}
 
 
-# Containers of settings, as plain dicts and lists.
+# Containers of settings, as plain dicts and lists: by their whole names, or those of LIBRARIES by
+# the names of their classes.
 CONTAINERS = {
-    "argparse.Namespace": Namespace,
-    "types.SimpleNamespace": Namespace,
-    "collections.defaultdict": empty_dict,
-    "builtins.frozenset": frozenset,
-    "sacred.config.custom_containers.ReadOnlyDict": dict,
-    "sacred.config.custom_containers.ReadOnlyList": list,
-    "pytorch_lightning.utilities.parsing.AttributeDict": dict,
-    "lightning.pytorch.utilities.parsing.AttributeDict": dict,
-    "lightning_fabric.utilities.data.AttributeDict": dict,
-    "lightning.fabric.utilities.data.AttributeDict": dict,
-}
+    "collections.defaultdict": empty_dict, "builtins.frozenset": frozenset,
+    "ReadOnlyDict": dict, "ReadOnlyList": list, "AttributeDict": dict}
 # Libraries whose classes stand in checkpoints without being needed.
 LIBRARIES = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities",
              "torchmetrics", "sacred", "omegaconf", "transformers", "timm", "deepspeed", "apex",
-             "fairscale", "flm", "vilt", "meter", "clip"}
-# Other names whose objects are not needed: numbers of NumPy, paths, types named in settings.
+             "fairscale", "flm", "vilt", "meter", "clip", "pathlib", "typing"}
+# Other names whose objects are not needed: numbers of NumPy, types named in settings.
 UNUSED = {
-    *(f"numpy.{name}" for name in ("dtype", "ndarray")),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core")
-      for name in ("scalar", "_reconstruct")),
-    *(f"{module}.{pure}{system}Path" for module in ("pathlib", "pathlib._local")
-      for pure in ("", "Pure") for system in ("Posix", "Windows")),
-    *(f"builtins.{name}" for name in ("bool", "int", "float", "str", "bytes", "list", "tuple",
-                                      "dict")),
-    "typing.Any",
-}
+    "argparse.Namespace", "types.SimpleNamespace", "numpy.dtype", "numpy.ndarray",
+    "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct",
+    "builtins.bool", "builtins.int", "builtins.float", "builtins.str", "builtins.bytes",
+    "builtins.list", "builtins.tuple", "builtins.dict"}
 
 
 def stand_in(name: str) -> Callable | None:
@@ -128,10 +99,12 @@ def stand_in(name: str) -> Callable | None:
 
     Of the libraries only classes are answered, which a capital letter tells from functions.
     """
-    if name in CONTAINERS:
-        return CONTAINERS[name]
-    library, last = name.split(".")[0], name.split(".")[-1].lstrip("_")
-    if name in UNUSED or (library in LIBRARIES and last[:1].isupper()):
+    library, last = name.split(".")[0], name.split(".")[-1]
+    of_library = library in LIBRARIES and last.lstrip("_")[:1].isupper()
+    key = last if of_library else name
+    if key in CONTAINERS:
+        return CONTAINERS[key]
+    if of_library or name in UNUSED:
         return type(last, (Inert,), {"__slots__": ()})
     return None
 
@@ -154,13 +127,9 @@ def names_in(path: Path, is_zip: bool) -> Iterable[str]:
 
 def open_torch(path: Path, is_zip: bool) -> Any:
     """What torch.save wrote. The tensors of a zip are mapped; those of older files are read."""
-    stand_ins = []
-    for name in names_in(path, is_zip):
-        answer = stand_in(name)
-        if answer is not None:
-            stand_ins.append((answer, name))
-    # All that is still unknown is refused, by torch itself.
-    with torch.serialization.safe_globals(stand_ins):
+    answers = [(stand_in(name), name) for name in names_in(path, is_zip)]
+    known = [(answer, name) for answer, name in answers if answer is not None]
+    with torch.serialization.safe_globals(known):       # torch itself refuses all other names
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
@@ -176,31 +145,27 @@ def open_torchscript(path: Path, trust: bool) -> dict[str, torch.Tensor]:
 
 def open_safetensors(path: Path) -> dict:
     """{"model": its tensors} and the file's metadata, of which values that are JSON are decoded."""
+    contents = {}
     with safe_open(path, "pt") as file:
-        contents = {name: from_json(text) for name, text in (file.metadata() or {}).items()}
+        for name, text in (file.metadata() or {}).items():
+            try:
+                contents[name] = json.loads(text)
+            except ValueError:
+                contents[name] = text
         contents["model"] = {name: file.get_tensor(name) for name in file.keys()}
     return contents
 
 
-def from_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def what_is_wrong(error: Exception) -> str:
     """An error of torch or safetensors in one line, without torch's advice to switch safety off."""
-    text = str(error)
-    refused = re.search(r"GLOBAL (\S+)", text)
+    refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused:
         return f"refused; its pickle wants to call {refused[1]}"
     if isinstance(error, pickle.UnpicklingError):
-        detail = text.split("WeightsUnpickler error:")[-1].split("\n\nCheck the documentation")[0]
+        detail = str(error).split("WeightsUnpickler error:")[-1].split("\n\nCheck the")[0]
         detail = " ".join(detail.split())[:200]
         return f"refused; its pickle is damaged, or does what no weights need: {detail}"
-    first_line = (text.splitlines() or [""])[0][:200]
-    return f"truncated or damaged ({type(error).__name__}: {first_line})"
+    return f"truncated or damaged ({in_a_line(error)})"
 
 
 def open_by_kind(path: Path, trust: bool) -> Any:
@@ -210,8 +175,6 @@ def open_by_kind(path: Path, trust: bool) -> Any:
         raise Refused("an empty file")
     if head.startswith(b"version https://git-lfs"):
         raise Refused("looks like a Git LFS pointer, not the file itself")
-    if head[257:262] == b"ustar":
-        raise Refused("a tar archive; only zip and pickle files of torch.save are read")
     # safetensors begins with the length of a JSON table, then the table
     table_fits = int.from_bytes(head[:8], "little") <= path.stat().st_size - 8
     if path.suffix == ".safetensors" or (head[8:9] == b"{" and table_fits):
@@ -222,8 +185,6 @@ def open_by_kind(path: Path, trust: bool) -> Any:
             records = archive.infolist()
         if any(record.filename.endswith("/constants.pkl") for record in records):
             return open_torchscript(path, trust)
-        if not any(record.filename.endswith("/data.pkl") for record in records):
-            raise Refused("a zip archive without data.pkl, so nothing that torch.save wrote")
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise Refused("a compressed archive, which cannot be mapped and torch never writes")
     elif not head.startswith(LEGACY_HEAD):
@@ -239,8 +200,6 @@ def open_file(path: str | Path, trust: bool = False) -> Any:
     missing, damaged, of another kind, or wants something called.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path}: a directory, not a checkpoint file")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such checkpoint")
     try:
@@ -253,71 +212,38 @@ def open_file(path: str | Path, trust: bool = False) -> Any:
 
 # -- what comes out --------------------------------------------------------------------------------
 
-LARGEST_BROADCAST = 2**26       # numbers of a tensor that repeats its storage (stride 0)
+def tensors_in(contents: dict, path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, by name: under one of two keys, or at its top.
 
-
-def tensors_in(table: dict, path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a table, by name. ValueError for one that is no plain array of numbers."""
+    ValueError for one that is no plain array of numbers.
+    """
+    for key in ("state_dict", "model"):
+        if isinstance(contents.get(key), dict):
+            contents = contents[key]
+            break
     tensors = {}
-    for name, tensor in table.items():
+    for name, tensor in contents.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             continue
-        kind = (tensor.layout, tensor.device.type, tensor.is_quantized)
-        if kind != (torch.strided, "cpu", False) or tensor.is_nested:
+        kind = (tensor.layout, tensor.device.type, tensor.is_quantized, tensor.is_nested)
+        if kind != (torch.strided, "cpu", False, False):
             raise ValueError(f"{path}: {name} is no plain array of numbers")
-        held = tensor.untyped_storage().nbytes() // tensor.itemsize
-        if tensor.numel() > max(held, LARGEST_BROADCAST):   # a few bytes that stand for terabytes
-            raise ValueError(f"{path}: {name} of shape {tuple(tensor.shape)} repeats the {held} "
-                             f"numbers of its storage too often")
         tensors[name] = tensor
     return tensors
 
 
-# -- folders, and models in several files ----------------------------------------------------------
-
-FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json",
-                "pytorch_model.bin", "pytorch_model.bin.index.json", "open_clip_model.safetensors")
-
-
-def state_in(contents: dict, path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file: under one of two keys, or at its top."""
-    for key in ("state_dict", "model"):
-        if isinstance(contents.get(key), dict):
-            return tensors_in(contents[key], path)
-    return tensors_in(contents, path)
-
-
-def open_parts(index: Path) -> dict:
-    """The tensors of a model in several files. `index` is the table of each tensor's file."""
-    table = plain_dict(read_config(index).get("weight_map"))
-    if not table or not all(isinstance(name, str) for name in table.values()):
-        raise ValueError(f"{index}: has no weight_map, the table of its tensors' files")
-    tensors = {}
-    for name in sorted(set(table.values())):
-        file = index.parent / Path(name).name
-        tensors |= state_in(plain_dict(open_file(file)), file)
-    missing = sorted(table.keys() - tensors.keys())
-    if missing:
-        raise ValueError(f"{index}: names {missing[0]}, which none of its files has")
-    return tensors
-
-
-def read_json(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+def open_folder(folder: Path) -> dict:
+    """What the weights' file of a folder of the Hub holds."""
+    for name in ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors"):
+        if (folder / name).is_file():
+            return open_file(folder / name)
+    raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin "
+                            f"is in this folder")
 
 
 def read_config(path: Path) -> dict:
-    return plain_dict(read_json(path)) if path.is_file() else {}
-
-
-def open_folder(folder: Path) -> dict:
-    """What the weights' file of a folder holds; of a model in several files, its tensors."""
-    for name in FOLDER_FILES:
-        file = folder / name
-        if file.is_file():
-            return open_parts(file) if name.endswith(".index.json") else open_file(file)
-    raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin "
-                            f"is in this folder")
+    """A JSON table; an empty one if there is no such file."""
+    try:
+        return plain_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None

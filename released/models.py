@@ -9,8 +9,7 @@ the width is no multiple of 64, nothing is guessed.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,14 +18,14 @@ import flm
 import tokenizer
 import vilt
 from released import names
-from released.files import plain_dict, shown
+from released.files import plain_dict
 
 
 @dataclass
 class Source:
     """An opened checkpoint."""
     path: Path
-    family: names.Family | None     # whose it is; None: ours
+    family: names.Family            # whose it is
     state: dict                     # its tensors, under its own names less those of wrappers
     settings: dict                  # of the run: hyper-parameters, or transformers' config.json
     contents: dict                  # all that the file holds
@@ -35,24 +34,21 @@ class Source:
     told: dict = field(default_factory=dict)
     # Numbers of heads where neither file nor rule gives one:
     assumed: dict = field(default_factory=dict)
-    # Our name -> the rows of a table that the model does not use:
-    spare: dict = field(default_factory=dict)
+    tok: tokenizer.BPE | tokenizer.WordPiece | None = None
+    answers: list | None = None
 
-    def has(self, *prefixes: str) -> bool:
-        return any(name.startswith(prefixes) for name in self.state)
-
-    def text(self, name: str) -> str | None:
-        value = self.settings.get(name)
-        return value if isinstance(value, str) else None
+    def has(self, prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in self.state)
 
     def about(self) -> dict:
         """Whose it is, and what it says of its recipe and data; None for what it does not say."""
+        said = {name: value for name, value in self.settings.items() if isinstance(value, str)}
         datasets = self.settings.get("datasets")
         if not isinstance(datasets, list | tuple):
             datasets = []
-        return {"whose": self.family.about if self.family else "this project's",
-                "recipe": self.text("recipe") or self.text("exp_name"),
-                "data": self.text("data"),
+        return {"whose": self.family.about,
+                "recipe": said.get("recipe") or said.get("exp_name"),
+                "data": said.get("data"),
                 "datasets": [name for name in datasets if isinstance(name, str)]}
 
     def step(self) -> int:
@@ -69,66 +65,24 @@ class Undrawn(torch.overrides.TorchFunctionMode):
         return function(*arguments, **(keywords or {}))
 
 
-def sizes(found: dict, path: Path) -> tuple[Callable, Callable]:
-    """-> size(name, axis), a side of a tensor of ours; count(prefix), the layers under a prefix"""
-    def size(name, axis=0):
-        if name not in found or found[name].dim() <= axis:
-            raise ValueError(f"{path}: not complete; {name}, as it is called here, is missing "
-                             f"or has another shape")
-        return found[name].shape[axis]
-
-    def count(prefix):
-        inner = [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
-        return len({name.split(".")[0] for name in inner})
-
-    return size, count
+def count(prefix: str, found: dict) -> int:
+    """The number of layers under a prefix."""
+    inner = [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
+    return len({name.split(".")[0] for name in inner})
 
 
-def checked(kind: type, values: dict, tensors: int):
-    """A Config of these values, for a file of this number of tensors.
-
-    ValueError for a value of another type, or a size that cannot be.
-    """
-    for known in fields(kind):
-        value, expected = values.get(known.name, known.default), type(known.default)
-        if expected is float and type(value) is int:
-            continue
-        if type(value) is not expected:
-            raise ValueError(f"its {known.name} is {shown(value)}; {expected.__name__} is expected")
-        limit = tensors + 1 if known.name.endswith("layers") else 2**31
-        if expected is int and not 0 <= value < limit:
-            raise ValueError(f"its {known.name} is {value}, which cannot be")
-    return kind(**values)
-
-
-def image_size_of(rows: int, patch_size: int, path: Path) -> int:
+def image_size_of(rows: int, patch_size: int) -> int:
     """The resolution of a position table of 1 + g² rows."""
-    side = int((rows - 1) ** 0.5)
-    if side ** 2 + 1 != rows:
-        raise ValueError(f"{path}: a position table of {rows} rows is no square grid "
-                         f"and a class token")
-    return side * patch_size
+    return int((rows - 1) ** 0.5) * patch_size
 
 
 def first_rows(name: str, rows: int, found: dict, called: dict, report: names.Report,
-               source: Source) -> None:
-    """Cuts a table to the rows that the model uses; the others go to source.spare."""
+               path: Path) -> None:
+    """Cuts a table to the rows that the model uses."""
     if name in found and len(found[name]) > rows:
         reason = f"its first {rows} of {len(found[name])} rows; the others are never used"
-        report.add("taken", called[name], reason, source.path)
-        source.spare[name] = found[name][rows:].clone()
+        report.add("taken", called[name], reason, path)
         found[name] = found[name][:rows].clone()
-
-
-def without_batch(found: dict, *names_of_rows: str) -> None:
-    """Others store the class token as (1, 1, D) and the positions as (1, N, D)."""
-    for name in names_of_rows:
-        if name in found:
-            tensor = found[name]
-            if name.endswith("position"):
-                found[name] = tensor.reshape(-1, tensor.shape[-1])                  # (N, D)
-            else:
-                found[name] = tensor.flatten()                                      # (D,)
 
 
 def heads_of(name: str, width: int, source: Source, *stored: int | None) -> int:
@@ -155,13 +109,13 @@ def flm_task(source: Source) -> str:
     # A captioning model has the tensors of a pretrained one. Its settings tell, else its words:
     # RoBERTa's, <bos> and <eos>.
     stored = source.settings
-    if not stored:
-        words = len(source.state.get("text_transformer.embeddings.word_embeddings.weight", ()))
-        return "caption" if words == 50267 else "pretrain"
-    is_ar = plain_dict(stored.get("loss_names")).get("ar")
-    if stored.get("get_caption_metric") or (is_ar and source.has("fusion_layers_top.")):
-        return "caption"
-    return "pretrain"
+    if stored:
+        is_ar = plain_dict(stored.get("loss_names")).get("ar") and source.has("fusion_layers_top.")
+        captions = bool(stored.get("get_caption_metric") or is_ar)
+    else:
+        words = source.state.get("text_transformer.embeddings.word_embeddings.weight", ())
+        captions = len(words) == 50267
+    return "caption" if captions else "pretrain"
 
 
 def flm_objective(source: Source, task: str) -> tuple[str, dict, dict]:
@@ -183,18 +137,17 @@ def flm_parts(source: Source, report: names.Report) -> tuple[flm.Config, dict, d
 
     Of a captioning model only the forward stream is kept, as objective ar: it does the decoding.
     """
-    stored, path = source.settings, source.path
-    task = flm_task(source)
+    stored, task = source.settings, flm_task(source)
     objective, table, unused = flm_objective(source, task)
     if task not in ("pretrain", "caption"):
         unused[r"(lm|mlm)_score\."] = f"the vocabulary head, which task {task} does not use"
     found, called = names.translate(source.state, source.family._replace(names=table), report,
-                                    path, unused)
+                                    source.path, unused)
 
-    size, count = sizes(found, path)
-    patch, words = size("vit.patch.weight", 2), size("embed.word.weight")
-    width, text_width = size("text_to_fusion.weight"), size("text_to_fusion.weight", 1)
-    vit_width = size("vit.patch.weight")
+    shape = {name: tensor.shape for name, tensor in found.items()}
+    vit_width, _, _, patch = shape["vit.patch.weight"]
+    width, text_width = shape["text_to_fusion.weight"]
+    words = shape["embed.word.weight"][0]
     vit = plain_dict(stored.get("vit_config") or source.contents.get("vit_config"))  # rarely there
     vit_heads = [vit.get("heads"), stored.get("vit_heads")]
     if vit.get("head_dim"):
@@ -208,123 +161,94 @@ def flm_parts(source: Source, report: names.Report) -> tuple[flm.Config, dict, d
         head = "vocab" if "vocab_head.decoder.weight" in found else "none"
     config = dict(
         objective=objective,
-        image_size=image_size_of(size("vit.position"), patch, path),
+        image_size=image_size_of(shape["vit.position"][0], patch),
         patch_size=patch,
         vit_width=vit_width,
-        vit_layers=count("vit.blocks."),
+        vit_layers=count("vit.blocks.", found),
         vit_heads=heads_of("vit_heads", vit_width, source, *vit_heads),
         vocab_size=words,
         text_width=text_width,
-        text_layers=count("text_layers."),
+        text_layers=count("text_layers.", found),
         text_heads=heads_of("text_heads", text_width, source,
                             heads if text_width == width else None),
-        max_positions=size("embed.position.weight"),
+        max_positions=shape["embed.position.weight"][0],
         mask_id=words - 3 if has_bos else words - 1,
         width=width,
         heads=heads,
-        fusion_layers=count("fusion_layers."),
-        reconstructor_text_layers=count("text_reconstructor."),
-        reconstructor_fusion_layers=count("fusion_reconstructor."),
+        fusion_layers=count("fusion_layers.", found),
+        reconstructor_text_layers=count("text_reconstructor.", found),
+        reconstructor_fusion_layers=count("fusion_reconstructor.", found),
         dropout=stored.get("drop_rate", 0.1),
         corruption_rate=stored.get("span_corruption_rate", 0.0),
         head=head,
-        answers=size("head.3.weight") if task == "vqa" else 0,
+        answers=shape["head.3.weight"][0] if task == "vqa" else 0,
         pooler="pooler.weight" in found)
-    return checked(flm.Config, config | source.told, len(found)), found, called, task
+    return flm.Config(**config | source.told), found, called, task
 
 
 # -- whole models: ViLT ----------------------------------------------------------------------------
 
-# What a Config holds that neither tensors nor transformers' settings tell; `export` writes it into
-# config.json.
-UNSEEN = ("max_patches", "cls_id", "pad_id", "sep_id", "mask_id", "eps", "text_eps", "dropout",
-          "init_std", "mask_rate", "wpa_weight", "patch_mask_rate")
-# Of these, transformers has its own names.
+# What a Config holds that tensors do not tell; `export` writes it into config.json. For some of it
+# transformers has settings of its own.
 SEEN_BY_TRANSFORMERS = ("eps", "text_eps", "dropout", "pad_id")
+UNSEEN = ("max_patches", "cls_id", "sep_id", "mask_id", "init_std", "mask_rate", "wpa_weight",
+          "patch_mask_rate")
 
 
 def vilt_task(source: Source) -> str:
     """The task that a ViLT file was trained for."""
-    if source.has("vqa_classifier."):
-        return "vqa"
-    if source.has("nlvr2_classifier."):
-        return "nlvr2"
+    for prefix, task in (("vqa_classifier.", "vqa"), ("nlvr2_classifier.", "nlvr2"),
+                         ("rank_output.", "retrieval")):
+        if source.has(prefix):
+            return task
     if source.has("classifier."):       # transformers' name for both
         first = source.state.get("classifier.0.weight", torch.empty(1, 0))
         is_square = first.shape[0] == first.shape[-1]       # (2D, 2D) for nlvr2, (2D, D) for vqa
         return "nlvr2" if is_square else "vqa"
-    return "retrieval" if source.has("rank_output.") else "pretrain"
-
-
-def refuse_other_vilts(source: Source) -> None:
-    """ValueError for transformers' variants of ViLT that are not this ViLT."""
-    if "classifier.weight" in source.state:
-        raise ValueError(f"{source.path}: a ViltForTokenClassification, which serves no task "
-                         f"of this project")
-    for name, expected in (("hidden_act", "gelu"), ("qkv_bias", True), ("num_channels", 3)):
-        value = source.settings.get(name, expected)
-        if source.family is names.VILT_TRANSFORMERS and value != expected:
-            raise ValueError(f"{source.path}: its config.json has {name} {value!r}; "
-                             f"this ViLT has {expected!r}")
-
-
-def vilt_heads(source: Source, task: str, ours: dict) -> tuple[bool, bool, dict]:
-    """-> (has image-text matching, has masked patch prediction, pattern -> why it has no place)
-
-    ours: the Config that `export` wrote, if it did.
-    """
-    used = {"mlm": task == "pretrain"}
-    for name in ("itm", "mpp"):
-        wanted = task == "pretrain" or ours.get(name, False)
-        used[name] = bool(source.has(f"{name}_score.") and wanted)
-    unused = {}
-    if not used["mpp"]:
-        reason = "of masked patch prediction, which this model does not do"
-        unused[r"transformer\.mask_token$"] = reason
-    if task != "pretrain":
-        others = "|".join(name for name in used if not used[name])
-        reason = f"a head of pretraining, which task {task} does not use"
-        unused[rf"({others})_score\."] = reason
-    return used["itm"], used["mpp"], unused
+    return "pretrain"
 
 
 def vilt_parts(source: Source, report: names.Report) -> tuple[vilt.Config, dict, dict, str]:
     """ViLT's own file, or transformers' -> (Config, our tensors, our name -> the file's, task)"""
-    refuse_other_vilts(source)
     stored, path = source.settings, source.path
     transformers = source.family is names.VILT_TRANSFORMERS
+    if transformers and stored.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"its config.json has hidden_act {stored['hidden_act']!r}; "
+                         f"this ViLT has 'gelu'")
     ours = plain_dict(stored.get("flm_vilt")) if transformers else {}
     task = vilt_task(source)
-    itm, mpp, unused = vilt_heads(source, task, ours)
+    unused, has = {}, {}
+    for name in ("mlm", "itm", "mpp"):
+        has[name] = source.has(f"{name}_score.") and (task == "pretrain" or ours.get(name, False))
+        unused[rf"{name}_score\."] = f"a head of pretraining, which task {task} does not use"
+        if has[name]:
+            del unused[rf"{name}_score\."]
+    if not has["mpp"]:
+        unused[r"transformer\.mask_token$"] = ("of masked patch prediction, which this model does "
+                                               "not do")
     found, called = names.translate(source.state, source.family, report, path, unused)
-    without_batch(found, "cls", "mask_token", "position")
-    first_rows("embed.token_type", 1, found, called, report, source)
-    first_rows("token_type", 3 if task == "nlvr2" else 2, found, called, report, source)
-
-    size, _ = sizes(found, path)
-    if task == "nlvr2":
-        images, labels = size("head.0.weight", 1) // size("patch.weight"), size("head.3.weight")
-        if (images, labels) != (2, 2):
-            raise ValueError(f"{path}: a classifier of {images} images a sentence into {labels} "
-                             f"labels; NLVR2, which is known here, has 2 and 2")
+    first_rows("embed.token_type", 1, found, called, report, path)
+    first_rows("token_type", 3 if task == "nlvr2" else 2, found, called, report, path)
     if "vocab_head.dense.weight" in found and "vocab_head.decoder.weight" not in found:
         found["vocab_head.decoder.weight"] = found["embed.word.weight"].clone()
         report.add("fresh", ["vocab_head.decoder.weight"],
                    "a copy of the word embeddings, to which transformers ties it", path)
-    if mpp and "mask_token" not in found:
+    if has["mpp"] and "mask_token" not in found:
         found["mask_token"] = torch.zeros_like(found["cls"])
         report.add("fresh", ["mask_token"], "zeros: the file has none", path)
-    config = vilt_config(source, task, found) | {"itm": itm, "mpp": mpp}
-    if "transformers_version" in stored:    # transformers wrote it again: its own settings count
-        ours = {name: value for name, value in ours.items() if name not in SEEN_BY_TRANSFORMERS}
+    config = vilt_config(source, task, found) | {"itm": has["itm"], "mpp": has["mpp"]}
     config |= {name: ours[name] for name in UNSEEN if name in ours}
-    return checked(vilt.Config, config | source.told, len(found)), found, called, task
+    if "transformers_version" not in stored:    # else transformers wrote it again: its own count
+        config |= {name: ours[name] for name in SEEN_BY_TRANSFORMERS if name in ours}
+    if transformers:
+        source.answers = labels(stored) if task == "vqa" else None
+        config |= read_vocabulary(source, config["vocab_size"])
+    return vilt.Config(**config | source.told), found, called, task
 
 
 def vilt_config(source: Source, task: str, found: dict) -> dict:
     """What sizes and settings say of a ViLT's Config."""
-    stored, path = source.settings, source.path
-    size, count = sizes(found, path)
+    stored = source.settings
     if source.family is names.VILT_TRANSFORMERS:
         heads, patches = stored.get("num_attention_heads"), stored.get("max_image_length")
         dropout = stored.get("hidden_dropout_prob", 0.1)
@@ -338,44 +262,46 @@ def vilt_config(source: Source, task: str, found: dict) -> dict:
     head = task
     if task == "pretrain":
         head = "vocab" if "vocab_head.dense.weight" in found else "none"
-    patch, width = size("patch.weight", 2), size("patch.weight")
+    shape = {name: tensor.shape for name, tensor in found.items()}
+    width, _, _, patch = shape["patch.weight"]
     return dict(
-        image_size=image_size_of(size("position"), patch, path),
+        image_size=image_size_of(shape["position"][0], patch),
         patch_size=patch,
         max_patches=patches,
-        vocab_size=size("embed.word.weight"),
-        max_positions=size("embed.position.weight"),
+        vocab_size=shape["embed.word.weight"][0],
+        max_positions=shape["embed.position.weight"][0],
         pad_id=stored.get("pad_token_id") or 0,
         width=width,
-        layers=count("blocks."),
+        layers=count("blocks.", found),
         heads=heads_of("heads", width, source, heads or None),
-        mlp_width=size("blocks.0.mlp.0.weight"),
+        mlp_width=shape["blocks.0.mlp.0.weight"][0],
         eps=eps,
         text_eps=text_eps,
         dropout=dropout,
         head=head,
-        answers=size("head.3.weight") if task == "vqa" else 0,
+        answers=shape["head.3.weight"][0] if task == "vqa" else 0,
         pooler="pooler.weight" in found)
 
 
-def with_vocabulary(config: vilt.Config, folder: Path):
-    """The Config and the tokenizer of a transformers folder: vocab.txt tells the special tokens."""
-    vocabulary = folder / "vocab.txt"
+def read_vocabulary(source: Source, words: int) -> dict:
+    """Opens the vocab.txt of a transformers folder -> the special tokens that it tells."""
+    vocabulary = source.folder / "vocab.txt"
     if not vocabulary.is_file():
-        return config, None
-    tok = tokenizer.WordPiece.load(vocabulary)
-    if len(tok) > config.vocab_size:
-        raise ValueError(f"{vocabulary}: {len(tok)} words, but the model has {config.vocab_size}")
-    return replace(config, cls_id=tok.cls_id, pad_id=tok.pad_id, sep_id=tok.sep_id,
-                   mask_id=tok.mask_id), tok
+        return {}
+    tok = source.tok = tokenizer.WordPiece.load(vocabulary)
+    if len(tok) > words:
+        raise ValueError(f"{vocabulary}: {len(tok)} words, but the model has {words}")
+    return {"cls_id": tok.cls_id, "pad_id": tok.pad_id, "sep_id": tok.sep_id,
+            "mask_id": tok.mask_id}
 
 
 def labels(settings: dict) -> list[str] | None:
     """The answers that a config.json lists, in order; None where it only numbers them."""
     table = plain_dict(settings.get("id2label"))
-    for number, label in table.items():
-        if not re.fullmatch(r"\d+", str(number)) or not isinstance(label, str):
-            raise ValueError("the id2label of its config.json is no table from 0, 1, … to answers")
-    listed = [table[number] for number in sorted(table, key=int)]
+    try:
+        listed = [table[str(i)] for i in range(len(table))]
+    except KeyError:
+        raise ValueError("the id2label of its config.json is no table from 0, 1, … to answers"
+                         ) from None
     only_numbered = all(re.fullmatch(r"LABEL_\d+", label) for label in listed)
     return None if only_numbered else listed

@@ -3,9 +3,9 @@
     found, called = translate(state, FLM, Report(), "pretrain_4m.ckpt")
                                             # ours -> tensor, ours -> the file's names
 
-What others store otherwise than we do: query, key and value of one attention stand in three
-tensors (or in one) there, and in two here, `q` and `kv`; one tensor may stand under several names
-there. `Report` says what became of each.
+Others store query, key and value of one attention as three tensors, or as one. Here they are two,
+`q` and `kv`. One tensor may also stand under several names there. `Report` says what became of
+each.
 """
 
 import re
@@ -36,9 +36,6 @@ class Report:
         for name in names:
             self.entries[str(file), name] = (kind, reason)
 
-    def names(self, kind: str) -> list[str]:
-        return [name for (_, name), (its, _) in self.entries.items() if its == kind]
-
     def reasons(self, kind: str) -> dict[str, list[str]]:
         """Reason -> the names that it holds for."""
         found = {}
@@ -46,6 +43,9 @@ class Report:
             if its == kind:
                 found.setdefault(reason, []).append(name)
         return found
+
+    def names(self, kind: str) -> list[str]:
+        return [name for names in self.reasons(kind).values() for name in names]
 
     def __str__(self):
         lines = []
@@ -57,192 +57,159 @@ class Report:
         return "\n".join(lines)
 
 
-# -- rules -----------------------------------------------------------------------------------------
-# A table maps the beginning of a foreign name, a regular expression, to ours and to the rules for
-# what follows.
+# -- tables: how a name begins there, and how it begins here ---------------------------------------
 
-def pairs(text: str) -> dict:
-    """A table written as lines `theirs ours`; N stands for a layer's number.
+def pairs(text: str) -> dict[str, str]:
+    """A table written as pairs `theirs ours`; N stands for a layer's number."""
+    words = text.split()
+    return dict(zip(words[::2], words[1::2], strict=True))
 
-    >>> pairs("blocks.N.attn.proj. blocks.N.attention.out.")
-    {'blocks\\\\.(\\\\d+)\\\\.attn\\\\.proj\\\\.': ('blocks.\\\\1.attention.out.', [])}
+
+def under(theirs: str, ours: str, table: dict) -> dict[str, str]:
+    """The same table below a module that has these two names.
+
+    >>> under("layer.N.", "blocks.N.", {"ln_1.": "norm1."})
+    {'layer.N.ln_1.': 'blocks.N.norm1.'}
     """
-    table = {}
-    for line in text.strip().splitlines():
-        theirs, ours = line.split()
-        pattern = re.escape(theirs.replace(".N.", ".#.")).replace(r"\#", r"(\d+)")
-        table[pattern] = (ours.replace(".N.", r".\1."), [])
-    return table
+    return {theirs + inner: ours + name for inner, name in table.items()}
 
 
-def after(prefix: str, table: dict) -> dict:
-    """The same table for names that may also have a prefix before them."""
-    return {f"(?:{re.escape(prefix)})?" + theirs: ours for theirs, ours in table.items()}
-
-
-BERT_LAYER = [
-    (r"attention\.self\.query\.", "self_attention.q."),
-    (r"attention\.self\.(key|value)\.", r"self_attention.\1."),
-    (r"attention\.output\.dense\.", "self_attention.out."),
-    (r"attention\.output\.LayerNorm\.", "self_norm."),
-    (r"intermediate\.dense\.", "mlp.0."),
-    (r"output\.dense\.", "mlp.2."),
-    (r"output\.LayerNorm\.", "mlp_norm."),
-]
-CROSS_ATTENTION = [(r"cross" + theirs, ours.replace("self_", "cross_"))
-                   for theirs, ours in BERT_LAYER[:4]]
-CROSS_LAYER = CROSS_ATTENTION + BERT_LAYER
-CLIP_BLOCK = [
-    (r"ln_(\d)\.", r"norm\1."),
-    (r"attn\.in_proj_", "attention.qkv."),
-    (r"attn\.out_proj\.", "attention.out."),
-    (r"mlp\.c_fc\.", "mlp.0."),
-    (r"mlp\.c_proj\.", "mlp.2."),
-]
-EMBEDDINGS = [
-    (r"word_embeddings\.", "word."),
-    (r"position_embeddings\.", "position."),
-    (r"token_type_embeddings\.weight", "token_type"),
-    (r"LayerNorm\.", "norm."),
-]
-HEAD = [
-    (r"transform\.dense\.", "dense."),
-    (r"transform\.LayerNorm\.", "norm."),
-    (r"decoder\.", "decoder."),
-    (r"bias$", "decoder.bias"),
-]
-CLIP_VISUAL = [
-    (r"class_embedding$", "cls"),
-    (r"positional_embedding$", "position"),
-    (r"conv1\.", "patch."),
-    (r"ln_(pre|post)\.", r"norm_\1."),
-]
-CLIP_NAMES = {
-    r"visual\.transformer\.resblocks\.(\d+)\.": (r"vit.blocks.\1.", CLIP_BLOCK),
-    r"visual\.": ("vit.", CLIP_VISUAL),
-}
+BERT_ATTENTION = pairs("""
+    self.query.     attention.q.            self.key.           attention.key.
+    self.value.     attention.value.        output.dense.       attention.out.
+    output.LayerNorm.   norm.
+""")
+BERT_LAYER = under("attention.", "self_", BERT_ATTENTION) | pairs("""
+    intermediate.dense.     mlp.0.          output.dense.       mlp.2.
+    output.LayerNorm.       mlp_norm.
+""")
+CROSS_LAYER = under("crossattention.", "cross_", BERT_ATTENTION) | BERT_LAYER
+EMBEDDINGS = pairs("""
+    word_embeddings.                word.           position_embeddings.        position.
+    token_type_embeddings.weight    token_type      LayerNorm.                  norm.
+""")
+HEAD = pairs("""
+    transform.dense.    dense.              transform.LayerNorm.    norm.
+    decoder.            decoder.            bias                    decoder.bias
+""")
+CLIP_NAMES = pairs("""
+    visual.class_embedding          vit.cls
+    visual.positional_embedding     vit.position
+    visual.conv1.                   vit.patch.
+    visual.ln_pre.                  vit.norm_pre.
+    visual.ln_post.                 vit.norm_post.
+""") | under("visual.transformer.resblocks.N.", "vit.blocks.N.", pairs("""
+    ln_1.           norm1.                  attn.in_proj_       attention.qkv.
+    ln_2.           norm2.                  attn.out_proj.      attention.out.
+    mlp.c_fc.       mlp.0.                  mlp.c_proj.         mlp.2.
+"""))
 FLM_NAMES = {
-    r"vit_model\." + prefix: ours for prefix, ours in CLIP_NAMES.items()
-} | {
-    r"text_transformer\.embeddings\.": ("embed.", EMBEDDINGS),
-    r"text_transformer\.encoder\.layer\.(\d+)\.": (r"text_layers.\1.", BERT_LAYER),
-    r"cross_modal_text_layers\.(\d+)\.": (r"fusion_layers.\1.", CROSS_LAYER),
-    r"fusion_layers_bottom\.(\d+)\.": (r"text_reconstructor.\1.", CROSS_LAYER),
-    r"fusion_layers_top\.(\d+)\.": (r"fusion_reconstructor.\1.", CROSS_LAYER),
-    r"cross_modal_text_transform\.": ("text_to_fusion.", []),
-    r"cross_modal_image_transform\.": ("image_to_fusion.", []),
-    r"token_type_embeddings\.weight": ("token_type", []),
-    r"token_type_embeddings_flm\.weight": ("stream_type", []),
-    r"cross_modal_text_pooler_f\.dense\.": ("pooler.", []),
-    r"(?:lm|mlm)_score\.": ("vocab_head.", HEAD),
-    r"(?:vqa|nlvr2)_classifier\.": ("head.", []),
-    r"rank_output\.": ("head.", []),
-}
+    **under("vit_model.", "", CLIP_NAMES),
+    **under("text_transformer.embeddings.", "embed.", EMBEDDINGS),
+    **under("text_transformer.encoder.layer.N.", "text_layers.N.", BERT_LAYER),
+    **under("cross_modal_text_layers.N.", "fusion_layers.N.", CROSS_LAYER),
+    **under("fusion_layers_bottom.N.", "text_reconstructor.N.", CROSS_LAYER),
+    **under("fusion_layers_top.N.", "fusion_reconstructor.N.", CROSS_LAYER),
+    **under("lm_score.", "vocab_head.", HEAD),
+    **under("mlm_score.", "vocab_head.", HEAD),
+    **pairs("""
+        cross_modal_text_transform.         text_to_fusion.
+        cross_modal_image_transform.        image_to_fusion.
+        token_type_embeddings.weight        token_type
+        token_type_embeddings_flm.weight    stream_type
+        cross_modal_text_pooler_f.dense.    pooler.
+        vqa_classifier.                     head.
+        nlvr2_classifier.                   head.
+        rank_output.                        head.
+    """)}
 # A single stream (objectives mlm, ar) reads its class vector from the text.
-SINGLE_STREAM_NAMES = FLM_NAMES | {r"cross_modal_text_pooler\.dense\.": ("pooler.", [])}
+SINGLE_STREAM_NAMES = FLM_NAMES | {"cross_modal_text_pooler.dense.": "pooler."}
 
 TIMM_NAMES = pairs("""
     cls_token               cls
     pos_embed               position
     mask_token              mask_token
     patch_embed.proj.       patch.
-    blocks.N.norm1.         blocks.N.norm1.
-    blocks.N.attn.qkv.      blocks.N.attention.qkv.
-    blocks.N.attn.proj.     blocks.N.attention.out.
-    blocks.N.norm2.         blocks.N.norm2.
-    blocks.N.mlp.fc1.       blocks.N.mlp.0.
-    blocks.N.mlp.fc2.       blocks.N.mlp.2.
     norm.                   norm.
-""")
-TIMM_CLIP_NAMES = {theirs: (f"vit.{ours}", []) for theirs, (ours, _) in TIMM_NAMES.items()}
-TIMM_CLIP_NAMES |= pairs("""
-    norm_pre.               vit.norm_pre.
-    norm.                   vit.norm_post.
-""")
-VILT_NAMES = {r"transformer\." + prefix: ours for prefix, ours in TIMM_NAMES.items()} | {
-    r"text_embeddings\.": ("embed.", EMBEDDINGS),
-    r"token_type_embeddings\.weight": ("token_type", []),
-    r"pooler\.dense\.": ("pooler.", []),
-    r"mlm_score\.": ("vocab_head.", HEAD),
-    r"mpp_score\.": ("patch_head.", HEAD),
-    r"itm_score\.fc\.": ("itm_head.", []),
-    r"(?:vqa|nlvr2)_classifier\.": ("head.", []),
-    r"rank_output\.": ("head.", []),
-}
+""") | under("blocks.N.", "blocks.N.", pairs("""
+    norm1.          norm1.                  attn.qkv.           attention.qkv.
+    norm2.          norm2.                  attn.proj.          attention.out.
+    mlp.fc1.        mlp.0.                  mlp.fc2.            mlp.2.
+"""))
+TIMM_CLIP_NAMES = under("", "vit.", TIMM_NAMES) | {"norm_pre.": "vit.norm_pre.",
+                                                   "norm.": "vit.norm_post."}
+VILT_NAMES = {
+    **under("transformer.", "", TIMM_NAMES),
+    **under("text_embeddings.", "embed.", EMBEDDINGS),
+    **under("mlm_score.", "vocab_head.", HEAD),
+    **under("mpp_score.", "patch_head.", HEAD),
+    **pairs("""
+        token_type_embeddings.weight    token_type
+        pooler.dense.                   pooler.
+        itm_score.fc.                   itm_head.
+        vqa_classifier.                 head.
+        nlvr2_classifier.               head.
+        rank_output.                    head.
+    """)}
 
-# transformers' ViT, and the transformer of its ViLT. `export` reads these lines from right to left.
-TRANSFORMERS_VIT = """
-    embeddings.cls_token                            cls
-    embeddings.position_embeddings                  position
-    embeddings.patch_embeddings.projection.         patch.
-    encoder.layer.N.layernorm_before.               blocks.N.norm1.
-    encoder.layer.N.attention.attention.query.      blocks.N.attention.q.
-    encoder.layer.N.attention.attention.key.        blocks.N.attention.key.
-    encoder.layer.N.attention.attention.value.      blocks.N.attention.value.
-    encoder.layer.N.attention.output.dense.         blocks.N.attention.out.
-    encoder.layer.N.layernorm_after.                blocks.N.norm2.
-    encoder.layer.N.intermediate.dense.             blocks.N.mlp.0.
-    encoder.layer.N.output.dense.                   blocks.N.mlp.2.
-    layernorm.                                      norm.
-"""
-TRANSFORMERS_VILT = TRANSFORMERS_VIT + """\
-    embeddings.text_embeddings.word_embeddings.              embed.word.
-    embeddings.text_embeddings.position_embeddings.          embed.position.
-    embeddings.text_embeddings.token_type_embeddings.weight  embed.token_type
-    embeddings.text_embeddings.LayerNorm.                    embed.norm.
-    embeddings.token_type_embeddings.weight                  token_type
-    pooler.dense.                                            pooler.
-    embeddings.mask_token                                    mask_token
-"""
-TRANSFORMERS_HEADS = """
-    mlm_score.transform.dense.      vocab_head.dense.
-    mlm_score.transform.LayerNorm.  vocab_head.norm.
-    mlm_score.decoder.              vocab_head.decoder.
-    mlm_score.bias                  vocab_head.decoder.bias
-    itm_score.fc.                   itm_head.
-    mpp_score.transform.dense.      patch_head.dense.
-    mpp_score.transform.LayerNorm.  patch_head.norm.
-    mpp_score.decoder.              patch_head.decoder.
-    mpp_score.bias                  patch_head.decoder.bias
-    classifier.                     head.
-    rank_output.                    head.
-"""
-TRANSFORMERS_CLIP = """
+# transformers' ViT, and its ViLT. `export` reads the tables of the ViLT from right to left.
+TRANSFORMERS_VIT = pairs("""
+    embeddings.cls_token                        cls
+    embeddings.position_embeddings              position
+    embeddings.patch_embeddings.projection.     patch.
+    layernorm.                                  norm.
+""") | under("encoder.layer.N.", "blocks.N.", pairs("""
+    layernorm_before.   norm1.              attention.attention.query.  attention.q.
+    layernorm_after.    norm2.              attention.attention.key.    attention.key.
+    intermediate.dense. mlp.0.              attention.attention.value.  attention.value.
+    output.dense.       mlp.2.              attention.output.dense.     attention.out.
+"""))
+TRANSFORMERS_VILT = {
+    **TRANSFORMERS_VIT,
+    **under("embeddings.text_embeddings.", "embed.", EMBEDDINGS),
+    **pairs("""
+        embeddings.token_type_embeddings.weight     token_type
+        embeddings.mask_token                       mask_token
+        pooler.dense.                               pooler.
+    """)}
+TRANSFORMERS_HEADS = {
+    **under("mlm_score.", "vocab_head.", HEAD),
+    **under("mpp_score.", "patch_head.", HEAD),
+    "itm_score.fc.": "itm_head.", "classifier.": "head.", "rank_output.": "head."}
+TRANSFORMERS_CLIP = pairs("""
     embeddings.class_embedding              vit.cls
     embeddings.patch_embedding.             vit.patch.
     embeddings.position_embedding.weight    vit.position
     pre_layrnorm.                           vit.norm_pre.
     post_layernorm.                         vit.norm_post.
-    encoder.layers.N.layer_norm1.           vit.blocks.N.norm1.
-    encoder.layers.N.self_attn.q_proj.      vit.blocks.N.attention.q.
-    encoder.layers.N.self_attn.k_proj.      vit.blocks.N.attention.key.
-    encoder.layers.N.self_attn.v_proj.      vit.blocks.N.attention.value.
-    encoder.layers.N.self_attn.out_proj.    vit.blocks.N.attention.out.
-    encoder.layers.N.layer_norm2.           vit.blocks.N.norm2.
-    encoder.layers.N.mlp.fc1.               vit.blocks.N.mlp.0.
-    encoder.layers.N.mlp.fc2.               vit.blocks.N.mlp.2.
-"""
+""") | under("encoder.layers.N.", "vit.blocks.N.", pairs("""
+    layer_norm1.    norm1.                  self_attn.q_proj.       attention.q.
+    layer_norm2.    norm2.                  self_attn.k_proj.       attention.key.
+    mlp.fc1.        mlp.0.                  self_attn.v_proj.       attention.value.
+    mlp.fc2.        mlp.2.                  self_attn.out_proj.     attention.out.
+"""))
 BERT_NAMES = {
-    r"(?:roberta\.|bert\.)?embeddings\.": ("embed.", EMBEDDINGS),
-    r"(?:roberta\.|bert\.)?encoder\.layer\.(\d+)\.": (r"text_layers.\1.", BERT_LAYER),
-}
+    **under("embeddings.", "embed.", EMBEDDINGS),
+    **under("encoder.layer.N.", "text_layers.N.", BERT_LAYER)}
 
 
 # -- kinds of files --------------------------------------------------------------------------------
 
 class Family(NamedTuple):
     about: str              # whose it is
-    sign: str               # a regular expression: some name of such a file begins so
+    sign: str               # some name of such a file begins so
     names: dict
     aliases: dict = {}      # beginning of a name -> where the same tensors stand
     unused: dict = {}       # regular expression -> why no model has a place for it
+    flag: str = ""          # of train.py, for a part of a model: what begins from it
 
 
 CONSTANT = {r".*\.(position_ids|token_type_ids)$": "a constant"}
 PROJECTION = "CLIP's projection, which comes after what is used"
 
+OURS = Family("this project's", "", {"": ""})
 FLM = Family(
-    "FLM", r"cross_modal_text_layers\.", FLM_NAMES,
+    "FLM", "cross_modal_text_layers.", FLM_NAMES,
     {"text_transformer2.": "text_transformer.",
      "fusion_token_embedding.": "text_transformer.embeddings.",
      "cross_modal_text_layers_r.": "cross_modal_text_layers.",
@@ -254,43 +221,40 @@ FLM = Family(
         r"vit_model\.(?!visual\.)|vit_model\.visual\.proj$":
             "of CLIP's text side or its projection, never used",
         r"text_transformer\.pooler\.": "RoBERTa's own pooler, never used",
-        r"cross_modal_image_pooler\.": "never used",
-        r"lm_type_embeddings\.": "never used",
+        r"cross_modal_image_pooler\.|lm_type_embeddings\.": "never used",
         r"itm_score(_flm)?\.": "image-text matching, which the original cannot train"})
-VILT = Family("ViLT", r"transformer\.patch_embed\.", VILT_NAMES, unused=CONSTANT)
+VILT = Family("ViLT", "transformer.patch_embed.", VILT_NAMES, unused=CONSTANT)
 VILT_TRANSFORMERS = Family(
-    "ViLT, as transformers writes it", r"(?:vilt\.)?embeddings\.text_embeddings\.",
-    after("vilt.", pairs(TRANSFORMERS_VILT)) | pairs(TRANSFORMERS_HEADS), unused=CONSTANT)
+    "ViLT, as transformers writes it", "embeddings.text_embeddings.",
+    TRANSFORMERS_VILT | TRANSFORMERS_HEADS, {"vilt.": ""}, CONSTANT)
 CLIP = Family(
-    "CLIP, as OpenAI writes it", r"visual\.conv1\.", CLIP_NAMES,
-    unused={r"visual\.proj$": PROJECTION, r"(?!visual\.)": "CLIP's text side"})
+    "CLIP, as OpenAI writes it", "visual.conv1.", CLIP_NAMES,
+    unused={r"visual\.proj$": PROJECTION, r"(?!visual\.)": "CLIP's text side"}, flag="--vit")
 CLIP_TRANSFORMERS = Family(
-    "CLIP, as transformers writes it", r"(?:vision_model\.)?embeddings\.patch_embedding\.",
-    after("vision_model.", pairs(TRANSFORMERS_CLIP)),
-    unused=CONSTANT | {
+    "CLIP, as transformers writes it", "embeddings.patch_embedding.", TRANSFORMERS_CLIP,
+    {"vision_model.": ""}, CONSTANT | {
         r"visual_projection\.": PROJECTION,
-        r"text_model\.|text_projection\.|logit_scale$|logit_bias$": "CLIP's text side"})
-CLIP_TIMM = Family("CLIP's ViT, as timm writes it", r"norm_pre\.", TIMM_CLIP_NAMES,
-                   unused={r"head\.": PROJECTION})
+        r"text_model\.|text_projection\.|logit_scale$|logit_bias$": "CLIP's text side"}, "--vit")
+CLIP_TIMM = Family("CLIP's ViT, as timm writes it", "norm_pre.", TIMM_CLIP_NAMES,
+                   unused={r"head\.": PROJECTION}, flag="--vit")
 VIT = Family(
-    "ViT, as transformers writes it", r"(?:vit\.)?embeddings\.patch_embeddings\.",
-    after("vit.", pairs(TRANSFORMERS_VIT)),
-    unused={r"(vit\.)?pooler\.|classifier\.": "ViT's head",
-            r"embeddings\.mask_token$": "ViT's mask token"})
-TIMM = Family("ViT, as timm writes it", r"patch_embed\.proj\.", TIMM_NAMES,
-              unused={r"head\.|head_drop|fc_norm\.|pre_logits\.": "ViT's head"})
+    "ViT, as transformers writes it", "embeddings.patch_embeddings.", TRANSFORMERS_VIT,
+    {"vit.": ""}, {r"pooler\.|classifier\.": "ViT's head",
+                   r"embeddings\.mask_token$": "ViT's mask token"}, "--vit")
+TIMM = Family("ViT, as timm writes it", "patch_embed.proj.", TIMM_NAMES,
+              unused={r"head\.|head_drop|fc_norm\.|pre_logits\.": "ViT's head"}, flag="--vit")
 BERT = Family(
-    "BERT or RoBERTa", r"(?:roberta\.|bert\.)?embeddings\.word_embeddings\.", BERT_NAMES,
-    unused=CONSTANT | {
-        r"(roberta\.|bert\.)?pooler\.": "the text model's own pooler",
-        r"lm_head\.|cls\.|classifier\.|qa_outputs\.": "the text model's own heads"})
+    "BERT or RoBERTa", "embeddings.word_embeddings.", BERT_NAMES, {"roberta.": "", "bert.": ""},
+    CONSTANT | {r"pooler\.": "the text model's own pooler",
+                r"lm_head\.|cls\.|classifier\.|qa_outputs\.": "the text model's own heads"},
+    "--text")
 FAMILIES = (FLM, VILT, VILT_TRANSFORMERS, CLIP, CLIP_TRANSFORMERS, CLIP_TIMM, VIT, TIMM, BERT)
 
 
 def family_of(state: dict) -> Family | None:
     """The first family whose sign one of these names has."""
     for family in FAMILIES:
-        if any(re.match(family.sign, key) for key in state):
+        if any(canonical(key, family.aliases).startswith(family.sign) for key in state):
             return family
     return None
 
@@ -298,37 +262,31 @@ def family_of(state: dict) -> Family | None:
 # -- translation -----------------------------------------------------------------------------------
 
 def rename(key: str, table: dict) -> str | None:
-    """A foreign tensor name -> ours, or None where the table has no rule for it."""
-    for prefix, (ours, rules) in table.items():
-        match = re.match(prefix, key)
-        if match is None:
-            continue
-        ours, rest = match.expand(ours), key[match.end():]
-        if not rules:
-            return ours + rest
-        for pattern, name in rules:
-            inner = re.match(pattern, rest)
-            if inner:
-                return ours + inner.expand(name) + rest[inner.end():]
+    """A name of one side of a table -> the other side's, or None where the table has no such row.
+
+    >>> rename("layer.3.ln_1.bias", {"layer.N.ln_1.": "blocks.N.norm1."})
+    'blocks.3.norm1.bias'
+    """
+    number = re.search(r"\.\d+\.", key)
+    if number:
+        key = key.replace(number[0], ".N.", 1)
+    for theirs, ours in table.items():
+        if key.startswith(theirs):
+            name = ours + key.removeprefix(theirs)
+            return name.replace(".N.", number[0]) if number else name
     return None
 
 
-def unwrapped(state: dict, path: str | Path) -> dict:
-    """The same tensors without what wrappers put into names: `module.`, `model.`, `_orig_mod.`"""
-    result = {}
-    for key, tensor in state.items():
-        result[re.sub(r"^(?:module\.|model\.)+", "", key.replace("_orig_mod.", ""))] = tensor
-    if len(result) < len(state):
-        raise ValueError(f"{path}: holds tensors whose names differ only in module., model. "
-                         f"or _orig_mod.")
-    return result
+def unwrapped(key: str) -> str:
+    """A name without what wrappers put into it: `module.`, `model.`, `_orig_mod.`"""
+    return re.sub(r"^(?:module\.|model\.)+", "", key.replace("_orig_mod.", ""))
 
 
 def canonical(key: str, aliases: dict) -> str:
     """The name under which a tensor stands that may have several, or an old one."""
     for alias, name in aliases.items():
         if key.startswith(alias):
-            key = name + key[len(alias):]
+            key = name + key.removeprefix(alias)
             break
     # BERT's first files
     return (key.replace("LayerNorm.gamma", "LayerNorm.weight")
@@ -337,11 +295,11 @@ def canonical(key: str, aliases: dict) -> str:
 
 def translate(state: dict, family: Family, report: Report, path: str | Path,
               unused: dict | None = None) -> tuple[dict, dict]:
-    """A foreign state dict -> ({our name: tensor, float32}, {our name: [the file's names]}).
+    """A state dict -> ({our name: tensor, float32}, {our name: [the file's names]}).
 
-    `unused` (pattern -> reason) says what, beside the family's own list, has no place in the model
-    at hand. An unknown name, one that lacks its other half, and names that should mean the same
-    tensor and do not: ValueError.
+    unused: pattern -> reason: what, beside the family's own list, has no place in the model at
+    hand. ValueError for an unknown name, for other than floating-point numbers, and for names that
+    should mean the same tensor and do not.
     """
     unused = family.unused | (unused or {})
     standard = {key: canonical(key, family.aliases) for key in state}
@@ -356,62 +314,38 @@ def translate(state: dict, family: Family, report: Report, path: str | Path,
         if name is None:
             raise ValueError(f"{path}: unknown tensor {key} of shape {tuple(tensor.shape)} "
                              f"in a file of {family.about}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {key} holds {tensor.dtype}, "
+                             f"expected floating-point numbers")
+        if name.removeprefix("vit.") in ("cls", "mask_token", "position"):
+            tensor = tensor.squeeze()       # others store them as (1, 1, D) and (1, N, D)
         if name in found:
-            first = called[name][0]
-            if not same(tensor, found[name]):
+            first, twin = called[name][0], found[name]
+            shared = tensor.data_ptr() == twin.data_ptr()       # views of the same numbers
+            if not shared and not torch.equal(tensor.to(twin.dtype), twin):
                 raise ValueError(f"{path}: {key} and {first} should be the same tensor and differ; "
                                  f"a model that does not share these weights is not supported")
             report.add("ignored", [key], f"the same tensors as {first.split('.')[0]}", path)
             continue
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: {key} holds {tensor.dtype}, "
-                             f"expected floating-point numbers")
         found[name], called[name] = tensor.detach(), [key]
         report.add("taken", [key], file=path)
-    refuse_halves(found, called, path)
-    ours = merge_projections(found)
-    for name in ours:       # one after the other: of half-precision files only one lies here twice
-        ours[name] = ours[name].float()
-    return ours, {name: theirs_of(name, called) for name in ours}
+    merge_projections(found, called)
+    for name in found:      # one after the other: of half-precision files only one lies here twice
+        found[name] = found[name].float()
+    return found, called
 
 
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Are two tensors equal? Views of one storage are, without a look at their numbers."""
-    if a.shape != b.shape:
-        return False
-    return a.data_ptr() == b.data_ptr() or torch.equal(a.to(b.dtype), b)
-
-
-def refuse_halves(found: dict, called: dict, path: str | Path) -> None:
-    """ValueError for a key without its value, or a value without its key."""
-    for name in found:
-        for part, other in ((".key.", ".value."), (".value.", ".key.")):
-            if part in name and name.replace(part, other) not in found:
-                raise ValueError(f"{path}: has {called[name][0]} but not the {other.strip('.')} "
-                                 f"that belongs to it")
-
-
-def merge_projections(found: dict) -> dict:
-    """Query, key and value as others store them -> our `q` and `kv` ([key; value])."""
-    ours = {}
-    for name, tensor in found.items():
-        if ".key." in name:
-            value = found[name.replace(".key.", ".value.")]
-            ours[name.replace(".key.", ".kv.")] = torch.cat([tensor, value])
-        elif ".qkv." in name:       # one tensor holds [query; key; value]
-            q, kv = tensor.split([len(tensor) // 3, len(tensor) * 2 // 3])
-            ours[name.replace(".qkv.", ".q.")] = q
-            ours[name.replace(".qkv.", ".kv.")] = kv
-        elif ".value." not in name:
-            ours[name] = tensor
-    return ours
-
-
-def theirs_of(name: str, called: dict) -> list[str]:
-    """The file's names of one of our tensors, which may be made of several, or a part of one."""
-    candidates = [name]
-    for ours, theirs in ((".kv.", ".key."), (".kv.", ".value."), (".kv.", ".qkv."),
-                         (".q.", ".qkv.")):
-        if ours in name:
-            candidates.append(name.replace(ours, theirs))
-    return [key for candidate in candidates for key in called.get(candidate, [])]
+def merge_projections(found: dict, called: dict) -> None:
+    """Turns query, key and value as others store them into our `q` and `kv` ([key; value])."""
+    for name in list(found):
+        value = name.replace(".key.", ".value.")
+        if ".qkv." in name:                 # [query; key; value] in one tensor
+            tensor, keys = found.pop(name), called.pop(name)
+            q, kv = tensor.split([len(tensor) // 3, len(tensor) - len(tensor) // 3])
+            for part, rows in ((".q.", q), (".kv.", kv)):
+                ours = name.replace(".qkv.", part)
+                found[ours], called[ours] = rows, keys
+        elif ".key." in name and value in found:
+            ours = name.replace(".key.", ".kv.")
+            found[ours] = torch.cat([found.pop(name), found.pop(value)])
+            called[ours] = called.pop(name) + called.pop(value)

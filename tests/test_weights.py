@@ -1,17 +1,14 @@
 """Opening checkpoints, ours and others', against the original FLM's numbers and transformers."""
 
-import argparse
 import json
 import pickle
 import subprocess
 import sys
-import types
 import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,9 +19,9 @@ import layers
 import tokenizer
 import vilt
 import weights
+from conftest import TOL, tiny
 from released import models, names
 
-TOL = dict(atol=1e-5, rtol=0)
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
@@ -195,61 +192,6 @@ def test_every_tensor_of_every_recorded_file_is_accounted_for_once(recorded, tmp
     assert str(report).startswith("taken          194\nignored")
 
 
-@pytest.fixture
-def foreign(monkeypatch):
-    """The classes that old Lightning files carry, of libraries that are not here."""
-    made = {}
-    for path, base in (("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", object),
-                       ("pytorch_lightning.utilities.parsing.AttributeDict", dict),
-                       ("sacred.config.custom_containers.ReadOnlyDict", dict),
-                       ("sacred.config.custom_containers.ReadOnlyList", list)):
-        module_name, _, name = path.rpartition(".")
-        parts = module_name.split(".")
-        for i in range(1, len(parts) + 1):
-            parent = ".".join(parts[:i])
-            if parent not in sys.modules:
-                monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
-        made[name] = type(name, (base,), {"__module__": module_name})
-        setattr(sys.modules[module_name], name, made[name])
-    return made
-
-
-@torch.no_grad()
-def test_files_with_foreign_classes_open_without_them(recorded, tmp_path, foreign, monkeypatch):
-    r = recorded["vqa"]
-    config = foreign["ReadOnlyDict"](r["config"] | {"datasets": foreign["ReadOnlyList"](["vqa"])})
-    callback = foreign["ModelCheckpoint"]()
-    callback.best = np.float64(0.7)
-    path = lightning(tmp_path / "vqa.ckpt", r["state_dict"],
-                     callbacks={foreign["ModelCheckpoint"]: callback},
-                     hyper_parameters=foreign["AttributeDict"](config=config),
-                     args=argparse.Namespace(lr=1e-3),
-                     lr_schedulers=[{"best": np.float32(3)}])
-    for name in list(sys.modules):      # the reader has none of these libraries
-        if name.split(".")[0] in ("pytorch_lightning", "sacred"):
-            monkeypatch.delitem(sys.modules, name)
-    model = weights.load(path, vit_heads=2)
-    pooled = model.fuse(model.encode_image(r["inputs"]["image"][0]),
-                        model.encode_text(r["inputs"]["text_ids"])).pooled
-    torch.testing.assert_close(model.head(pooled), r["outputs"]["vqa_logits"], **TOL)
-    assert model.about["recipe"] == "finetune_vqa" and model.about["datasets"] == ["vqa"]
-
-
-def test_heads_come_from_the_stored_settings_else_64_dimensions_each():
-    with torch.device("meta"):
-        state = weights.model_of(flm.PRESETS["base-b32"]).state_dict()
-    source = models.Source(Path("x"), names.FLM, {}, {}, {}, Path("."))
-    for stored, heads, vit_heads in (({}, 12, 12), ({"num_heads": 6, "num_heads_fusion": 6}, 6, 12),
-                                     ({"num_heads": 3, "vit_config": {"heads": 4}}, 3, 4)):
-        source.settings = stored
-        source.state = as_released({name: torch.empty(tensor.shape, device="meta")
-                                    for name, tensor in state.items()})
-        config, found, _, _ = models.flm_parts(source, names.Report())
-        assert (config.heads, config.text_heads, config.vit_heads) == (heads, heads, vit_heads)
-        assert replace(config, heads=12, text_heads=12, vit_heads=12) == flm.PRESETS["base-b32"]
-        assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in state.items()}
-
-
 @pytest.mark.parametrize("stored", [
     {"vit_config": {"heads": 2}}, {"vit_config": {"head_dim": 16}}, {"vit_heads": 2}])
 def test_the_vits_heads_are_read_beside_the_config_and_never_guessed(stored, recorded, tmp_path):
@@ -268,60 +210,20 @@ def test_the_vits_heads_are_read_beside_the_config_and_never_guessed(stored, rec
 
 
 def as_released(state):
-    """Ours under the released names, spelt out by hand."""
-    theirs = {}
+    """Ours under the released names."""
+    released, theirs = {ours: theirs for theirs, ours in names.FLM_NAMES.items()}, {}
     for name, tensor in state.items():
         pieces = {name: tensor}
-        if ".kv." in name and name.startswith("vit."):
+        if name.startswith("vit.") and ".q." in name:
+            pieces = {name.replace(".q.", ".qkv."):
+                      torch.cat([tensor, state[name.replace(".q.", ".kv.")]])}
+        elif name.startswith("vit.") and ".kv." in name:
             continue
-        if name.startswith("vit.") and ".attention.q." in name:
-            pieces = {name: torch.cat([tensor, state[name.replace(".q.", ".kv.")]])}
         elif ".kv." in name:
             key, value = tensor.chunk(2)
             pieces = {name.replace(".kv.", ".key."): key, name.replace(".kv.", ".value."): value}
-        for name, tensor in pieces.items():
-            for ours, their in (
-                    ("vit.blocks.", "vit_model.visual.transformer.resblocks."),
-                    (".attention.q.weight", ".attn.in_proj_weight"),
-                    (".attention.q.bias", ".attn.in_proj_bias"),
-                    (".attention.out.", ".attn.out_proj."),
-                    ("vit.patch.", "vit_model.visual.conv1."),
-                    ("vit.cls", "vit_model.visual.class_embedding"),
-                    ("vit.position", "vit_model.visual.positional_embedding"),
-                    ("vit.norm_", "vit_model.visual.ln_"),
-                    (".norm1.", ".ln_1."), (".norm2.", ".ln_2.")) + ((
-                    (".mlp.0.", ".mlp.c_fc."),
-                    (".mlp.2.", ".mlp.c_proj.")) if name.startswith("vit.") else (
-                    (".mlp.0.", ".intermediate.dense."), (".mlp.2.", ".output.dense."))) + (
-                    ("embed.word.", "text_transformer.embeddings.word_embeddings."),
-                    ("embed.position.", "text_transformer.embeddings.position_embeddings."),
-                    ("embed.token_type",
-                     "text_transformer.embeddings.token_type_embeddings.weight"),
-                    ("embed.norm.", "text_transformer.embeddings.LayerNorm."),
-                    ("text_layers.", "text_transformer.encoder.layer."),
-                    ("text_reconstructor.", "fusion_layers_bottom."),
-                    ("fusion_reconstructor.", "fusion_layers_top."),
-                    ("fusion_layers.", "cross_modal_text_layers."),
-                    ("text_to_fusion.", "cross_modal_text_transform."),
-                    ("image_to_fusion.", "cross_modal_image_transform."),
-                    ("stream_type", "token_type_embeddings_flm.weight"),
-                    ("vocab_head.dense.", "lm_score.transform.dense."),
-                    ("vocab_head.norm.", "lm_score.transform.LayerNorm."),
-                    ("vocab_head.decoder.bias", "lm_score.bias"),
-                    ("vocab_head.decoder.", "lm_score.decoder."),
-                    ("pooler.", "cross_modal_text_pooler_f.dense."),
-                    (".self_attention.out.", ".attention.output.dense."),
-                    (".cross_attention.out.", ".crossattention.output.dense."),
-                    (".self_norm.", ".attention.output.LayerNorm."),
-                    (".cross_norm.", ".crossattention.output.LayerNorm."),
-                    (".mlp_norm.", ".output.LayerNorm."),
-                    (".self_attention.q.", ".attention.self.query."),
-                    (".cross_attention.q.", ".crossattention.self.query."),
-                    (".self_attention.", ".attention.self."),
-                    (".cross_attention.", ".crossattention.self.")):
-                if not ours.endswith("layers.") or name.startswith(ours):
-                    name = name.replace(ours, their)
-            theirs["token_type_embeddings.weight" if name == "token_type" else name] = tensor
+        for piece, values in pieces.items():
+            theirs[names.rename(piece, released)] = values
     return theirs
 
 
@@ -604,10 +506,6 @@ def test_what_transformers_cannot_express_is_said(tmp_path):
     assert {"patch_head.decoder.bias", "itm_head.weight",
             "vocab.txt (the tokenizer is byte-level BPE)"} < set(left_out)
     assert not (tmp_path / "vocab.txt").exists()
-    (tmp_path / "file").write_text("x")
-    for folder in (tmp_path / "file", tmp_path / "file/below"):
-        with pytest.raises(ValueError, match="no folder can be made here"):
-            weights.export(model, folder)
 
 
 @pytest.mark.parametrize("changes", [
@@ -634,49 +532,10 @@ def test_a_model_of_ours_comes_back_from_its_export_as_it_was(changes, tmp_path)
     assert weights.load(tmp_path / "theirs").config.eps == theirs.config.layer_norm_eps
 
 
-def test_what_transformers_wrote_is_exported_in_its_shapes(tmp_path):
-    theirs = transformers_vilt("ViltForMaskedLM", SHAPES[0] | {"type_vocab_size": 2})
-    theirs.config.pad_token_id = None
-    theirs.save_pretrained(tmp_path / "a")
-    weights.export(weights.load(tmp_path / "a"), tmp_path / "b")
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
-    assert a.keys() <= b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
-    config = json.loads((tmp_path / "b/config.json").read_text())
-    assert (config["type_vocab_size"], config["pad_token_id"]) == (2, None)
-
-
-@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
-def test_a_model_in_several_files_opens(form, tmp_path):
-    theirs = transformers_vilt("ViltForMaskedLM", SHAPES[0])
-    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    if form == "pytorch_model.bin":
-        for name in set(index["weight_map"].values()):
-            torch.save(load_file(tmp_path / name), tmp_path / name.replace("safetensors", "bin"))
-            (tmp_path / name).unlink()
-        (tmp_path / "model.safetensors.index.json").unlink()
-        index["weight_map"] = {key: name.replace("safetensors", "bin")
-                               for key, name in index["weight_map"].items()}
-        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    assert len(set(index["weight_map"].values())) > 2
-    model = weights.load(tmp_path)
-    assert torch.equal(model.embed.word.weight,
-                       theirs.vilt.embeddings.text_embeddings.word_embeddings.weight)
-    (tmp_path / f"{form}.index.json").write_text(json.dumps({"weight_map": index["weight_map"] | {
-        "more": next(iter(index["weight_map"].values()))}}))
-    with pytest.raises(ValueError, match="index.json: names more, which none of its files has"):
-        weights.load(tmp_path)
-
-
 # -- beginning from CLIP, RoBERTa, BERT, ViT -------------------------------------------------------
 
 def tiny_flm(**changes):
-    torch.manual_seed(3)
-    return flm.FLM(replace(flm.Config(
-        image_size=24, patch_size=8, vit_width=32, vit_layers=2, vit_heads=2, vocab_size=97,
-        text_width=32, text_layers=2, text_heads=4, max_positions=40, mask_id=96, width=32,
-        heads=4, fusion_layers=2, reconstructor_text_layers=1, reconstructor_fusion_layers=2,
-        dropout=0.0), **changes)).eval()
+    return tiny(3, **{"reconstructor_text_layers": 1} | changes)
 
 
 def clip_vision(kind="CLIPVisionModel", image=24, patch=8, width=32, heads=2, layers=3, **more):
@@ -898,14 +757,15 @@ def test_vilt_begins_as_a_vit_and_berts_embeddings(kind, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(patch_size=12), "patches 8, but the model's has 12"),
-    (dict(vit_width=64), "width 32, but the model's has 64"),
+    (dict(patch_size=12), r"patch_embedding.weight \(32, 3, 8, 8\), expected \(32, 3, 12, 12\)"),
+    (dict(vit_width=64), r"class_embedding \(32,\), expected \(64,\)"),
     (dict(vit_heads=4), "heads 2, but the model's has 4"),
-    (dict(vit_layers=3), "3 blocks, of which FLM uses 2, but the model has 3"),
-    (dict(text_width=64), "width 32, but the model's has 64"),
-    (dict(text_layers=4), "layers 3, but the model's has 4"),
+    (dict(vit_layers=1), r"encoder.layers.1.* \(32,\), for which the model has no place"),
+    (dict(vit_layers=3), "lacks vit.blocks.2.norm1.weight"),
+    (dict(text_width=64), r"embeddings.LayerNorm.bias \(32,\), expected \(64,\)"),
+    (dict(text_layers=4), "lacks text_layers.3"),
     (dict(text_heads=2), "heads 4, but the model's has 2"),
-    (dict(vocab_size=90, mask_id=4), r"\(97, 32\); the model has \(90, 32\)")])
+    (dict(vocab_size=90, mask_id=4), r"\(97, 32\), expected \(90, 32\)")])
 def test_parts_of_another_size_are_refused_in_a_sentence(change, message, tmp_path):
     text = not any("vit" in key or "patch" in key for key in change)
     (text_model("RobertaModel") if text else clip_vision()).save_pretrained(tmp_path)
@@ -915,7 +775,7 @@ def test_parts_of_another_size_are_refused_in_a_sentence(change, message, tmp_pa
 
 def test_a_feed_forward_of_another_width_and_another_activation_are_refused(tmp_path):
     text_model("RobertaModel", intermediate_size=64).save_pretrained(tmp_path / "a")
-    with pytest.raises(ValueError, match="feed-forward 64, but the model's has 128"):
+    with pytest.raises(ValueError, match=r"intermediate.dense.bias \(64,\), expected \(128,\)"):
         weights.start(tiny_flm(), text=tmp_path / "a")
     clip_vision(hidden_act="gelu").save_pretrained(tmp_path / "b")
     with pytest.raises(ValueError, match="with gelu; OpenAI's, with quick_gelu"):
@@ -934,7 +794,6 @@ def saved(model, path, task="pretrain", **more):
 
 def test_captioning_begins_from_flm_with_two_words_more(tmp_path):
     source, model = tiny_flm(), tiny_flm(objective="ar", vocab_size=99)
-    randomise(source)
     fresh = {name: model.state_dict()[name][97:].clone()
              for name in ("embed.word.weight", "vocab_head.decoder.weight")}
     # A flag that is not given is "".
@@ -951,7 +810,7 @@ def test_captioning_begins_from_flm_with_two_words_more(tmp_path):
 
 
 def test_nlvr2_begins_with_the_second_image_as_the_first_at_another_resolution(tmp_path):
-    source = randomise(tiny_flm(image_positions=1.0))
+    source = tiny_flm(image_positions=1.0)
     model = tiny_flm(head="nlvr2", image_size=32, image_positions=1.0)
     report = weights.start(model, checkpoint=saved(source, tmp_path / "a.pt"))
     assert torch.equal(model.token_type, source.token_type[[0, 1, 1]])
@@ -965,7 +824,7 @@ def test_nlvr2_begins_with_the_second_image_as_the_first_at_another_resolution(t
 
 
 def test_retrieval_begins_from_image_text_matching(tmp_path):
-    source = randomise(tiny_flm(itm=True))
+    source = tiny_flm(itm=True)
     model = tiny_flm(head="retrieval")
     report = weights.start(model, checkpoint=saved(source, tmp_path / "a.pt"))
     assert sorted(report.names("grown")) == ["itm_head.bias", "itm_head.weight"]
@@ -1002,12 +861,12 @@ def test_a_released_file_begins_a_fine_tuning(recorded, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(fusion_layers=3), "has no fusion_layers.2"),
+    (dict(fusion_layers=3), "lacks fusion_layers.2"),
     (dict(heads=8), "heads 4, but the model has 8"),
     (dict(reconstructor_fusion_layers=1), "reconstructor_fusion_layers 2, but the model has 1"),
-    (dict(text_layers=1), "text_layers.1.*no such"),
-    (dict(width=64), r"token_type has the shape \(2, 32\); the model has \(2, 64\)"),
-    (dict(vocab_size=90, mask_id=4), r"\(97, 32\); the model has \(90, 32\)")])
+    (dict(text_layers=1), "text_layers.1.*for which the model has no place"),
+    (dict(width=64), r"token_type \(2, 32\), expected \(2, 64\)"),
+    (dict(vocab_size=90, mask_id=4), r"\(97, 32\), expected \(90, 32\)")])
 def test_checkpoints_of_other_sizes_are_refused(change, message, tmp_path):
     path = saved(tiny_flm(), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=message):
@@ -1047,7 +906,7 @@ def test_what_is_saved_is_loaded(config, kind, tmp_path):
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
 def test_training_a_loaded_model_does_not_change_its_file(name, tmp_path):
-    path = saved(randomise(tiny_flm()), tmp_path / name)
+    path = saved(tiny_flm(), tmp_path / name)
     before, model = path.read_bytes(), weights.load(path).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
     model.vocab_logits(model.encode_image(torch.randn(1, 3, 24, 24))).sum().backward()
@@ -1071,11 +930,12 @@ FIRST = "cross_modal_text_layers.0."
     (FIRST + "output.dense.bias", torch.zeros(31), "should be the same tensor and differ"),
     ("fusion_layers_top.0.output.dense.bias", torch.zeros(31),
      r"_top.0.output.dense.bias \(31,\), expected \(32,\)"),
-    ("fusion_layers_top.1.output.dense.bias", None, "lacks: fusion_reconstructor.1.mlp.2.bias"),
+    ("fusion_layers_top.1.output.dense.bias", None, "lacks fusion_reconstructor.1.mlp.2.bias"),
     ("fusion_layers_top.1.crossattention.self.key.bias", None,
-     "value.bias but not the key that belongs to it"),
-    ("vit_model.visual.conv1.weight", None, "not complete; vit.patch.weight"),
-    ("vit_model.visual.positional_embedding", torch.zeros(9, 32), "9 rows is no square grid"),
+     "lacks fusion_reconstructor.1.cross_attention.kv.bias, has .*value.bias"),
+    ("vit_model.visual.conv1.weight", None, "no model .*vit.patch.weight"),
+    ("vit_model.visual.positional_embedding", torch.zeros(9, 32),
+     r"positional_embedding \(9, 32\), expected \(5, 32\)"),
     ("lm_score_r.bias", torch.ones(97),
      "lm_score_r.bias and lm_score.bias should be the same tensor and differ"),
     ("lm_score.bias", torch.ones(97, dtype=torch.int8), "differ|expected floating-point"),
@@ -1097,7 +957,10 @@ def test_files_of_other_kinds_are_refused_in_a_sentence(tmp_path):
     text_model("RobertaModel").save_pretrained(tmp_path / "roberta")
     files[tmp_path / "roberta"] = "train.py --text begins from it"
     transformers_vilt("ViltForTokenClassification", SHAPES[0]).save_pretrained(tmp_path / "tc")
-    files[tmp_path / "tc"] = "a ViltForTokenClassification"
+    files[tmp_path / "tc"] = "describes no model"
+    transformers_vilt("ViltForImagesAndTextClassification", SHAPES[0], num_images=3,
+                      modality_type_vocab_size=4).save_pretrained(tmp_path / "three")
+    files[tmp_path / "three"] = r"classifier.0.bias \(108,\), expected \(72,\)"
     transformers_vilt("ViltModel",
                       SHAPES[0] | {"hidden_act": "relu"}).save_pretrained(tmp_path / "relu")
     files[tmp_path / "relu"] = "hidden_act 'relu'; this ViLT has 'gelu'"
@@ -1107,7 +970,7 @@ def test_files_of_other_kinds_are_refused_in_a_sentence(tmp_path):
     other = lightning(tmp_path / "other.ckpt", {"encoder.weight": torch.zeros(2)})
     files[other] = r"it holds 1 tensors \(encoder.weight"
     torch.save({"a": 1}, tmp_path / "a.pt")
-    files[tmp_path / "a.pt"] = "it holds no tensors"
+    files[tmp_path / "a.pt"] = "it holds 0 tensors"
     torch.save([1, 2], tmp_path / "list.pt")
     files[tmp_path / "list.pt"] = "not a checkpoint of this project"
     (tmp_path / "hello.pt").write_bytes(b"hello")
@@ -1117,48 +980,32 @@ def test_files_of_other_kinds_are_refused_in_a_sentence(tmp_path):
     files[tmp_path / "nowhere.pt"] = "no such checkpoint"
     torch.save({"format": weights.FORMAT, "model": {}}, tmp_path / "half.pt")
     files[tmp_path / "half.pt"] = "a damaged checkpoint of this project, without backbone"
-    torch.save({"module.visual.conv1.weight": torch.zeros(2),
-                "visual.conv1.weight": torch.ones(2)}, tmp_path / "two.pt")
-    files[tmp_path / "two.pt"] = "holds tensors whose names differ only in module."
     good = saved(tiny_flm(), tmp_path / "good.pt")
-    for name, wrong, message in (("config", {"objective": "flm", "colour": 1},
-                                  "its config has .'colour'"),
-                                 ("backbone", "resnet", "unknown model 'resnet'")):
+    for name, wrong, message in (("config", {"objective": "flm", "colour": 1}, "'colour'"),
+                                 ("backbone", "resnet", "'resnet'")):
         torch.save(torch.load(good) | {name: wrong}, tmp_path / f"{name}.pt")
         files[tmp_path / f"{name}.pt"] = message
     for path, message in files.items():
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
             weights.load(path)
         assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="colour: flm has no such setting"):
+    with pytest.raises(ValueError, match="unexpected keyword argument 'colour'"):
         weights.load(good, colour=1)
-
-
-@pytest.mark.parametrize("settings", [
-    {"num_heads": "four"}, {"num_heads": -4}, {"drop_rate": None}, {"num_heads": [[4]]}])
-def test_odd_settings_of_a_lightning_file_are_a_sentence(settings, recorded, tmp_path):
-    stored = recorded["vqa"]["config"] | {"num_heads_fusion": None, "vit_heads": 2} | settings
-    path = lightning(tmp_path / "x.ckpt", recorded["vqa"]["state_dict"], stored)
-    with pytest.raises(ValueError) as error:
-        weights.load(path)
-    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
 def test_odd_contents_of_our_files_are_a_sentence(tmp_path):
     good = torch.load(saved(tiny_flm(), tmp_path / "good.pt"))
-    sizes = ({"width": "x"}, {"width": 2**50, "heads": 1}, {"text_layers": 10**9},
-             {"image_size": 30}, {"dropout": None}, {"head": 5})
-    for odd in (dict(config=[1]), dict(model=[1]), dict(backbone=[1]), dict(model={"a": 1}),
-                dict(tokenizer=[1]), dict(tokenizer={"vocab.json": "x", "merges.txt": ""}),
-                dict(answers=[1]), dict(task=None), dict(model=good["model"] | {
-                    "vit.cls": torch.ones(1).expand(2**20, 2**20)}),
+    sizes = ({"width": "x"}, {"width": 2**50, "heads": 1}, {"image_size": 30}, {"dropout": None},
+             {"head": 5})
+    for odd in (dict(config=[1]), dict(model=[1]), dict(backbone=[1]), dict(tokenizer=[1]),
+                dict(tokenizer={"vocab.json": "x", "merges.txt": ""}),
+                dict(model=good["model"] | {"vit.cls": torch.ones(1).expand(2**20, 2**20)}),
                 *(dict(config=good["config"] | size) for size in sizes)):
         torch.save(good | odd, tmp_path / "x.pt")
         with pytest.raises(ValueError) as error:
             weights.load(tmp_path / "x.pt")
         sentence = str(error.value)
         assert sentence.startswith(f"{tmp_path / 'x.pt'}: ") and "\n" not in sentence
-        assert sentence.count("/tmp") == 1
     doubles = {name: tensor.double() for name, tensor in good["model"].items()}
     torch.save(good | {"model": doubles, "step": "five"}, tmp_path / "x.pt")
     assert weights.load(tmp_path / "x.pt").vit.cls.dtype == torch.float32
@@ -1166,8 +1013,8 @@ def test_odd_contents_of_our_files_are_a_sentence(tmp_path):
 
 @pytest.mark.parametrize("settings, message", [
     ({"id2label": {"x": "y"}}, "id2label of its config.json is no table"),
-    ({"num_attention_heads": "three"}, "its heads is 'three'; int is expected"),
-    ({"max_image_length": "long"}, "settings describe no model")])
+    ({"num_attention_heads": "three"}, "describes no model"),
+    ({"max_image_length": "long"}, "describes no model")])
 def test_an_odd_config_json_is_a_sentence(settings, message, tmp_path):
     theirs = transformers_vilt("ViltForQuestionAnswering", SHAPES[0])
     theirs.save_pretrained(tmp_path)
@@ -1180,27 +1027,17 @@ def test_an_odd_config_json_is_a_sentence(settings, message, tmp_path):
     assert str(error.value).startswith(f"{tmp_path}: ") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("images, labels", [(3, 2), (2, 3), (1, 2)])
-def test_a_classifier_of_other_images_and_labels_than_nlvr2s_is_refused(images, labels, tmp_path):
-    theirs = transformers_vilt("ViltForImagesAndTextClassification", SHAPES[0], num_images=images,
-                               num_labels=labels, modality_type_vocab_size=images + 1)
-    theirs.save_pretrained(tmp_path)
-    with pytest.raises(ValueError,
-                       match=f"a classifier of {images} images a sentence into {labels} labels"):
-        weights.load(tmp_path)
-
-
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     path = saved(tiny_flm(), tmp_path / "good.pt")
     (tmp_path / "folder").mkdir()
-    for output, message in (("folder", "folder: a folder; a checkpoint is a file"),
-                            ("good.pt/below.pt", "good.pt: no folder can be made here")):
+    for output, message in (("folder", "Is a directory: .*folder"),
+                            ("good.pt/below.pt", "(File exists|Not a directory): .*good.pt")):
         with pytest.raises(SystemExit, match=f"weights.py: .*{message}"):
             weights.main(["convert", str(path), str(tmp_path / output)])
     config = tiny_flm().config
     with pytest.raises((AttributeError, pickle.PicklingError)):
         weights.save(tmp_path / "x.pt", {}, config, "pretrain", None, more=lambda: None)
-    with pytest.raises(ValueError, match="x.safetensors: .* not optimizer; .* in a file NAME.pt"):
+    with pytest.raises(TypeError, match="not JSON serializable"):
         weights.save(tmp_path / "x.safetensors", {}, config, "pretrain", None,
                      optimizer={"step": torch.ones(1)})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "good.pt"]
@@ -1219,13 +1056,14 @@ def test_info_says_what_a_file_is(recorded, tmp_path, capsys):
                  settings={"recipe": "toy", "data": "data/toy", "datasets": ()})
     for path, lines in ((vqa, ["whose        FLM", "task         vqa", "step         1,234",
                                "recipe       finetune_vqa",
-                               "answers      11; the file has no list", "taken          198"]),
+                               "answers      11, of which the file has no list",
+                               "taken          198"]),
                         (tmp_path / "clip",
                          ["whose        CLIP, as transformers", "train.py --vit"]),
                         (tmp_path / "toy.pt",
                          ["whose        this project's", "recipe       toy",
                           "data         data/toy", "step         2,000",
-                          "tokenizer    BPE, 261 tokens", "patches of 16"])):
+                          "tokenizer    BPE, 261 tokens", "patch_size=16"])):
         weights.main(["info", str(path)])
         out = capsys.readouterr().out
         assert all(line in out for line in lines), out
