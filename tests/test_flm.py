@@ -81,8 +81,19 @@ def test_no_span_corruption_hides_the_word_alone():
 
 def ours(recorded):
     """The original's state dict under our names; what has no place in the models here is left out."""
-    found = {names.rename(key, names.FLM_NAMES): tensor for key, tensor in recorded.items()}
-    return names.merge_projections({name: tensor for name, tensor in found.items() if name})
+    return renamed(recorded, names.FLM_NAMES)
+
+
+def renamed(theirs, table):
+    """A foreign state dict under our names, less what the table does not know."""
+    found = {names.rename(key, table): tensor for key, tensor in theirs.items()}
+    found.pop(None, None)
+    names.merge_projections(found, {name: [name] for name in found})
+    return found
+
+
+def below(module, state):
+    return {name.removeprefix(module): tensor for name, tensor in state.items() if name.startswith(module)}
 
 
 @pytest.fixture(scope="module")
@@ -442,11 +453,6 @@ def test_image_tokens_are_told_their_places_where_they_enter_the_fusion_layers()
 
 # -- against transformers ----------------------------------------------------------------------------------------------
 
-def bert_state(prefix, theirs, rules):
-    table = {rf"{prefix}(\d+)\.": (r"\1.", rules)}
-    return names.merge_projections({names.rename(k, table): v for k, v in theirs.items() if names.rename(k, table)})
-
-
 @pytest.mark.parametrize("width, heads, layers, length", [(32, 4, 2, 11), (24, 3, 1, 7), (40, 5, 3, 17)])
 @torch.no_grad()
 def test_text_layers_equal_transformers_roberta(width, heads, layers, length):
@@ -459,12 +465,11 @@ def test_text_layers_equal_transformers_roberta(width, heads, layers, length):
         p.add_(torch.randn_like(p) * 0.2)
     ids = torch.cat([caption(length, length + 3), caption(4, length + 3)])
     real = ids != 1
-    state = theirs.state_dict()
+    state = renamed(theirs.state_dict(), names.BERT_NAMES)
     embed = TextEmbedding(97, width, 40, 0.0).eval()
-    embed.load_state_dict({names.rename(k, {r"embeddings\.": ("", names.EMBEDDINGS)}): v for k, v in state.items()
-                           if k.startswith("embeddings.") and not k.endswith("_ids")})
+    embed.load_state_dict(below("embed.", state))
     stack = torch.nn.ModuleList(StreamLayer(width, heads, 0.0, 1e-5) for _ in range(layers)).eval()
-    stack.load_state_dict(bert_state(r"encoder\.layer\.", state, names.BERT_LAYER))
+    stack.load_state_dict(below("text_layers.", state))
     x = embed(ids, roberta_positions(real))[:, None]                # one stream
     for layer in stack:
         x = layer(x, Mask.of(flm.bidirectional_mask(real)))
