@@ -8,8 +8,7 @@
 
 `words` and `align` show what `python -m tools.probe` found, `sheet` what eval.py's tasks answered.
 
-Letters: n tokens of a caption, `<s>` and `</s>` included; h, w patches along a picture's height and
-width.
+Letters: n tokens of a caption, `<s>` and `</s>` included; h x w patches of a picture.
 """
 
 import argparse
@@ -20,15 +19,13 @@ import math
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.colors import to_rgb
-from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from PIL import Image
 
 import data
@@ -66,15 +63,14 @@ def save(figure, path: str):
 CLASS, HATCH = "#CFCFCF", "//////"                      # cells of the class row; masked words
 
 
-@dataclass
-class Panel:
+class Panel(NamedTuple):
     """One objective on one caption."""
     title: str
     says: str
     left: np.ndarray                                    # (n, n) bool: what a row reads on its left
     right: np.ndarray                                   # and on its right
     targets: dict[int, int]                             # predicting row -> position it predicts
-    masked: list[int] = field(default_factory=list)     # positions replaced in the input
+    masked: Sequence[int] = ()                          # positions replaced in the input
 
 
 def rates(panel: Panel) -> tuple[float, float]:
@@ -92,34 +88,35 @@ def draw_panels(words: Sequence[str], rate: float = 0.4, prefix: int = 3,
     rng = np.random.default_rng(seed)
     real = torch.ones(1, n, dtype=torch.bool)
     before = np.tril(np.ones((n, n), bool))             # row i's own column counts as its left
+    ids = np.arange(n) + 10                             # any ids: only the positions matter
+    _, masked = data.mask_words(ids, [True] * len(words), flm.Config.mask_rate, 4, ids, rng)
+    masked = masked.tolist()
+    spans = [torch.from_numpy(ends)[None] for ends in flm.draw_spans(n, n, rate, rng)]     # (1, n)
 
     def targets(objective, output, prefix=0):
         rows = flm.predicting_rows(objective, n, prefix)[output]
         return {row: row + flm.SHIFT[output] for row in rows}
 
-    def stream(title, says, mask, targets, masked=()):
-        seen = mask[0].numpy().copy()
-        seen[:, list(masked)] = False                   # the column is read, but its word is gone
-        return Panel(title, says, seen & before, seen & ~before, targets, list(masked))
+    def stream(mask, hidden=()):
+        seen = mask[0].numpy().copy()                                           # (n, n)
+        seen[:, list(hidden)] = False                   # the column is read, but its word is gone
+        return seen & before, seen & ~before
 
-    def reconstructor(title, says, *span):
+    def reconstructor(*span):
         mask = flm.reconstructor_mask(real, *span)[0].numpy()                   # (n, 2n)
-        return Panel(title, says, mask[:, :n], mask[:, n:], targets("flm", "reconstructed"))
+        return mask[:, :n], mask[:, n:], targets("flm", "reconstructed")
 
-    ids = np.arange(n) + 10                             # any ids: only the positions matter
-    _, masked = data.mask_words(ids, [True] * len(words), flm.Config.mask_rate, 4, ids, rng)
-    masked = masked.tolist()
-    spans = [torch.from_numpy(ends)[None] for ends in flm.draw_spans(n, n, rate, rng)]     # (1, n)
     return [
-        stream("MLM", "masked words, from both sides", flm.bidirectional_mask(real),
-               {i: i + flm.SHIFT["reconstructed"] for i in masked}, masked),
-        stream("AR", "every next word, from the left", flm.left_to_right_mask(real),
-               targets("ar", "left_to_right")),
-        stream("Prefix", "every next word after a prefix",
-               flm.prefix_mask(real, torch.tensor([prefix])),
-               targets("prefix", "left_to_right", prefix)),
-        reconstructor("FLM", "every word, from both sides"),
-        reconstructor("FLM, larger spans", "every word, with more hidden around it", *spans)]
+        Panel("MLM", "masked words, from both sides",
+              *stream(flm.bidirectional_mask(real), masked), {i: i for i in masked}, masked),
+        Panel("AR", "every next word, from the left", *stream(flm.left_to_right_mask(real)),
+              targets("ar", "left_to_right")),
+        Panel("Prefix", "every next word after a prefix",
+              *stream(flm.prefix_mask(real, torch.tensor([prefix]))),
+              targets("prefix", "left_to_right", prefix)),
+        Panel("FLM", "every word, from both sides", *reconstructor()),
+        Panel("FLM, larger spans", "every word, with more hidden around it",
+              *reconstructor(*spans))]
 
 
 def plot_masks(args):
@@ -163,8 +160,8 @@ def draw_panel(axis, panel: Panel, tokens: list[str]):
     for name, share, y in zip(names, rates(panel), (n + 0.75, n + 1.6), strict=True):
         axis.text(0, y, name, size=9.5, va="center")
         for length, color in ((1, PALE), (share, INK)):
-            axis.add_patch(Rectangle((0.5 * n, y - 0.19), 0.27 * n * length, 0.38, color=color,
-                                     lw=0, clip_on=False))
+            axis.add_patch(plt.Rectangle((0.5 * n, y - 0.19), 0.27 * n * length, 0.38, color=color,
+                                         lw=0, clip_on=False))
         axis.text(n, y, f"{100 * share:.0f} %", size=10, weight="bold", va="center", ha="right")
 
 
@@ -190,10 +187,10 @@ def cell(axis, x: float, y: float, color: str, pale: bool = False, hatch: str | 
          mark: str = ""):
     hidden = color == "white"
     shade = 0.25 if pale and not hidden else 1
-    axis.add_patch(Rectangle((x + 0.05, y + 0.05), 0.9, 0.9, hatch=hatch, clip_on=False,
-                             lw=0.7 if hidden else 0,
-                             facecolor=1 - shade * (1 - np.array(to_rgb(color))),
-                             edgecolor="#BBBBBB" if hatch else "#D8D8D8"))     # also the hatch's
+    axis.add_patch(plt.Rectangle((x + 0.05, y + 0.05), 0.9, 0.9, hatch=hatch, clip_on=False,
+                                 lw=0.7 if hidden else 0,
+                                 facecolor=1 - shade * (1 - np.array(to_rgb(color))),
+                                 edgecolor="#BBBBBB" if hatch else "#D8D8D8"))  # also the hatch's
     axis.text(x + 0.5, y + 0.53, mark, ha="center", va="center", weight="bold", size=11)
 
 
@@ -229,8 +226,6 @@ def horizontal(run: str, rows: list[dict], x: str) -> np.ndarray:
         config = files.read_json(run_directory(run) / "config.json")
         return steps * config["settings"]["global_batch"]
     timed = [row for row in rows if "seconds" in row]   # lines of validation have no clock
-    if not timed:
-        raise ValueError(f"{run}: no line with seconds in it yet; --x step needs none")
     seconds = np.array([0.0] + [row["seconds"] for row in timed])
     passed = np.diff(seconds)
     passed = np.where(passed < 0, seconds[1:], passed)  # a resumed run's clock starts at 0 again
@@ -247,39 +242,35 @@ def accuracy_key(key: str, names: set[str]) -> str | None:
 
 
 def plot_curves(args):
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.2))
-    palette = (BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY, INK)
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.2), layout="constrained")
+    palette = itertools.cycle((BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY, INK))
     measured, handles = set(), []
-    for number, run in enumerate(args.runs):
-        color = palette[number % len(palette)]
+    for run, color in zip(args.runs, palette, strict=False):
         rows = read_metrics(run)
         x = horizontal(run, rows, args.x)
         names = {name.removeprefix("val_") for row in rows for name in row}
-        accuracy = accuracy_key(args.key, names)
-        if args.key in names:
-            draw_curve(axes[0], x, rows, args.key, color)
-        else:
+        if args.key not in names:
             print(f"{run}: no {args.key} in it; it has {', '.join(sorted(names))}")
+        draw_curve(axes[0], x, rows, args.key, color)
+        accuracy = accuracy_key(args.key, names)
         if accuracy:
             draw_curve(axes[1], x, rows, accuracy, color, 100)
             measured.add(accuracy.removesuffix("_accuracy").replace("_", " "))
         name = run_directory(run).resolve().name
-        handles.append(Line2D([], [], color=color, lw=2, label=name))
+        handles.append(plt.Line2D([], [], color=color, lw=2, label=name))
     if not axes[0].lines:
         raise ValueError(f"--key {args.key}: none of the runs has it")
     axes[0].set_ylabel(args.key.replace("_", " "))
-    of = f" of {', '.join(sorted(measured))}" if measured else ""
-    axes[1].set_ylabel(f"accuracy{of}, %")
+    axes[1].set_ylabel(", ".join(sorted(measured)) + " accuracy, %")
     for axis in axes:
         axis.set_xlabel({"samples": "samples seen"}.get(args.x, args.x))
         axis.grid(color=PALE, lw=0.7)
         axis.margins(x=0.02)
         axis.locator_params(axis="x", nbins=6)
         axis.xaxis.set_major_formatter("{x:,.0f}")
-    handles += [Line2D([], [], color=GREY, lw=1, label="training"),
-                Line2D([], [], color=GREY, lw=1.8, marker="o", ms=5, label="validation")]
-    figure.legend(handles=handles, loc="upper center", ncols=min(6, len(handles)))
-    figure.tight_layout(rect=(0, 0, 1, 0.93 - 0.06 * ((len(handles) - 1) // 6)))
+    handles += [plt.Line2D([], [], color=GREY, lw=1, label="training"),
+                plt.Line2D([], [], color=GREY, lw=1.8, marker="o", ms=5, label="validation")]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)))
     save(figure, args.out)
 
 
@@ -287,7 +278,7 @@ def draw_curve(axis, x: np.ndarray, rows: list[dict], key: str, color: str, scal
     """Training as a thin line, validation with markers."""
     styles = {key: dict(lw=1, alpha=0.6), f"val_{key}": dict(lw=1.8, marker="o", ms=4.5)}
     for name, style in styles.items():
-        here = [i for i, row in enumerate(rows) if isinstance(row.get(name), (int, float))]
+        here = [i for i, row in enumerate(rows) if name in row]
         if here:
             axis.plot(x[here], [scale * rows[i][name] for i in here], color=color, **style)
 
@@ -309,10 +300,8 @@ def spread(items: list, count: int) -> list:
 
 
 def read_picture(file: str, row: int, column: str = "image") -> np.ndarray:
-    """The picture in a row of an Arrow file, uint8 (H, W, 3), at most 400 pixels wide or high.
-
-    One that cannot be decoded is black, as eval.py shows it to the model.
-    """
+    """The picture in a row of an Arrow file, uint8 (H, W, 3), at most 400 pixels wide or high;
+    black, as the model saw it, where it cannot be decoded."""
     def reduced(width, height):
         scale = min(1, 400 / max(width, height))
         size = math.ceil(scale * width), math.ceil(scale * height)
@@ -358,7 +347,7 @@ BARS = {"right image": BLUE, "another image": ORANGE, "no image": "#A0A0A0"}
 def plot_words(args):
     results = files.read_json(args.results)
     splits = [*results.values()] if isinstance(results, dict) else []
-    check(args, "`python -m tools.probe words`", splits, "accuracy", "words", "examples")
+    check(args, "`tools.probe words`", splits, "accuracy", "words", "examples")
     count = min(args.examples, max(len(result["examples"]) for result in splits))
     # A column for each split: bars, then two rows for each caption.
     figure, axes = open_grid(1 + 2 * count, len(results), 1.15,
@@ -369,7 +358,7 @@ def plot_words(args):
             draw_guesses(column[1 + 2 * k], example, "right image", "")
             draw_guesses(column[2 + 2 * k], example, "another image", "other_")
     colors = BARS | {"a word guessed wrong": VERMILLION}
-    figure.legend(handles=[Rectangle((0, 0), 1, 1, color=color, label=name)
+    figure.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=color, label=name)
                            for name, color in colors.items()], loc="outside upper center", ncols=4)
     save(figure, args.out)
 
@@ -388,10 +377,7 @@ def draw_bars(axis, split: str, accuracy: dict, asked: dict):
 
 
 def draw_guesses(axis, example: dict, image: str, prefix: str):
-    """A picture, and beside it what each token of the caption was taken for; wrong ones in colour.
-
-    The caption stands above the right image.
-    """
+    """A picture, and beside it what each token was taken for; wrong ones in colour."""
     tokens, guesses = example["tokens"], example["guesses"][image]
     caption = textwrap.fill("".join(tokens), 60) if image == "right image" else ""
     show(axis, read_picture(example[f"{prefix}file"], example[f"{prefix}row"]), caption)
@@ -422,8 +408,7 @@ FOG = (92, 96, 108)                                     # unlike bright and unli
 
 def plot_align(args):
     alignments = files.read_json(args.results)
-    check(args, "`python -m tools.probe align`", alignments,
-          "file", "row", "tokens", "grid", "plan")
+    check(args, "`tools.probe align`", alignments, "file", "row", "tokens", "grid", "plan")
     lines = []                                          # (alignment, its words on a line)
     for found in spread(alignments, args.examples):
         words = range(min(len(found["plan"]), args.words))
@@ -489,15 +474,13 @@ def side_by_side(pictures: list[np.ndarray]) -> np.ndarray:
 
 
 def verdict(example: dict) -> tuple[str, str]:
-    """What stands below a picture, and in which colour: the answer, and the truth if it differs."""
+    """An answer with its mark, and the truth if it differs; and their colour."""
     mark, color, word = MARKS[example["right"]]
     answer = example["answer"] or word
     if example["right"] is False and example["truth"]:
         answer += f" (truth: {example['truth']})"
     return mark + answer, color
 
-
-# --------------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m tools.plot", description=__doc__,
@@ -513,27 +496,22 @@ def main(argv: list[str] | None = None):
 
     add = command("masks", plot_masks, "what each objective hides and predicts, for one caption")
     add("--caption", default="a girl in red plays chess", help="3 to 8 words")
-    add("--rate", type=float, default=0.4,
-        help="corruption rate of the last panel, a share above 0 and up to 1")
+    add("--rate", type=float, default=0.4, help="corruption rate of the last panel, up to 1")
     add("--prefix", type=int, default=3, help="number of words in the prefix")
     add("--seed", type=int, default=7, help="seed of the masked word and the spans")
     add = command("curves", plot_curves, "loss and accuracy of runs, in training and validation")
     add("runs", nargs="+", metavar="RUN", help="run directory, or its metrics.jsonl")
-    add("--key", default="loss",
-        help="key of metrics.jsonl for the left half, such as left_to_right_loss or lr")
+    add("--key", default="loss", help="key of metrics.jsonl for the left half, such as lr")
     add("--x", default="step", choices=("step", "seconds", "samples"), help="horizontal axis")
-    add = command("words", plot_words,
-                  "accuracy of words with the right, another and no image, and some captions")
+    add = command("words", plot_words, "accuracy of words with the right, another and no image")
     add("results", metavar="WORDS_JSON", help="what `python -m tools.probe words` wrote")
     add("--examples", type=int, default=3, help="number of captions of each split, evenly spread")
-    add = command("align", plot_align,
-                  "the patches that ViLT's optimal transport carries each word to")
+    add = command("align", plot_align, "the patches to which ViLT carries each word")
     add("results", metavar="ALIGN_JSON", help="what `python -m tools.probe align` wrote")
     add("--examples", type=int, default=5, help="number of captions, evenly spread")
     add("--words", type=int, default=2 * COLUMNS, help="largest number of words of each caption")
     add = command("sheet", plot_sheet, "what a fine-tuned model answered, right or wrong")
-    add("results", metavar="EXAMPLES_JSON",
-        help="examples.json of `eval.py vqa`, nlvr2, caption or retrieval")
+    add("results", metavar="EXAMPLES_JSON", help="what vqa, nlvr2, … of eval.py wrote")
     add("--examples", type=int, default=12, help="number of examples, evenly spread")
     args = parser.parse_args(argv)
     plt.switch_backend("Agg")                           # files only, so no display is needed
