@@ -234,11 +234,10 @@ def horizontal(run: str, rows: list[dict], x: str) -> np.ndarray:
 
 def accuracy_key(key: str, names: set[str]) -> str | None:
     """The accuracy, of a run's names, that belongs to a loss; to the total loss, the main one."""
-    outputs = ["reconstructed", "left_to_right", "mlm"]
+    outputs = ("reconstructed", "left_to_right", "mlm")
     if key.endswith("_loss"):
-        outputs = [key.removesuffix("_loss")]
-    found = [f"{name}_accuracy" for name in outputs if f"{name}_accuracy" in names]
-    return found[0] if found else None
+        outputs = (key.removesuffix("_loss"),)
+    return next((f"{name}_accuracy" for name in outputs if f"{name}_accuracy" in names), None)
 
 
 def plot_curves(args):
@@ -346,9 +345,9 @@ BARS = {"right image": BLUE, "another image": ORANGE, "no image": "#A0A0A0"}
 
 def plot_words(args):
     results = files.read_json(args.results)
-    splits = [*results.values()] if isinstance(results, dict) else []
-    check(args, "`tools.probe words`", splits, "accuracy", "words", "examples")
-    count = min(args.examples, max(len(result["examples"]) for result in splits))
+    check(args, "`tools.probe words`", [results])
+    check(args, "`tools.probe words`", [*results.values()], "accuracy", "words", "examples")
+    count = min(args.examples, max(len(result["examples"]) for result in results.values()))
     # A column for each split: bars, then two rows for each caption.
     figure, axes = open_grid(1 + 2 * count, len(results), 1.15,
                              height_ratios=[2.5] + [0.8] * 2 * count)
