@@ -10,7 +10,6 @@ from conftest import WORDS, write_captions
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import flm
 from tasks import PretrainFLM
 from tokenizer import BPE
@@ -189,11 +188,6 @@ def test_tasks_are_measured_in_all_ways(command, found, run):
     assert names(rows) == [("fp32", name) for name in found] and rows[-1]["speed-up"] == 1
 
 
-def test_vilt_is_measured_beside_transformers(run):
-    pytest.importorskip("transformers")
-    assert names(run(*VILT)) == [("fp32", "ours"), ("fp32", "transformers")]
-
-
 def test_each_of_several_batch_sizes_is_measured(tmp_path):
     path = tmp_path / "numbers.json"
     bench.main(["retrieval", *TOY, "--batch", "1", "3", "--json", str(path)])
@@ -229,13 +223,6 @@ def test_loader_measures_given_files_and_else_drawn_pictures(captions, run, monk
     for files in ([captions[0]], []):
         rows = run("loader", *files, "--rounds", 1, "--batch", 2)
         assert len(rows) == 3 and all(row["pictures/s"] > 0 for row in rows)
-
-
-def test_drawn_pictures_are_decoded(tmp_path):
-    bench.draw_photos(tmp_path / "drawn.arrow", 2)
-    table = data.Captions([tmp_path / "drawn.arrow"])
-    assert len(table) == 2 and 50_000 < len(table.image(0).to_pybytes()) < 200_000
-    assert data.decode(table.image(1), data.Square(288)).shape == (3, 288, 288)
 
 
 def test_padding_is_the_share_of_pads():

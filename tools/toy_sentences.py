@@ -124,11 +124,12 @@ def counted_shapes(scene: Scene, opening: str, rng: random.Random) -> str:
     counted = noun.within(scene)
     rest = [shape for shape in scene.shapes if shape not in counted]
     if not rest and total > 4:
-        return f"{opening}{noun} with {listing(rng.sample(counted, 2), scene, rng)}"
-    if not rest or rng.random() < 0.3:
-        return f"{opening}{noun}: {listing(rng.sample(counted, len(counted)), scene, rng)}"
-    joint = rng.choice((" with ", " and ", ", "))
-    return opening + str(noun) + joint + listing(rng.sample(rest, min(len(rest), 2)), scene, rng)
+        joint, named = " with ", rng.sample(counted, 2)
+    elif not rest or rng.random() < 0.3:
+        joint, named = ": ", rng.sample(counted, len(counted))
+    else:
+        joint, named = rng.choice((" with ", " and ", ", ")), rng.sample(rest, min(len(rest), 2))
+    return opening + str(noun) + joint + listing(named, scene, rng)
 
 
 def related_shapes(scene: Scene, opening: str, rng: random.Random) -> str:
@@ -244,12 +245,11 @@ def ask_kind(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def ask_count(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    noun = Noun()
     form = rng.choice(("shape", "size", "kind"))
-    if form == "shape":
-        noun = Noun()
-    elif form == "size":
+    if form == "size":
         noun = Noun(size=rng.choice(tuple(SIZES)))
-    else:
+    elif form == "kind":
         # First the answer, then a kind that has it. Otherwise nearly all answers would be 0 and 1.
         numbers = {kind: Noun(kind=kind).number(scene) for kind in KINDS}
         answer = rng.choice(sorted(set(numbers.values())))
@@ -264,14 +264,11 @@ def ask_existence(scene: Scene, rng: random.Random) -> tuple[str, str]:
         pair, answer = rng.choice(scene.pairs), "yes"
     else:
         # A near miss. Colour and kind are both there, but apart; or, as often, only one of them is.
-        colours = {colour for colour, _ in scene.pairs}
-        kinds = {kind for _, kind in scene.pairs}
-        misses = {1: [], 2: []}
+        colours, kinds = (set(words) for words in zip(*scene.pairs, strict=True))
+        misses = {0: [], 1: [], 2: []}                  # by how many of the two are there
         for colour, kind in itertools.product(COLOURS, KINDS):
-            present = (colour in colours) + (kind in kinds)
-            missing = (colour, kind) not in scene.pairs and may_be_named((colour, kind), scene)
-            if present > 0 and missing:
-                misses[present].append((colour, kind))
+            if (colour, kind) not in scene.pairs and may_be_named((colour, kind), scene):
+                misses[(colour in colours) + (kind in kinds)].append((colour, kind))
         pair, answer = rng.choice(misses[rng.choice((1, 2))] or misses[1]), "no"
     return rng.choice(("is there a {} {}?", "do you see a {} {}?")).format(*pair), answer
 
@@ -393,8 +390,7 @@ class Statement(NamedTuple):
 def nouns_for(group: str, left: Scene, right: Scene) -> list[Noun]:
     """The nouns of a group of CLAIMS that can be spoken of."""
     pairs = {*left.pairs, *right.pairs}
-    colours = {colour for colour, _ in pairs}
-    kinds = {kind for _, kind in pairs}
+    colours, kinds = (set(words) for words in zip(*pairs, strict=True))
     if group == "shapes":
         return [Noun("a")]
     if group == "sizes":
