@@ -13,8 +13,6 @@ from data import Captions
 from tokenizer import BPE
 from tools import probe
 
-CPU = torch.device("cpu")
-
 
 @pytest.mark.parametrize("objective", flm.OBJECTIVES)
 @torch.no_grad()
@@ -71,12 +69,12 @@ def test_every_word_of_a_group_is_asked_and_wrong_answers_do_not_count(run, monk
     expected = {name: sum(text.split().count(word) for text in table.texts() for word in words)
                 for name, words in groups.items()}
     monkeypatch.setattr(probe, "reconstruct", lambda model, visual, ids: ids)
-    result = probe.word_table(model, table, groups, CPU, batch=7)
+    result = probe.word_table(model, table, groups, batch=7)
     assert result["words"] == expected
     assert all(share == 1.0 for row in result["accuracy"].values() for share in row.values())
 
     monkeypatch.setattr(probe, "reconstruct", lambda model, visual, ids: torch.full_like(ids, 5))
-    wrong = probe.word_table(model, table, groups, CPU)
+    wrong = probe.word_table(model, table, groups)
     assert all(share == 0.0 for row in wrong["accuracy"].values() for share in row.values())
 
 
@@ -90,7 +88,7 @@ def test_each_column_of_the_table_sees_its_own_image(run, monkeypatch):
 
     monkeypatch.setattr(model, "encode_image", encode_image)
     monkeypatch.setattr(probe, "reconstruct", lambda model, visual, ids: ids)
-    probe.word_table(model, table, {"a": ["red"]}, CPU, batch=50)
+    probe.word_table(model, table, {"a": ["red"]}, batch=50)
     right, other, none = seen
     assert right.shape == other.shape and not none.any()
     assert all(not torch.equal(a, b) for a, b in zip(right, other, strict=True))
@@ -142,13 +140,13 @@ def test_what_cannot_be_done_is_said_in_a_sentence(run, tmp_path):
     weights.save(run / "vqa.pt", vqa.state_dict(), vqa.config, "vqa", None, answers=list("abc"))
     groups = ("--groups", run / "groups.json")
     for sentence, *arguments in (
-            ("no such checkpoint", "words", tmp_path / "x.pt"),
-            ("toy_words.json: a JSON file", "words", run / "last.pt"),
+            ("no such checkpoint", "words", tmp_path / "x.pt", *groups),
+            ("toy_words.json", "words", run / "last.pt"),
             ("letter.txt: not JSON", "words", run / "last.pt", "--groups", tmp_path / "letter.txt"),
             ("no caption files of split 'val': mine has test, train",
              "words", run / "last.pt", *groups, "--splits", "val"),
             ("--captions 0: at least 1", "words", run / "last.pt", "--captions", "0"),
-            ("needed is what train.py --task pretrain", "words", run / "vqa.pt"),
+            ("needed is what train.py --task pretrain", "words", run / "vqa.pt", *groups),
             ("last.pt: word-patch alignment is ViLT's", "align", run / "last.pt"),
             ("--precision int8: one of fp32", "align", run / "vilt.pt", "--precision", "int8")):
         with pytest.raises(SystemExit, match=f"^probe.py: .*{sentence}"):

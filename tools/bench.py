@@ -30,7 +30,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile, record_function
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import flm
@@ -40,8 +42,8 @@ import tasks
 import tokenizer
 import vilt
 import weights
-from generate import generate
 from files import CAPTIONS
+from generate import generate
 from predict import match_score
 from settings import Settings
 from sources.shards import Writer
@@ -57,8 +59,9 @@ class Way:
     model: torch.nn.Module | None = None            # None: nothing to check
     optimizer: torch.optim.Optimizer | None = None  # of a training step: `forward` gives losses
 
-    def run(self, autocast):
+    def run(self, precision, device):
         """What is measured: the forward pass, or the whole step as train.py's loop takes it."""
+        autocast = torch.autocast(device.type, torch.bfloat16, precision == "bf16")
         with torch.set_grad_enabled(self.optimizer is not None), autocast:
             result = self.forward()
         if self.optimizer is not None:
@@ -106,37 +109,27 @@ def measure(function, device) -> float:
 
 
 def compare(ways, amount, unit, args) -> list[dict]:
-    """Checks that the ways agree, measures them in turns, prints a table -> its rows.
+    """Checks that the ways agree, measures them in turns -> rows of a table.
 
-    amount, unit: what one run deals with, such as 4 pairs. Seconds are CPU seconds, on a GPU its
-    own. Speed-ups are against the last way.
+    amount, unit: what one run deals with, such as 4 pairs. Speed-ups are against the last way.
     """
     if ways[-1].model is not None:
         check(ways)
-    seconds = {(precision, way.name): [] for precision in args.precision for way in ways}
+    seconds = {(precision, way): [] for precision in args.precision for way in range(len(ways))}
     for _ in range(1 + args.rounds):                    # the first round warms up
-        for precision in args.precision:
-            autocast = torch.autocast(args.device.type, torch.bfloat16, precision == "bf16")
-            for way in ways:
-                measured = measure(partial(way.run, autocast), args.device)
-                seconds[precision, way.name].append(measured)
-    rows = []
-    for (precision, name), rounds in seconds.items():
-        best, reference = min(rounds[1:]), min(seconds[precision, ways[-1].name][1:])
-        rows.append({"precision": precision, "way": name, "seconds": best,
-                     f"{unit}/s": amount / best, "speed-up": reference / best})
-    print_table(rows)
-    return rows
+        for (precision, k), rounds in seconds.items():
+            rounds.append(measure(partial(ways[k].run, precision, args.device), args.device))
+    best = {key: min(rounds[1:]) for key, rounds in seconds.items()}
+    return [{"precision": precision, "way": ways[k].name, "seconds": spent,
+             f"{unit}/s": amount / spent, "speed-up": best[precision, len(ways) - 1] / spent}
+            for (precision, k), spent in best.items()]
 
 
 def print_table(rows):
-    """Prints dicts with equal keys as aligned columns."""
-    lines = [list(rows[0])]
-    for row in rows:
-        lines.append([f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    """Prints dicts with equal keys as columns."""
+    for cells in (rows[0], *(row.values() for row in rows)):
+        texts = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells]
+        print(f"{texts[0]:>10}{texts[1]:>32}" + "".join(f"{text:>12}" for text in texts[2:]))
 
 
 # -- Training steps on random pictures and words ---------------------------------------------------
@@ -188,11 +181,12 @@ def adamw(model):
 def flm_steps(task_class, original, args):
     """An FLM's training step: ours, on request compiled, and the original's -> Ways"""
     model, _, short, long = make_flm(task_class, args)
-    variants = {"ours": (model, *short), "original": (partial(original, model), *long)}
+    forwards = {"ours": partial(losses, model, *short),
+                "original": partial(losses, partial(original, model), *long)}
     if args.compile:
-        variants = {"ours, compiled": (torch.compile(model), *short)} | variants
+        forwards = {"ours, compiled": partial(losses, torch.compile(model), *short)} | forwards
     optimizer = adamw(model)
-    return [Way(name, partial(losses, *how), model, optimizer) for name, how in variants.items()]
+    return [Way(name, forward, model, optimizer) for name, forward in forwards.items()]
 
 
 def original_pretraining(model, batch):
@@ -231,8 +225,8 @@ def seconds_of_parts(events, on_gpu):
     """Adds up a profile -> {(part, "forward" or "backward"): seconds}.
 
     Forwards, an operation belongs to the label that it ran under. What follows the vocabulary head
-    is the loss, and counts with it. Autograd gives a number to each operation that it will
-    differentiate. The operation's backward pass has the same number, and belongs to the same part.
+    is the loss, and counts with it. Backwards, it belongs to the part of the operation to which
+    autograd gave the same number.
     """
     seconds, part_of, part, backward = Counter(), {}, REST, False
     for event in events:                                # in the order in which they began
@@ -262,18 +256,16 @@ def parts(args):
                 module.forward = record_function(part)(module.forward)
     rows = []
     for precision in args.precision:
-        autocast = torch.autocast(args.device.type, torch.bfloat16, precision == "bf16")
-        way.run(autocast)                               # warms up
+        way.run(precision, args.device)                 # warms up
         with profile() as profiler:
             for _ in range(args.rounds):
-                way.run(autocast)
+                way.run(precision, args.device)
         seconds = seconds_of_parts(profiler.events(), args.device.type == "cuda")
         for part in [*PARTS, REST]:
             forward, backward = seconds[part, "forward"], seconds[part, "backward"]
             share = (forward + backward) / sum(seconds.values())
             rows.append({"precision": precision, "part": part, "forward s": forward / args.rounds,
                          "backward s": backward / args.rounds, "share %": 100 * share})
-    print_table(rows)
     return rows
 
 
@@ -420,34 +412,24 @@ def padding(args):
             for multiple in (1, 2, 4, 8, 50):           # no caption is longer than 50
                 row[f"to {multiple}"] = share_of_pads(batches.reshape(-1, 64), multiple)
             rows.append(row)
-    print_table(rows)
     return rows
 
 
 # -- A GPU -----------------------------------------------------------------------------------------
 
-def flops(config: flm.Config, n: int, targets: int | None = None) -> int:
-    """FLOPs of the forward pass of one pair with a caption of n tokens: 2 per multiply-add.
+def flops(config: flm.Config, batch: dict, forward: Callable = flm.FLM.forward) -> int:
+    """FLOPs of a forward pass, 2 per multiply-add of the matrix products.
 
-    targets: rows that the vocabulary head scores; None: one per predicted token, 3n - 5.
-    Only matrix products count, and attention counts its whole square, whatever the mask.
+    Attention counts its whole square, whatever the mask. Nothing is computed: torch's device "meta"
+    knows shapes only.
     """
-    c, P = config, 1 + (config.image_size // config.patch_size) ** 2
-    if targets is None:
-        targets = sum(map(len, flm.predicting_rows("flm", n).values()))
-
-    def layer(q, k, width, mlp=True):       # q rows look at k
-        attention = 2 * q * width ** 2 + 2 * k * width ** 2 + 2 * q * k * width
-        return 2 * (attention + (8 * q * width ** 2 if mlp else 0))
-
-    total = 2 * (P - 1) * 3 * c.patch_size ** 2 * c.vit_width                       # the patches
-    total += c.vit_layers * layer(P, P, c.vit_width)
-    total += c.text_layers * 2 * layer(n, n, c.text_width)
-    total += c.reconstructor_text_layers * layer(n, 2 * n, c.text_width)
-    total += 2 * c.width * (P * c.vit_width + 3 * n * c.text_width)                 # to the fusion
-    total += c.fusion_layers * (2 * layer(n, n, c.width, mlp=False) + layer(2 * n, P, c.width))
-    total += c.reconstructor_fusion_layers * layer(n, 2 * n, c.width)
-    return total + 2 * targets * c.width * (c.width + c.vocab_size)                 # the head
+    with torch.device("meta"):
+        model = flm.FLM(config)
+        batch = {name: torch.empty_like(tensor, device="meta") for name, tensor in batch.items()}
+    # Fused attention kernels are not counted everywhere; the plain one is.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        forward(model, batch)
+    return counter.get_total_flops()
 
 
 def gpu(args):
@@ -456,11 +438,11 @@ def gpu(args):
     square = torch.randn(side, side, dtype=torch.bfloat16, device=args.device)
     peak = 2 * side ** 3 / min(measure(lambda: square @ square, args.device) for _ in range(10))
     print(f"a bfloat16 product of {side} x {side} runs at {peak / 1e12:.3g} TFLOP/s")
-    config, rows = flm.PRESETS[args.preset], step(args)
-    cost = 3 * flops(config, args.tokens) * rows[0]["pairs/s"]      # pads are waste, not work
-    used, memory = 100 * cost / peak, machine.memory_gb(args.device)
-    print(f"{rows[0]['way']}: {used:.1f} % MFU; peak memory so far {memory:.1f} GB")
-    return {"MFU %": used, "GB": memory, "rows": rows}
+    rows, memory = step(args), machine.memory_gb(args.device)       # the peak of all so far
+    # Pads are waste, not work.
+    task, batch, _ = make_batch(PretrainFLM, flm.PRESETS[args.preset], args, pad_to=1)
+    used = 3 * flops(task.config, batch) / peak         # seconds, if all were matrix products
+    return [row | {"MFU %": 100 * used / row["seconds"], "GB": memory} for row in rows]
 
 
 # -- The command line ------------------------------------------------------------------------------
@@ -509,6 +491,7 @@ def main(argv=None):
         args.device = machine.set_up(args.device).device
         for args.batch in sizes:
             results[args.batch] = COMMANDS[args.command](args)
+            print_table(results[args.batch])
     except torch.OutOfMemoryError:
         print(f"batches of {args.batch} do not fit into the memory")
     except (OSError, ValueError, ImportError) as error:

@@ -15,18 +15,18 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import files
 import machine
 import vilt
 from data import CaptionDataset, Captions, evaluation_batches, pad_texts, token_lengths
-from eval import REQUIRED, add_commands
-from files import find_files
+from eval import REQUIRED, add_commands, at_least, one_model
+from files import find_files, read_json
 from layers import encode_batch_images
-from predict import choose_datasets, finite, no_split, open_model, picture_batch
+from predict import choose_datasets, device_of, finite, no_split, picture_batch
 from tasks import shape_of
 
 IMAGES = ("right image", "another image", "no image")
@@ -76,13 +76,14 @@ def words_of(ids: list[int], tok) -> list[tuple[str, list[int]]]:
     return words
 
 
-def word_table(model, table: Captions, groups: dict[str, list[str]], device: torch.device,
-               captions: int = 2000, batch: int = 100, examples: int = 12) -> dict:
+def word_table(model, table: Captions, groups: dict[str, list[str]], captions: int = 2000,
+               batch: int = 100, examples: int = 12) -> dict:
     """Accuracy of the words of each group with each of IMAGES.
 
     groups: {name: [words]}; a word of several tokens is right if all of them are.
     captions: at most this many are asked, evenly spread over the table; batch: at once.
-    -> {"accuracy": {group: {image: share}}, "words": {group: count}, "examples": [...]}
+    -> {"accuracy": {group: {image: share}}, "words": {group: count}, "examples": [...]}, the last
+    as `tools.plot words` takes them
     """
     c, tok = model.config, model.tokenizer
     group_of = {word: name for name, words in groups.items() for word in words}
@@ -94,12 +95,17 @@ def word_table(model, table: Captions, groups: dict[str, list[str]], device: tor
     # Models that read from the left have no guess for the first word.
     first = 2 if c.objective in ("ar", "prefix") else 1
 
+    def texts(ids):
+        return [tok.decode([token]) for token in ids]
+
     batches = evaluation_batches(token_lengths(table, tok, numbers), numbers, batch)
     for keys in tqdm(batches, desc="words", unit="batch", leave=False):
         samples = [dataset[key] for key in keys]
-        others = [another(dataset, sample) for sample in samples]
-        guesses = guesses_of(model, samples, others, device)
-        for b, (sample, other) in enumerate(zip(samples, others, strict=True)):
+        # The other image is that of the row half the table away.
+        other_rows = [(sample["row"] + len(table) // 2) % len(table) for sample in samples]
+        others = [dataset[0, table.first_of(row)] for row in other_rows]
+        guesses = guesses_of(model, samples, others)
+        for b, sample in enumerate(samples):
             ids = sample["ids"]
             for word, positions in words_of(ids, tok):
                 group = group_of.get(word)
@@ -109,8 +115,12 @@ def word_table(model, table: Captions, groups: dict[str, list[str]], device: tor
                 for name in IMAGES:
                     hits[group][name] += all(guesses[name][b][i] == ids[i] for i in positions)
             if sample["index"] in shown:
-                guessed = {name: guesses[name][b][1:len(ids) - 1] for name in IMAGES}
-                found.append(word_example(table, tok, sample, other, guessed))
+                file, row = table.place(sample["row"])
+                other_file, other_row = table.place(other_rows[b])
+                found.append({
+                    "file": file, "row": row, "other_file": other_file, "other_row": other_row,
+                    "tokens": texts(ids[1:-1]),
+                    "guesses": {name: texts(guesses[name][b][1:len(ids) - 1]) for name in IMAGES}})
     accuracy = {group: {name: hits[group][name] / max(1, asked[group]) for name in IMAGES}
                 for group in groups}
     return {"accuracy": accuracy, "words": asked, "examples": found}
@@ -122,17 +132,10 @@ def spread(count: int, some: int) -> list[int]:
     return [k * count // some for k in range(some)]
 
 
-def another(dataset: CaptionDataset, sample: dict) -> dict:
-    """A sample with another picture: that of the row half the table away."""
-    table = dataset.table
-    row = (sample["row"] + len(table) // 2) % len(table)
-    return dataset[0, int(table.row_of.searchsorted(row))]
-
-
-def guesses_of(model, samples: list[dict], others: list[dict], device) -> dict[str, list]:
+def guesses_of(model, samples: list[dict], others: list[dict]) -> dict[str, list]:
     """{image: guesses of all samples, lists of token ids}, for each of IMAGES."""
-    c = model.config
-    ids = pad_texts([sample["ids"] for sample in samples], c.pad_id).to(device)
+    c, device = model.config, device_of(model)
+    ids = pad_texts([sample["ids"] for sample in samples], c.pad_id).to(device)         # (B, L)
     right = picture_batch(c, [sample["image"] for sample in samples], device)
     other = picture_batch(c, [sample["image"] for sample in others], device)
     black = right | {"image": torch.zeros_like(right["image"])}
@@ -142,66 +145,37 @@ def guesses_of(model, samples: list[dict], others: list[dict], device) -> dict[s
     return guesses
 
 
-def word_example(table: Captions, tok, sample: dict, other: dict, guessed: dict) -> dict:
-    """A caption for `tools.plot words`: its pictures, its tokens and what was guessed for them."""
-    (file, row), (other_file, other_row) = table.place(sample["row"]), table.place(other["row"])
-
-    def texts(ids):
-        return [tok.decode([token]) for token in ids]
-    return {"file": file, "row": row, "other_file": other_file, "other_row": other_row,
-            "tokens": texts(sample["ids"][1:-1]),
-            "guesses": {name: texts(ids) for name, ids in guessed.items()}}
-
-
 def words(args):
-    place = machine.set_up(args.device, args.precision)
-    model = open_model(args.checkpoint, "pretrain", args.tokenizer).to(place.device)
-    groups = read_groups(Path(args.groups or Path(args.data) / "toy_words.json"))
-    datasets = choose_datasets(model, args.data, args.datasets, "caption")
-    results = {}
-    for split in args.splits or ("test", "holdout"):
-        files = find_files(args.data, datasets, split)
-        if not files:
-            continue
-        with place.autocast():
-            found = word_table(model, Captions(files), groups, place.device, args.captions)
-        results[split] = found
-        print(f"\n{split:<12}" + "".join(f"{name:>15}" for name in IMAGES) + f"{'words':>9}")
-        for group, accuracy in found["accuracy"].items():
-            shares = "".join(f"{100 * accuracy[name]:>13.1f} %" for name in IMAGES)
-            print(f"{group:<12}{shares}{found['words'][group]:>9}")
-    if not results:
-        wanted = " or ".join(args.splits or ("test", "holdout"))
-        raise no_split(args.data, datasets, wanted, "caption")
+    path = Path(args.groups or Path(args.data) / "toy_words.json")
+    groups, results = read_json(path), {}
+    if not isinstance(groups, dict) or not all(isinstance(some, list) for some in groups.values()):
+        raise ValueError(f"{path}: a JSON file {{group: [words]}} is expected")
+    with one_model(args, "pretrain") as model:
+        for split, table in tables(args, model, args.splits or ["test", "holdout"]).items():
+            found = word_table(model, table, groups, args.captions)
+            results[split] = found
+            print(f"\n{split:<12}" + "".join(f"{name:>15}" for name in IMAGES) + f"{'words':>9}")
+            for group, accuracy in found["accuracy"].items():
+                shares = "".join(f"{100 * accuracy[name]:>13.1f} %" for name in IMAGES)
+                print(f"{group:<12}{shares}{found['words'][group]:>9}")
     write(args, "words.json", results)
-
-
-def read_groups(path: Path) -> dict[str, list[str]]:
-    """{group: [words]} of a JSON file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: a JSON file {{group: [words]}} is expected here "
-                                "(--groups names another)")
-    groups = files.read_json(path)
-    if isinstance(groups, dict) and all(isinstance(some, list) for some in groups.values()):
-        return groups
-    raise ValueError(f"{path}: a JSON file {{group: [words]}} is expected")
 
 
 # -------------------------------------------------------------------------------------------------
 # align
 
 @torch.no_grad()
-def alignments(model, table: Captions, numbers: list[int], device: torch.device) -> list[dict]:
+def alignments(model, table: Captions, captions: int) -> list[dict]:
     """ViLT's optimal transport of some captions' words to the patches of their pictures.
 
     Beside each caption's own picture stands the distance to the next caption's picture.
-    numbers: which of the table's captions.
+    captions: at most this many, evenly spread over the table.
     -> [{file, row, tokens, grid [h, w], plan [token][patch] (the share of each patch in the token's
         mass), distance, other_distance}]
     """
-    c, tok = model.config, model.tokenizer
+    c, tok, device = model.config, model.tokenizer, device_of(model)
     dataset = CaptionDataset(table, tok, shape_of(c), c.max_tokens, train=False)
-    samples = [dataset[0, number] for number in numbers]
+    samples = [dataset[0, number] for number in spread(len(dataset), captions)]
     ids = pad_texts([sample["ids"] for sample in samples], tok.pad_id).to(device)
     text, found = model.encode_text(ids), []
     for shown in (samples, samples[1:] + samples[:1]):
@@ -226,27 +200,28 @@ def alignments(model, table: Captions, numbers: list[int], device: torch.device)
 
 
 def align(args):
-    place = machine.set_up(args.device, args.precision)
-    model = open_model(args.checkpoint, None, args.tokenizer).to(place.device)
-    if not isinstance(model, vilt.ViLT):
-        raise ValueError(f"{args.checkpoint}: word-patch alignment is ViLT's; this is no ViLT")
-    datasets = choose_datasets(model, args.data, args.datasets, "caption")
-    files = find_files(args.data, datasets, args.split)
-    if not files:
-        raise no_split(args.data, datasets, args.split, "caption")
-    table = Captions(files)
-    numbers = spread(len(table.row_of), args.captions)
-    with place.autocast():
-        found = alignments(model, table, numbers, place.device)
-    own = sum(a["distance"] for a in found) / len(found)
-    other = sum(a["other_distance"] for a in found) / len(found)
-    nearer = sum(a["distance"] < a["other_distance"] for a in found)
-    print(f"{len(found)} captions: their words are {own:.3f} from the patches of their own "
-          f"picture, {other:.3f} from another's; nearer to their own: {nearer} of {len(found)}")
+    with one_model(args) as model:
+        if not isinstance(model, vilt.ViLT):
+            raise ValueError(f"{args.checkpoint}: word-patch alignment is ViLT's; this is no ViLT")
+        table = tables(args, model, [args.split])[args.split]
+        found = alignments(model, table, args.captions)
+    own = np.array([a["distance"] for a in found])
+    other = np.array([a["other_distance"] for a in found])
+    print(f"{len(found)} captions: their words are {own.mean():.3f} from the patches of their own "
+          f"picture, {other.mean():.3f} from another's; nearer to their own: {(own < other).sum()}")
     write(args, "align.json", found)
 
 
 # -------------------------------------------------------------------------------------------------
+
+def tables(args, model, splits: list[str]) -> dict[str, Captions]:
+    """The captions of these splits; one that is not there is left out, but not all of them."""
+    datasets = choose_datasets(model, args.data, args.datasets, "caption")
+    paths = {split: find_files(args.data, datasets, split) for split in splits}
+    if not any(paths.values()):
+        raise no_split(args.data, datasets, " or ".join(splits), "caption")
+    return {split: Captions(some) for split, some in paths.items() if some}
+
 
 def write(args, name: str, contents):
     """Writes JSON to --out, or under this name beside the checkpoint."""
@@ -280,8 +255,7 @@ def main(argv=None):
     add_commands(parser, COMMANDS)
     args = parser.parse_args(argv)
     try:
-        if args.captions < 1:
-            raise ValueError(f"--captions {args.captions}: at least 1 is expected")
+        at_least(1, "--captions", args.captions)
         args.run(args)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"probe.py: {error}")

@@ -23,7 +23,6 @@ import functools
 import io
 import json
 import multiprocessing
-import os
 import random
 import sys
 from dataclasses import astuple
@@ -33,12 +32,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from files import CAPTIONS, NLVR2, VQA, read_json
-from sources.shards import Writer
+from sources.shards import Writer, complete_file
 from tools.toy_sentences import ANSWERS, captions, questions, statement
 from tools.toy_world import (COLOURS, KINDS, PLURAL, RELATIONS, Scene, Shape, draw, is_true,
                              sample_scene)
 
 SPLITS = ("train", "val", "test", "holdout")
+NLVR2_SPLITS = dict(zip(SPLITS, ("train", "dev", "test", "holdout"), strict=True))
 SCENES = "toy_scenes.jsonl"
 
 
@@ -99,16 +99,11 @@ def pair_row(seed: int, size: int, split: str, index: int) -> tuple[dict, list[S
         for _ in range(500):
             if said.holds(*scenes) is truth:
                 left, right = (encode(draw(scene, size, rng)) for scene in scenes)
-                name = f"toy_{nlvr2_name(split)}-{index}-0-1"
+                name = f"toy_{NLVR2_SPLITS[split]}-{index}-0-1"
                 return {"image_0": left, "image_1": right, "questions": [str(said)],
                         "answers": [str(truth)], "identifier": name}, scenes
             side = rng.randrange(2)
             scenes[side] = partner(scenes[1 - side], rng, held_out)
-
-
-def nlvr2_name(split: str) -> str:
-    """NLVR2 calls its validation split "dev"."""
-    return "dev" if split == "val" else split
 
 
 # --------------------------------------------------------------------------------------------------
@@ -118,38 +113,36 @@ def make(out: str | Path, images: int = 20000, eval_images: int = 1000, size: in
          seed: int = 0, workers: int | None = None):
     """Writes the files of the world into a folder. Any number of `workers` writes the same bytes.
 
-    size: side of a picture in pixels. ValueError: a number that makes no sense.
+    size: side of a picture in pixels. ValueError for a number that is too small.
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; a folder is expected")
-    if size < 32:
-        raise ValueError(f"--size {size}: below 32 pixels the small shapes cannot be told apart")
-    for flag, number in (("--images", images), ("--eval-images", eval_images),
-                         ("--workers", workers)):
-        if number is not None and number < 1:
-            raise ValueError(f"{flag} {number}: at least 1 is expected")
-    out.mkdir(parents=True, exist_ok=True)
+    # Below 32 pixels the small shapes cannot be told apart.
+    for flag, number, least in (("--images", images, 1), ("--eval-images", eval_images, 1),
+                                ("--size", size, 32)):
+        if number < least:
+            raise ValueError(f"{flag} {number}: at least {least} is expected")
     rows = {split: images if split == "train" else eval_images for split in SPLITS}
     pairs = {split: max(1, number // 2) for split, number in rows.items()}
     total = sum(rows.values()) + sum(pairs.values())
     with multiprocessing.Pool(workers) as pool, tqdm(total=total, unit=" rows") as bar:
-        def write(make_row, split, number, *files):
+        def drawn(make_row, split, number):
             row_of = functools.partial(make_row, seed, size, split)
-            for parts in pool.imap(row_of, range(number), chunksize=100):
-                for file, part in zip(files, parts, strict=False):     # a pair's scenes: no file
-                    file.write(part)
+            for row in pool.imap(row_of, range(number), chunksize=100):
+                yield row
                 bar.update()
 
-        with open(out / f"{SCENES}.partial", "w") as scenes:
+        with complete_file(out / SCENES) as partial_path, open(partial_path, "w") as scenes:
             for split in SPLITS:
                 with Writer(out / f"toy_caption_{split}.arrow", CAPTIONS) as captioned, \
                         Writer(out / f"toy_vqa_{split}.arrow", VQA) as asked:
-                    write(picture_rows, split, rows[split], captioned, asked, scenes)
-        os.replace(out / f"{SCENES}.partial", out / SCENES)
+                    for caption_row, vqa_row, line in drawn(picture_rows, split, rows[split]):
+                        captioned.write(caption_row)
+                        asked.write(vqa_row)
+                        scenes.write(line)
         for split in SPLITS:
-            with Writer(out / f"toy_nlvr2_{nlvr2_name(split)}.arrow", NLVR2) as stated:
-                write(pair_row, split, pairs[split], stated)
+            with Writer(out / f"toy_nlvr2_{NLVR2_SPLITS[split]}.arrow", NLVR2) as stated:
+                for row, _ in drawn(pair_row, split, pairs[split]):
+                    stated.write(row)
     words = {"colours": list(COLOURS), "shapes": [*KINDS, *(PLURAL[kind] for kind in KINDS)],
              "relations": list(RELATIONS)}
     (out / "toy_words.json").write_text(json.dumps(words, indent=1) + "\n")
@@ -162,8 +155,7 @@ def load_scenes(path: str | Path) -> dict[str, Scene]:
     with open(path) as lines:
         for line in lines:
             row = json.loads(line)
-            shapes = tuple(Shape(*shape) for shape in row["shapes"])
-            scenes[str(row["image_id"])] = Scene(shapes)
+            scenes[str(row["image_id"])] = Scene(tuple(Shape(*shape) for shape in row["shapes"]))
     return scenes
 
 
@@ -178,22 +170,17 @@ def judge(results: str | Path, data: str | Path) -> dict:
     Returns {"captions", "true", "false", "unknown": counts, "share": true / captions}. Unknown are
     captions that the world's grammar does not produce.
     """
-    scenes_path = Path(data) / SCENES
-    for path, writer in ((results, "eval.py caption"), (scenes_path, "python -m tools.toy make")):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: there is no such file; `{writer}` writes it")
-    rows = read_json(results)
+    rows, scenes = read_json(results), load_scenes(Path(data) / SCENES)
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{results}: not a list of captions, as `eval.py caption` writes it")
-    scenes = load_scenes(scenes_path)
     counts = {True: 0, False: 0, None: 0}
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get("caption"), str):
-            raise ValueError(f'{results} entry {number}: {{"image_id", "caption"}} is expected')
-        image_id = str(row.get("image_id"))
-        if image_id not in scenes:
-            raise ValueError(f"{results} entry {number}: {scenes_path} has no image_id {image_id}")
-        counts[is_true(row["caption"], scenes[image_id])] += 1
+        match row:
+            case {"image_id": image_id, "caption": str(text)} if str(image_id) in scenes:
+                counts[is_true(text, scenes[str(image_id)])] += 1
+            case _:
+                raise ValueError(f"{results} entry {number}: the image_id of a picture in "
+                                 f"{data}/{SCENES} and its caption are expected")
     return {"captions": len(rows), "true": counts[True], "false": counts[False],
             "unknown": counts[None], "share": counts[True] / len(rows)}
 
@@ -213,29 +200,27 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m tools.toy", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    says = "draw the world and write its files"
-    p = commands.add_parser("make", help=says, description=says, usage="%(prog)s --out DIR [flags]")
-    p.add_argument("--out", required=True, metavar="DIR",
-                   help="folder to write into; made if it is not there")
-    p.add_argument("--images", type=int, default=20000,
-                   help="number of training pictures, and twice the number of NLVR2 training pairs "
-                        "(default 20000)")
-    p.add_argument("--eval-images", type=int, default=1000,
-                   help="number of pictures in each of val, test and holdout (default 1000)")
-    p.add_argument("--size", type=int, default=64, help="side of a picture, in pixels (default 64)")
-    p.add_argument("--seed", type=int, default=0, help="another seed, another world (default 0)")
-    p.add_argument("--workers", type=int,
-                   help="number of processes that draw (default: one for each CPU core)")
-    p.set_defaults(run=make)
-    says = "tell what share of a model's captions are true of their scenes"
-    p = commands.add_parser("true", help=says, description=says)
-    p.add_argument("results", metavar="RESULTS_JSON",
-                   help="results file of `eval.py caption` on the toy world")
-    p.add_argument("--data", required=True, metavar="DIR",
-                   help=f"folder of the toy world, with {SCENES}")
-    p.add_argument("--out", metavar="FILE",
-                   help="JSON file for the counts and the share (default: only print)")
-    p.set_defaults(run=print_truth)
+
+    def command(name, run, usage, says):
+        p = commands.add_parser(name, help=says, description=says, usage=f"%(prog)s {usage}")
+        p.set_defaults(run=run)
+        return p.add_argument
+
+    add = command("make", make, "--out DIR [flags]", "draw the world and write its files")
+    add("--out", required=True, metavar="DIR", help="folder to write into")
+    add("--images", type=int, default=20000,
+        help="number of training pictures, twice that of NLVR2 training pairs (default 20000)")
+    add("--eval-images", type=int, default=1000,
+        help="number of pictures in each of val, test and holdout (default 1000)")
+    add("--size", type=int, default=64, help="side of a picture, in pixels (default 64)")
+    add("--seed", type=int, default=0, help="another seed, another world (default 0)")
+    add("--workers", type=int,
+        help="number of processes that draw (default: one for each CPU core)")
+    add = command("true", print_truth, "RESULTS_JSON --data DIR [--out FILE]",
+                  "tell what share of a model's captions are true of their scenes")
+    add("results", metavar="RESULTS_JSON", help="what `eval.py caption` wrote about the toy world")
+    add("--data", required=True, metavar="DIR", help=f"folder of the toy world, with {SCENES}")
+    add("--out", metavar="FILE", help="JSON file for the counts (default: only print)")
     options = vars(parser.parse_args(argv))
     run = options.pop("run")
     try:

@@ -28,20 +28,18 @@ def describe(shape: Shape, scene: Scene, rng: random.Random,
     fits: what the rest of the caption says. In "a ? above the red ring" only shapes above it count.
     Where no form is so clear, the phrase has all its words.
     """
+    def is_told(hidden):                # the phrase without this word still fits one shape only
+        others = {name: word for name, word in words.items() if name != hidden}
+        return sum(fits(other) for other in Noun(**others).within(scene)) == 1
+
     forms = rng.choices(list(FORMS), list(FORMS.values()), k=6)
     for form in [*forms, "colour kind", "size colour kind"]:
         words = {name: getattr(shape, name) for name in form.split()}
-        if all(is_told(name, words, scene, fits) for name in words):
+        if all(is_told(name) for name in words):
             break
     noun = Noun(**words)
     definite = noun.number(scene) == 1 and rng.random() < 0.4
     return noun._replace(count="the" if definite else "a")
-
-
-def is_told(hidden: str, words: dict, scene: Scene, fits: Callable[[Shape], bool]) -> bool:
-    """Whether a phrase without its hidden word still fits one shape only."""
-    others = {name: word for name, word in words.items() if name != hidden}
-    return sum(fits(shape) for shape in Noun(**others).within(scene)) == 1
 
 
 def relation_phrase(word: str, rng: random.Random) -> str:
@@ -77,8 +75,12 @@ def relation_clause(a: Shape, word: str, b: Shape, scene: Scene, rng: random.Ran
                        f"{where} {second} there is {first}"))
 
 
+def places_of(shape: Shape) -> list[str]:
+    return [place for place in PLACES if is_at(shape, place)]
+
+
 def place_clause(shape: Shape, scene: Scene, rng: random.Random) -> str:
-    place = rng.choice([place for place in PLACES if is_at(shape, place)])
+    place = rng.choice(places_of(shape))
     noun = describe(shape, scene, rng, lambda s: is_at(s, place))
     where = place_phrase(place)
     return rng.choice((f"{noun} {where}", f"{noun} is {where}", f"{where} there is {noun}"))
@@ -122,11 +124,12 @@ def counted_shapes(scene: Scene, opening: str, rng: random.Random) -> str:
     counted = noun.within(scene)
     rest = [shape for shape in scene.shapes if shape not in counted]
     if not rest and total > 4:
-        return f"{opening}{noun} with {listing(rng.sample(counted, 2), scene, rng)}"
-    if not rest or rng.random() < 0.3:
-        return f"{opening}{noun}: {listing(rng.sample(counted, len(counted)), scene, rng)}"
-    joint = rng.choice((" with ", " and ", ", "))
-    return opening + str(noun) + joint + listing(rng.sample(rest, min(len(rest), 2)), scene, rng)
+        joint, named = " with ", rng.sample(counted, 2)
+    elif not rest or rng.random() < 0.3:
+        joint, named = ": ", rng.sample(counted, len(counted))
+    else:
+        joint, named = rng.choice((" with ", " and ", ", ")), rng.sample(rest, min(len(rest), 2))
+    return opening + str(noun) + joint + listing(named, scene, rng)
 
 
 def related_shapes(scene: Scene, opening: str, rng: random.Random) -> str:
@@ -143,14 +146,9 @@ def related_shapes(scene: Scene, opening: str, rng: random.Random) -> str:
 
 
 def placed_shape(scene: Scene, opening: str, rng: random.Random) -> str:
-    shape = rng.choice(with_place(scene))
+    shape = rng.choice([shape for shape in scene.shapes if places_of(shape)])
     text = place_clause(shape, scene, rng)
     return add_opening(opening, text) + another_shape(scene, (shape,), rng)
-
-
-def with_place(scene: Scene) -> list[Shape]:
-    """The shapes that are clearly at some place."""
-    return [shape for shape in scene.shapes if any(is_at(shape, place) for place in PLACES)]
 
 
 def add_opening(opening: str, text: str) -> str:
@@ -167,7 +165,7 @@ def another_shape(scene: Scene, named: tuple[Shape, ...], rng: random.Random) ->
         return ""
     shape = rng.choice(others)
     clauses = [str(describe(shape, scene, rng))]
-    if shape in with_place(scene):
+    if places_of(shape):
         clauses.append(place_clause(shape, scene, rng))
     # One is used; that all are drawn keeps the worlds of a seed as they have always been.
     clauses += [relation_clause(*triple, scene, rng) for triple in clear_relations(scene)
@@ -185,7 +183,7 @@ def one_caption(scene: Scene, rng: random.Random) -> str:
                some_shapes: 14 if several else 0,
                related_shapes: 40 if clear_relations(scene) else 0,
                counted_shapes: 14 if several else 0,
-               placed_shape: 26 if with_place(scene) else 0}
+               placed_shape: 26 if any(map(places_of, scene.shapes)) else 0}
     content = rng.choices(list(weights), list(weights.values()))[0]
     return content(scene, rng.choice(OPENINGS), rng)
 
@@ -229,15 +227,15 @@ def unique_name(shape: Shape, scene: Scene, rng: random.Random) -> Noun:
 
 
 def ask_colour(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    found = []
+    nouns = []
     for shape in scene.shapes:
-        for noun in (Noun("the", kind=shape.kind), Noun("the", shape.size, kind=shape.kind)):
-            if noun.number(scene) == 1:
-                found.append((noun, shape.colour))
-    if not found:
+        nouns += [Noun("the", kind=shape.kind), Noun("the", shape.size, kind=shape.kind)]
+    nouns = [noun for noun in nouns if noun.number(scene) == 1]
+    if not nouns:
         return None
-    noun, colour = rng.choice(found)
-    return rng.choice((f"what colour is {noun}?", f"which colour does {noun} have?")), colour
+    noun = rng.choice(nouns)
+    question = rng.choice((f"what colour is {noun}?", f"which colour does {noun} have?"))
+    return question, noun.within(scene)[0].colour
 
 
 def ask_kind(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -247,12 +245,11 @@ def ask_kind(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def ask_count(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    noun = Noun()
     form = rng.choice(("shape", "size", "kind"))
-    if form == "shape":
-        noun = Noun()
-    elif form == "size":
+    if form == "size":
         noun = Noun(size=rng.choice(tuple(SIZES)))
-    else:
+    elif form == "kind":
         # First the answer, then a kind that has it. Otherwise nearly all answers would be 0 and 1.
         numbers = {kind: Noun(kind=kind).number(scene) for kind in KINDS}
         answer = rng.choice(sorted(set(numbers.values())))
@@ -267,14 +264,11 @@ def ask_existence(scene: Scene, rng: random.Random) -> tuple[str, str]:
         pair, answer = rng.choice(scene.pairs), "yes"
     else:
         # A near miss. Colour and kind are both there, but apart; or, as often, only one of them is.
-        colours = {colour for colour, _ in scene.pairs}
-        kinds = {kind for _, kind in scene.pairs}
-        misses = {1: [], 2: []}
+        colours, kinds = (set(words) for words in zip(*scene.pairs, strict=True))
+        misses = {0: [], 1: [], 2: []}                  # by how many of the two are there
         for colour, kind in itertools.product(COLOURS, KINDS):
-            present = (colour in colours) + (kind in kinds)
-            missing = (colour, kind) not in scene.pairs and may_be_named((colour, kind), scene)
-            if present > 0 and missing:
-                misses[present].append((colour, kind))
+            if (colour, kind) not in scene.pairs and may_be_named((colour, kind), scene):
+                misses[(colour in colours) + (kind in kinds)].append((colour, kind))
         pair, answer = rng.choice(misses[rng.choice((1, 2))] or misses[1]), "no"
     return rng.choice(("is there a {} {}?", "do you see a {} {}?")).format(*pair), answer
 
@@ -294,11 +288,11 @@ def ask_relation(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     if not related:
         return None
     a, word, b = rng.choice(related)
-    asked, answer = word, "yes"
+    answer = "yes"
     if rng.random() >= 0.5:
-        asked, answer = rng.choice([other for other in RELATIONS if other != word]), "no"
+        word, answer = rng.choice([other for other in RELATIONS if other != word]), "no"
     name = unique_name(a, scene, rng)
-    return f"is {name} {relation_phrase(asked, rng)} {unique_name(b, scene, rng)}?", answer
+    return f"is {name} {relation_phrase(word, rng)} {unique_name(b, scene, rng)}?", answer
 
 
 def ask_what(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
@@ -309,11 +303,8 @@ def ask_what(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
         aside = abs(down) if word in ("left", "right") else abs(right)
         return ahead > 6 and ahead > 0.75 * aside
 
-    clear = []
-    for a, word, b in clear_relations(scene):
-        others = [shape for shape in scene.shapes if shape not in (a, b)]
-        if not any(could_be(shape, word, b) for shape in others):
-            clear.append((a, word, b))
+    clear = [(a, word, b) for a, word, b in clear_relations(scene)
+             if not any(could_be(s, word, b) for s in scene.shapes if s not in (a, b))]
     if not clear:
         return None
     a, word, b = rng.choice(clear)
@@ -328,9 +319,9 @@ QUESTIONS = (ask_colour, ask_kind, ask_count, ask_existence, ask_size, ask_relat
 def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     """(question, answer): one of each of QUESTIONS that the scene allows, answers from ANSWERS."""
     asked = [ask(scene, rng) for ask in QUESTIONS]
-    found = [pair for pair in asked if pair is not None]
-    rng.shuffle(found)
-    return found
+    asked = [pair for pair in asked if pair is not None]
+    rng.shuffle(asked)
+    return asked
 
 
 # --------------------------------------------------------------------------------------------------
@@ -372,18 +363,17 @@ CLAIMS = (
 
 
 class Statement(NamedTuple):
-    """A sentence about two pictures. side: which is the first; number: n of the claim, or None."""
+    """A sentence about two pictures. side: which is the first; number: n of the claim."""
     wording: str
-    claim: Callable[[int, int, int | None], bool]
+    claim: Callable[[int, int, int], bool]
     noun: Noun
     side: str
-    number: int | None
+    number: int
 
     def __str__(self):
         other = "left" if self.side == "right" else "right"
-        number = None if self.number is None else NUMBERS[self.number]
         return self.wording.format(a=self.noun, many=self.noun.plural, side=self.side, other=other,
-                                   n=number)
+                                   n=NUMBERS[self.number])
 
     def holds(self, left: Scene, right: Scene) -> bool | None:
         """Whether it is true; None where it makes no sense: "twice as many stars" where none is."""
@@ -399,8 +389,8 @@ class Statement(NamedTuple):
 
 def nouns_for(group: str, left: Scene, right: Scene) -> list[Noun]:
     """The nouns of a group of CLAIMS that can be spoken of."""
-    colours = {colour for scene in (left, right) for colour, _ in scene.pairs}
-    kinds = {kind for scene in (left, right) for _, kind in scene.pairs}
+    pairs = {*left.pairs, *right.pairs}
+    colours, kinds = (set(words) for words in zip(*pairs, strict=True))
     if group == "shapes":
         return [Noun("a")]
     if group == "sizes":
@@ -408,22 +398,10 @@ def nouns_for(group: str, left: Scene, right: Scene) -> list[Noun]:
     if group == "kinds":
         return [Noun("a", kind=kind) for kind in KINDS if kind in kinds]
     if group == "objects":
-        return [Noun("a", None, *pair) for pair in sorted({*left.pairs, *right.pairs})]
+        return [Noun("a", None, *pair) for pair in sorted(pairs)]
     # "pairs": also those that are nowhere, though their colour and their kind are
     return [Noun("a", None, colour, kind) for colour, kind in itertools.product(COLOURS, KINDS)
             if colour in colours and kind in kinds and may_be_named((colour, kind), left, right)]
-
-
-def readings(wording: str, claim: Callable, group: str, left: Scene, right: Scene):
-    """Each Statement that a wording can make of two scenes."""
-    sides = ("left", "right") if "{side}" in wording else ("left",)
-    for noun in nouns_for(group, left, right):
-        numbers = [None]
-        if "{n}" in wording:
-            total = noun.number(left) + noun.number(right)
-            numbers = range(max(2, total - 1), min(10, total + 1) + 1)
-        for side, number in itertools.product(sides, numbers):
-            yield Statement(wording, claim, noun, side, number)
 
 
 def statement(left: Scene, right: Scene, rng: random.Random) -> Statement | None:
@@ -434,9 +412,14 @@ def statement(left: Scene, right: Scene, rng: random.Random) -> Statement | None
     """
     for group, claim, wordings in rng.sample(CLAIMS, len(CLAIMS)):
         wording = rng.choice(wordings)
+        sides = ("left", "right") if "{side}" in wording else ("left",)
         found = {True: [], False: [], None: []}
-        for reading in readings(wording, claim, group, left, right):
-            found[reading.holds(left, right)].append(reading)
+        for noun in nouns_for(group, left, right):
+            total = noun.number(left) + noun.number(right)
+            numbers = range(max(2, total - 1), min(10, total + 1) + 1) if "{n}" in wording else (0,)
+            for side, number in itertools.product(sides, numbers):
+                reading = Statement(wording, claim, noun, side, number)
+                found[reading.holds(left, right)].append(reading)
         if found[True] and found[False]:
             return rng.choice(found[rng.random() < 0.5])
     return None

@@ -36,10 +36,11 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 PLURAL = {"shape": "shapes", "circle": "circles", "square": "squares", "triangle": "triangles",
           "star": "stars", "cross": "crosses", "ring": "rings"}
 SINGULAR = {many: one for one, many in PLURAL.items()}
-# Name of a place -> where it is along x and y: 0 start, 0.5 middle, 1 end, None anywhere.
-PLACES = {"top left": (0, 0), "top": (None, 0), "top right": (1, 0),
-          "left": (0, None), "middle": (0.5, 0.5), "right": (1, None),
-          "bottom left": (0, 1), "bottom": (None, 1), "bottom right": (1, 1)}
+# Name of a place -> where a centre there is along x and y, between two numbers.
+START, MIDDLE, END, ANYWHERE = (0, 22), (23, 41), (42, 64), (0, 64)
+PLACES = {"top left": (START, START), "top": (ANYWHERE, START), "top right": (END, START),
+          "left": (START, ANYWHERE), "middle": (MIDDLE, MIDDLE), "right": (END, ANYWHERE),
+          "bottom left": (START, END), "bottom": (ANYWHERE, END), "bottom right": (END, END)}
 # Never together outside the holdout split, in pictures or in words. They show whether a model can
 # combine what it has only seen apart.
 HELD_OUT = frozenset({("red", "star"), ("green", "ring"), ("blue", "triangle"),
@@ -88,10 +89,10 @@ def sample_scene(rng: random.Random, held_out: bool = False,
         if any(pair in HELD_OUT for pair in pairs) == held_out:
             break
     rng.shuffle(pairs)
-    shapes = None
-    while shapes is None:
+    while True:
         shapes = place_shapes(pairs, rng)
-    return Scene(tuple(rng.sample(shapes, count)))
+        if shapes is not None:
+            return Scene(tuple(rng.sample(shapes, count)))
 
 
 def place_shapes(pairs: list[tuple[str, str]], rng: random.Random) -> list[Shape] | None:
@@ -213,16 +214,9 @@ def relation(a: Shape, b: Shape) -> str | None:
 
 
 def is_at(shape: Shape, place: str) -> bool:
-    """Whether the shape is at a place of PLACES: in the outer third, or near the middle."""
-    def along(value, where):
-        if where is None:
-            return True
-        if where == 0.5:
-            return 23 < value < 41
-        return value < 22 if where == 0 else value > 42
-
-    x, y = PLACES[place]
-    return along(shape.x, x) and along(shape.y, y)
+    """Whether the shape is clearly at a place of PLACES."""
+    (left, right), (top, bottom) = PLACES[place]
+    return left < shape.x < right and top < shape.y < bottom
 
 
 # --------------------------------------------------------------------------------------------------
@@ -252,15 +246,14 @@ ATTRIBUTE = one_of([*SIZES, *COLOURS])
 
 
 class Predicate(NamedTuple):
-    """What is said of a shape: a relation to a noun, a place, or an attribute (size or colour)."""
-    what: str
+    """What is said of a shape: a relation to a noun, or a place, a size or a colour without one."""
     word: str
     noun: Noun | None = None
 
     def holds(self, shape: Shape, scene: Scene) -> bool:
-        if self.what == "place":
+        if self.word in PLACES and self.noun is None:
             return is_at(shape, self.word)
-        if self.what == "attribute":
+        if self.noun is None:
             return self.word in (shape.size, shape.colour)
         others = self.noun.within(scene)
         if self.noun.count == "the" and len(others) != 1:
@@ -269,8 +262,7 @@ class Predicate(NamedTuple):
 
 
 class Reader:
-    """Reads a clause from left to right. Each method takes what it finds, and returns None if it
-    is not there."""
+    """Reads a clause from left to right. Each method takes what it finds, or returns None."""
 
     def __init__(self, text: str):
         self.rest = text
@@ -297,12 +289,9 @@ class Reader:
         found = self.take(RELATION)
         if found:
             noun = self.noun()
-            return noun and Predicate("relation", found[1] or found[2], noun)
-        found = self.take(PLACE)
-        if found:
-            return Predicate("place", found[1])
-        found = self.take(ATTRIBUTE)
-        return found and Predicate("attribute", found[1])
+            return noun and Predicate(found[1] or found[2], noun)
+        found = self.take(PLACE) or self.take(ATTRIBUTE)
+        return found and Predicate(found[1])
 
 
 def parse(caption: str) -> list[tuple[Noun, list[Predicate]]] | None:
@@ -314,20 +303,18 @@ def parse(caption: str) -> list[tuple[Noun, list[Predicate]]] | None:
         noun = reader.noun()
         verb = reader.take(VERB)
         predicate = reader.predicate()
-        if verb and not predicate:                          # "a star is"
-            return None
         if predicate and not noun and reader.take(VERB):    # "above the ring there is a star"
             noun = reader.noun()
             if noun is None:
                 return None
-        if reader.rest:                                     # words that no rule reads
+        if reader.rest or (verb and not predicate):         # unknown words, or "a star is"
             return None
         if noun:
             said.append((noun, []))
-        elif not predicate or not said:
-            return None
-        if predicate:
+        if predicate and said:
             said[-1][1].append(predicate)
+        elif not noun:
+            return None
     return said
 
 
@@ -347,18 +334,14 @@ def is_true(caption: str, scene: Scene) -> bool | None:
         if noun.count in NUMBERS:
             fits = len(fitting) == NUMBERS.index(noun.count)
         elif noun.count == "the":
-            fits = bool(fitting) and noun.number(scene) == 1
+            fits = len(fitting) == noun.number(scene) == 1
         elif noun.count == "some":
             fits = len(fitting) >= 2
         else:
-            fits = True         # so far; see below
+            fits = len(fitting) >= 1
             candidates.append(fitting)
         if not fits:
             return False
-    return can_choose(candidates, scene)
-
-
-def can_choose(candidates: list[list[Shape]], scene: Scene) -> bool:
-    """Whether each list can give one of its shapes, all of them different."""
+    # Can each "a" have a shape that no other "a" has?
     return any(all(shape in fitting for shape, fitting in zip(chosen, candidates, strict=True))
                for chosen in itertools.permutations(scene.shapes, len(candidates)))
