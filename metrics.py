@@ -405,9 +405,8 @@ def cider(candidates: list[Words], references: list[list[Words]], sigma: float =
         total = 0.0
         for ref_weights, ref_norm, ref_length in map(vector, refs):
             products = np.zeros(4)
-            for gram in weights.keys() & ref_weights.keys():
-                clipped = min(weights[gram], ref_weights[gram])
-                products[len(gram) - 1] += clipped * ref_weights[gram]
+            for gram, weight in ref_weights.items():
+                products[len(gram) - 1] += min(weights.get(gram, 0), weight) * weight
             norms = norm * ref_norm
             cosines = np.divide(products, norms, out=products, where=norms > 0)
             penalty = math.exp(-(length - ref_length) ** 2 / (2 * sigma ** 2))

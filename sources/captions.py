@@ -117,11 +117,7 @@ def path_below(folder: str, name: str, annotation: Path) -> str:
 
     `images_train/0000/0000123` (behind any prefix), `0000/0000123` and `0000123` are one file.
     """
-    parts = name.split("/")
-    if folder in parts and ".." not in parts:
-        while folder in parts:
-            parts = parts[parts.index(folder) + 1:]
-    path = inside("/".join(parts), annotation)
+    path = inside(name.rpartition(f"{folder}/")[2], annotation)
     return f"{folder}/{path}" if "/" in path else f"{folder}/{path[:4]}/{path}"
 
 

@@ -114,19 +114,17 @@ def choose_answers(prefix: str, splits: dict[str, Split], args: Namespace) -> li
     """
     if args.answers:
         answers = read_answers(args.answers)
-        origin = f"those of {args.answers}"
     else:
         asked = [name for name, split in splits.items() if split.annotations]
         # The answers of test stay unseen, unless there are no others.
         names = [name for name in asked if not name.startswith("test")] or asked
         annotations = (one for name in names for one in splits[name].annotations)
         answers = answer_list(annotations, args.at_least)
-        if asked and not answers:
+        if not asked:
+            return []
+        if not answers:
             fail(f"{args.root}: no answer is the majority's at least {args.at_least} times; "
                  "--at-least lowers that")
-        origin = f"of {' and '.join(names)}, each the majority's at least {args.at_least} times"
-    if not answers:
-        return []
     path = args.out / f"{prefix}_answers.json"
     finished = sorted(args.out.glob(f"{prefix}_*.arrow"))
     if finished and not args.force and not (path.exists() and read_answers(path) == answers):
@@ -134,7 +132,7 @@ def choose_answers(prefix: str, splits: dict[str, Split], args: Namespace) -> li
              "use another --out, or --force to write all files again")
     with json_list(path) as append:
         append(*answers)
-    print(f"{path}: {len(answers):,} answers, {origin}")
+    print(f"{path}: {len(answers):,} answers")
     return answers
 
 

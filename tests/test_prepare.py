@@ -382,40 +382,31 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path, capsys, path):
     assert not list(tmp_path.glob("out/*"))
 
 
-@pytest.mark.parametrize("annotation, part", [
-    ("{", "JSON"), ("[]", '{"images": [...]}'),
-    ('{"images": [{"filename": "a.jpg"}]}', "images[0]"),
-    ('{"images": [{"filename": "a.jpg", "split": "../x", "sentences": []}]}', "'../x'"),
-    ('{"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"tokens": []}]}]}',
-     "images[0]")])
-def test_a_wrong_karpathy_annotation_is_named(tmp_path, capsys, annotation, part):
-    put(tmp_path / "dataset.json", annotation)
-    message = sentence(capsys, "karpathy", tmp_path, "--out", tmp_path / "out")
-    assert "dataset.json" in message and part in message
-
-
-@pytest.mark.parametrize("annotation, part", [
-    ('{"a": 1}', "[...]"), ('[["a", "b"], ["c"', "JSON"), ('[["a", "b"], 5]', "entry 1"),
-    ('[["a"]]', "entry 0")])
-def test_a_wrong_list_of_captions_is_named(tmp_path, capsys, annotation, part):
-    (tmp_path / "images_train").mkdir()
-    put(tmp_path / "annot.json", annotation)
-    message = sentence(capsys, "sbu", tmp_path, "--out", tmp_path / "out")
-    assert "annot.json" in message and part in message
+@pytest.mark.parametrize("command, name, content, part", [
+    ("karpathy", "dataset.json", "{", "JSON"), ("karpathy", "dataset.json", "[]", '{"images": '),
+    ("karpathy", "dataset.json", '{"images": [{"filename": "a.jpg"}]}', "images[0]"),
+    ("karpathy", "dataset.json",
+     '{"images": [{"filename": "a.jpg", "split": "../x", "sentences": []}]}', "'../x'"),
+    ("karpathy", "dataset.json",
+     '{"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"tokens": []}]}]}',
+     "images[0]"),
+    ("sbu", "annot.json", '{"a": 1}', "[...]"), ("sbu", "annot.json", '[["a", "b"], ["c"', "JSON"),
+    ("sbu", "annot.json", '[["a", "b"], 5]', "entry 1"), ("sbu", "annot.json", '[["a"]]', "entry 0"),
+    ("jsonl", "", '{"image": "a.jpg", "caption": "x"}\n\n{', "line 3"), ("jsonl", "", "[]", "line 1"),
+    ("jsonl", "", '{"image": 5, "caption": "x"}', "line 1"),
+    ("jsonl", "", '{"image": "a.jpg", "captions": "not a list"}', "line 1")])
+def test_wrong_annotations_are_named(tmp_path, capsys, command, name, content, part):
+    (tmp_path / "x/images_train").mkdir(parents=True)
+    root = tmp_path / "x" if name else tmp_path / "x.jsonl"
+    put(root / name, content)
+    message = sentence(capsys, command, root, "--out", tmp_path / "out")
+    assert str(root / name) in message and part in message
 
 
 @pytest.mark.parametrize("command", list(prepare.SOURCES))
 def test_a_folder_of_another_layout_is_refused(tmp_path, capsys, command):
     for root in (tmp_path, tmp_path / "missing"):
         assert str(root) in sentence(capsys, command, root, "--out", tmp_path / "out")
-
-
-@pytest.mark.parametrize("line", ["{", "[]", '{"image": 5, "caption": "x"}',
-                                  '{"image": "a.jpg", "captions": "not a list"}'])
-def test_a_wrong_line_of_jsonl_is_named(tmp_path, capsys, line):
-    put(tmp_path / "x.jsonl", '{"image": "a.jpg", "caption": "x"}\n\n' + line)
-    message = sentence(capsys, "jsonl", tmp_path / "x.jsonl", "--out", tmp_path / "out")
-    assert "x.jsonl, line 3" in message
 
 
 def test_a_tar_that_was_cut_anywhere_is_refused(tmp_path, capsys):
