@@ -18,7 +18,7 @@ import re
 import sys
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +54,8 @@ class Question(NamedTuple):
 class Split(NamedTuple):
     images: dict[int, list[Question]]       # by image_id
     annotations: list[Annotation]           # all, in the order of their file
-    picture: Callable                       # image_id -> (key for the logs, Path)
+    pictures: dict[int, Path]               # by image_id
+    folder: Path                            # the paths of the logs begin here
 
 
 def is_training(split: str) -> bool:
@@ -194,9 +195,9 @@ def vqa_records(split: Split, images: list[int], name: str, answers: list[str], 
             row["question_id"].append(question.question_id)
             if question.annotation:
                 entries.append(official_entry(image_id, question))
-        key, path = split.picture(image_id)
-        yield Record(key, {"image": path}, row, left_out, keep=not training,
-                     beside={beside: entries} if entries else {})
+        path = split.pictures[image_id]
+        yield Record(str(path.relative_to(split.folder)), {"image": path}, row, left_out,
+                     keep=not training, beside={beside: entries} if entries else {})
 
 
 def vqa_shards(prefix: str, splits: dict[str, Split], args: Namespace,
@@ -242,31 +243,27 @@ def official_annotations(path: Path) -> dict[int, Annotation]:
 def official_split(path: Path, annotations: Path, folder: Path) -> Split:
     """The Split of a file of questions, their annotations if any, and a folder of pictures."""
     found = official_annotations(annotations) if annotations.exists() else {}
+    pictures = numbered_pictures(folder)
     images = defaultdict(list)
     for i, entry in enumerate(read_entries(path, "questions")):
         with expecting(f"{path}: questions[{i}]",
                        '"question", and "image_id" and "question_id", whole numbers'):
-            question_id = whole(entry["question_id"])
+            image_id, question_id = whole(entry["image_id"]), whole(entry["question_id"])
             question = Question(question_id, entry["question"].strip(), found.get(question_id))
-            images[whole(entry["image_id"])].append(question)
-    return Split(images, list(found.values()), numbered_pictures(folder))
+        images[image_id].append(question)
+        pictures.setdefault(image_id, folder / f"{image_id:012}.jpg")       # which is missing
+    return Split(images, list(found.values()), pictures, folder.parent)
 
 
-def numbered_pictures(folder: Path) -> Callable[[int], tuple[str, Path]]:
-    """Split.picture for a folder of pictures, at any depth, with names that end in the image_id."""
-    paths = {}
-    for path in sorted(map(str, folder.rglob("*"))):
-        number = re.search(r"(\d+)\.(jpe?g|png|webp)$", path, re.IGNORECASE)
-        if not number:
-            continue
-        other = paths.setdefault(int(number[1]), path)
-        if other != path:
-            fail(f"{path} and {other} have the same number; expected one picture of each image_id")
-
-    def picture(image_id):
-        path = Path(paths.get(image_id, folder / f"{image_id:012}.jpg"))
-        return str(path.relative_to(folder.parent)), path
-    return picture
+def numbered_pictures(folder: Path) -> dict[int, Path]:
+    """The pictures in a folder, at any depth, by the number at the end of the name: image_id."""
+    found = {}
+    for path in folder.rglob("*"):
+        number = re.search(r"(\d+)\.(jpe?g|png|webp)$", path.name, re.IGNORECASE)
+        if number and found.setdefault(int(number[1]), path) != path:
+            fail(f"{path} and {found[int(number[1])]} have the same number; "
+                 "expected one picture of each image_id")
+    return found
 
 
 def official_files(root: Path) -> Iterator[tuple[str, Path, Path, Path]]:
@@ -324,16 +321,13 @@ def own_annotation(entry: dict, answers: list[str]) -> Annotation:
 
 def vqa_jsonl(args: Namespace) -> Iterator[Shard]:
     """One row for each image, however its lines are spread over the file."""
-    def picture(image_id):
-        return paths[image_id], args.root.parent / paths[image_id]
-
-    splits = defaultdict(lambda: Split(defaultdict(list), [], picture))
-    paths = {}                              # image_id: path of the picture, beside the file
+    paths = {}                              # image_id: path of the picture
     numbers = {}                            # path: image_id, for lines that do not give it
+    splits = defaultdict(lambda: Split(defaultdict(list), [], paths, args.root.parent))
     for line, (where, entry) in enumerate(json_lines(args.root), 1):
         with expecting(where, '{"image": path, "question": text, "answers": [text, …]}; '
                               '"image_id" and "question_id" are whole numbers'):
-            image = inside(entry["image"], where)
+            image = args.root.parent / inside(entry["image"], where)
             text = entry["question"].strip()
             answers = entry.get("answers") or []
             answers = strings([answers] if isinstance(answers, str) else answers)
