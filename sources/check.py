@@ -131,7 +131,8 @@ def check_file(path: Path, fast: bool, workers: int) -> list[str]:
         return check_texts(kind, table) + check_pictures(table, path.name, fast, workers)
     # A TypeError comes from a column of another type, such as numbers in place of lists.
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-        return [f"cannot be read: {str(error).splitlines()[0]}"]
+        first_line, *_ = str(error).split("\n")
+        return [f"cannot be read: {first_line}"]
 
 
 def check(args: Namespace) -> None:
