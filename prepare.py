@@ -33,7 +33,6 @@ class Source(NamedTuple):
     root: str                       # what ROOT is
     writes: str                     # the files
     flags: tuple[str, ...] = ()     # besides those of COMMON
-    defaults: dict = {}             # of its flags, if they differ from those of FLAGS
 
 
 SOURCES = {
@@ -84,8 +83,7 @@ SOURCES = {
         "annotations_{split}.json in the same formats",
         "vqav2_{train,val,trainable_val,rest_val,test,test-dev}.arrow, vqav2_answers.json and "
         "vqav2_annotations_{split}.json",
-        ("--name", "--answers", "--at-least"),
-        {"at_least": 9}),
+        ("--name", "--answers", "--at-least")),
     "nlvr2": Source(
         questions.nlvr2,
         "folder with images/train/*/*.png, dev/*.png, test1/*.png and nlvr2/data/*.json "
@@ -142,7 +140,8 @@ FLAGS = {
         help="JSON list of the answers to use (default: made from all annotations but test's)"),
     "--at-least": dict(
         type=number(1, 10 ** 9), default=1, metavar="N",
-        help="list answers that most people give to at least N questions (default: %(default)s)"),
+        help="list answers that most people give to at least N questions (default: 9 for vqav2, "
+             "otherwise 1)"),
     "--fast": dict(
         action="store_true",
         help="read only the headers of the pictures (default: decode them all)"),
@@ -163,12 +162,12 @@ def parser() -> ArgumentParser:
         sub.add_argument("root", type=Path, nargs=several, metavar="ROOT", help=source.root)
         for flag in COMMON + source.flags:
             sub.add_argument(flag, **FLAGS[flag])
-        sub.set_defaults(run=convert, source=source.shards, **source.defaults)
-    sub = commands.add_parser(
-        "check", usage="prepare.py check FILE.arrow … [flags]",
-        help="reads finished files back: schema, texts, every picture",
-        description="Reads finished files back: schema, texts, every picture. "
-                    "The exit status is 1 if something is wrong.")
+        sub.set_defaults(run=convert, source=source.shards)
+    commands.choices["vqav2"].set_defaults(at_least=9)
+    about = ("reads finished files back: schema, texts, every picture; "
+             "the exit status is 1 if something is wrong")
+    sub = commands.add_parser("check", usage="prepare.py check FILE.arrow … [flags]",
+                              help=about, description=about)
     sub.add_argument("files", type=Path, nargs="+", metavar="FILE.arrow", help="what to read")
     for flag in ("--fast", "--workers"):
         sub.add_argument(flag, **FLAGS[flag])
@@ -186,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("prepare.py: stopped; finished files stay, the same command continues",
               file=sys.stderr)
         raise SystemExit(130) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         fail(f"{error}")
 
 

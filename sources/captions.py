@@ -9,30 +9,25 @@ import os
 import tarfile
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 
-from sources.shards import (Record, Shard, fail, first_existing, inside, json_items, json_lines,
-                            read_entries, simple, unusable)
+from sources.shards import (Record, Shard, expecting, fail, first_existing, inside, json_lines,
+                            read_entries, simple, split_shards, strings, unusable)
 
 SHARD_ROWS = 100_000                                # ViLT cuts SBU and Conceptual Captions so
 PICTURES = ("jpg", "jpeg", "png", "webp")           # members of a tar, in order of preference
 
 
-def captioned(key: str, image: Path | bytes | None, captions: Iterable[str | None], split: str,
+def captioned(key: str, image: Path | bytes | None, captions: Iterable[str], split: str,
               image_id: str) -> Record:
-    """The Record of an image and its captions. None stands for an empty caption."""
-    kept = []
-    reasons = []
-    for text in captions:
-        text = (text or "").strip()
-        reason = unusable(text, "caption")
-        if reason:
-            reasons.append(reason)
-        else:
-            kept.append(text)
+    """The Record of an image and its captions."""
+    texts = [text.strip() for text in captions]
+    kept = [text for text in texts if not unusable(text, "caption")]
+    reasons = [unusable(text, "caption") for text in texts if text not in kept]
     if kept:
         reasons = [f"{reason} (image kept)" for reason in reasons]
     else:
@@ -54,34 +49,25 @@ def karpathy(args: Namespace, json_name: str = "dataset.json",
     first_existing(*(args.root / folder for folder in folders))
     name = name or f"{args.name or args.root.resolve().name}_caption"
     # A sentence becomes its text at once: the tokens of COCO's 600,000 would take a gigabyte.
-    images = read_entries(annotation, "images", "Karpathy's",
+    images = read_entries(annotation, "images",
                           hook=lambda entry: entry["raw"] if "raw" in entry else entry)
-    splits = defaultdict(list)
+    splits = defaultdict(list)                      # split: [(path, file name, captions)]
     for i, image in enumerate(images):
-        try:
-            texts = [image["filename"], image.get("filepath") or "", *image["sentences"]]
-            if not all(isinstance(text, str) for text in texts):
-                raise TypeError
-            splits[simple(image["split"], annotation)].append(image)
-        except (KeyError, TypeError, AttributeError):
-            fail(f'{annotation}: images[{i}] needs "filename", "split" and "sentences", '
-                 'each sentence with "raw"')
-
-    def key_of(image):
-        parts = [image.get("filepath"), image["filename"]]
-        return inside("/".join(filter(None, parts)), annotation)
+        with expecting(f"{annotation}: images[{i}]",
+                       '"filename", "split" and "sentences", each sentence with "raw"'):
+            path = os.path.join(image.get("filepath") or "", image["filename"])
+            entry = inside(path, annotation), image["filename"], strings(image["sentences"])
+            splits[simple(image["split"], annotation)].append(entry)
 
     # ViLT's image_id is the file name. If two folders hold files of one name, the path is used.
-    file_names = {image["filename"] for image in images}
-    ambiguous = len(file_names) < len({key_of(image) for image in images})
+    entries = list(chain.from_iterable(splits.values()))
+    ambiguous = len({file for _, file, _ in entries}) < len({key for key, _, _ in entries})
 
     def records(split):
-        for image in splits[split]:
-            key = key_of(image)
+        for key, file, captions in splits[split]:
             paths = [args.root / folder / key for folder in folders]
             path = next((path for path in paths if path.exists()), paths[0])
-            image_id = key if ambiguous else image["filename"]
-            yield captioned(key, path, image["sentences"], split, image_id)
+            yield captioned(key, path, captions, split, key if ambiguous else file)
 
     for split, listed in splits.items():
         yield Shard(f"{name}_{split}", len(listed), partial(records, split))
@@ -99,28 +85,18 @@ f30k = partial(karpathy, json_name="dataset_flickr30k.json", folders=("flickr30k
 def vg(args: Namespace) -> Iterator[Shard]:
     """The captions of an image are the phrases of its regions."""
     annotation = first_existing(args.root / "annotations/region_descriptions.json")
-    captions = defaultdict(list)
-
-    def reduced(entry):     # at once: five million dicts of boxes would not fit into memory
-        return (entry.get("image_id"), entry["phrase"]) if "phrase" in entry else entry
-
-    for i, image in enumerate(json_items(annotation, hook=reduced)):
-        try:
-            for image_id, phrase in image["regions"]:
-                image_id = image["id"] if image_id is None else image_id
-                captions[int(image_id)].append(str.strip(phrase))
-        except (KeyError, TypeError, ValueError):
-            fail(f'{annotation}: entry {i} needs "id" and "regions", '
-                 'each region with "image_id" and "phrase"')
+    # A region becomes its phrase at once: five million boxes would not fit into memory.
+    images = read_entries(annotation, hook=lambda entry: entry.get("phrase", entry))
+    captions = {}
+    for i, image in enumerate(images):
+        with expecting(f"{annotation}: entry {i}", '"id" and "regions", each with "phrase"'):
+            captions[int(image["id"])] = strings(image["regions"])
 
     files = {}
     for folder in ("VG_100K_2", "VG_100K"):
         for path in (args.root / "images" / folder).glob("*.jpg"):
             if path.stem.isdecimal():
                 files[int(path.stem)] = f"images/{folder}/{path.name}"
-    if not files:
-        fail(f"{args.root}/images/VG_100K and VG_100K_2 hold no NUMBER.jpg; "
-             "expected Visual Genome's pictures there")
     # Pictures without a region are listed too, so that the log names them.
     image_ids = sorted(captions.keys() | files.keys())
 
@@ -141,43 +117,27 @@ def path_below(folder: str, name: str, annotation: Path) -> str:
 
     `images_train/0000/0000123` (behind any prefix), `0000/0000123` and `0000123` are one file.
     """
-    parts = name.split("/")
-    if folder in parts and ".." not in parts:
-        while folder in parts:
-            parts = parts[parts.index(folder) + 1:]
-    path = inside("/".join(parts), annotation)
+    path = inside(name.rpartition(f"{folder}/")[2], annotation)
     return f"{folder}/{path}" if "/" in path else f"{folder}/{path[:4]}/{path}"
 
 
 def annotated_shards(root: Path, annotation: Path, split: str, name: str) -> Iterator[Shard]:
-    """Shards of at most SHARD_ROWS rows.
-
-    They are cut by the list, not by the pictures found: a finished shard stays right if more
-    pictures arrive. Only the list is in memory, 330 MB for a million captions.
-    """
+    """Shards of SHARD_ROWS rows of the list, whether or not their pictures are there (yet)."""
     folder = f"images_{split}"
     first_existing(root / folder)
     captions = defaultdict(list)                    # by path: two folders may hold equal names
-    for i, entry in enumerate(json_items(annotation)):
-        match entry:
-            case [str(path), str() | None as caption]:
-                captions[path_below(folder, path, annotation)].append(caption)
-            case _:
-                fail(f"{annotation}: entry {i} is {str(entry)[:60]!r}; "
-                     "expected [path of the image, caption]")
+    for i, entry in enumerate(read_entries(annotation)):
+        with expecting(f"{annotation}: entry {i}", "[path of the image, caption]"):
+            path, caption = strings(entry)
+            captions[path_below(folder, path, annotation)].append(caption)
     keys = list(captions)
 
-    def unlisted():
-        """The pictures that the list does not have: the log of the last shard names them."""
-        for place in sorted(entry.path for entry in os.scandir(root / folder) if entry.is_dir()):
-            for file in sorted(os.listdir(place)):
-                key = f"{folder}/{os.path.basename(place)}/{file}"
-                if key not in captions:
-                    yield key
-
     def records(start):
-        stop = start + SHARD_ROWS
-        for key in chain(keys[start:stop], unlisted() if stop >= len(keys) else []):
+        listed = keys[start:start + SHARD_ROWS]
+        if start + SHARD_ROWS >= len(keys):         # the last log names pictures without a caption
+            found = sorted(str(path.relative_to(root)) for path in (root / folder).glob("*/*"))
+            listed = chain(listed, (key for key in found if key not in captions))
+        for key in listed:
             yield captioned(key, root / key, captions.get(key, []), split, key)
 
     for n, start in enumerate(range(0, len(keys), SHARD_ROWS)):
@@ -193,15 +153,11 @@ def annotated(args: Namespace, files: dict[str, tuple[str, str]]) -> Iterator[Sh
             yield from annotated_shards(args.root, args.root / file, split, name)
 
 
-def conceptual(name: str) -> Callable:
-    """CC3M, and CC12M under the name that METER's descendants read."""
-    return partial(annotated, files={"val_annot.json": ("val", f"{name}_val"),
-                                     "train_annot.json": ("train", f"{name}_train")})
-
-
 sbu = partial(annotated, files={"annot.json": ("train", "sbu")})
-cc3m = conceptual("conceptual_caption")
-cc12m = conceptual("conceptual_caption12M")
+cc3m = partial(annotated, files={"val_annot.json": ("val", "conceptual_caption_val"),
+                                 "train_annot.json": ("train", "conceptual_caption_train")})
+cc12m = partial(annotated, files={"val_annot.json": ("val", "conceptual_caption12M_val"),
+                                  "train_annot.json": ("train", "conceptual_caption12M_train")})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,7 +171,7 @@ def tar_members(path: Path) -> Iterator[tuple[str, str, bytes | None]]:
     wanted = {*PICTURES, "txt", "json"}
     try:
         with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
+            for member in iter(tar.next, None):
                 tar.members.clear()                         # else tarfile keeps every header
                 if not member.isreg():
                     continue
@@ -260,10 +216,10 @@ def img2dataset(args: Namespace) -> Iterator[Shard]:
         fail(f"{' '.join(map(str, args.root))} names no .tar file; "
              "expected a folder or a pattern of WebDataset shards")
     names = [f"{args.name or path.resolve().parent.name}_{path.stem}" for path in paths]
-    for name, count in Counter(names).items():
-        if count > 1:
-            fail(f"{count} of the .tar files would become {name}.arrow; "
-                 "convert their folders one by one, with --name")
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        fail(f"{count} of the .tar files would become {name}.arrow; "
+             "convert their folders one by one, with --name")
 
     def records(path):
         for key, members in groupby(tar_members(path), key=lambda member: member[0]):
@@ -279,39 +235,22 @@ def img2dataset(args: Namespace) -> Iterator[Shard]:
 # --------------------------------------------------------------------------------------------------
 # Lines of JSON.
 
-def jsonl_entries(path: Path) -> Iterator[tuple[str, str, str, list[str | None]]]:
-    """Yields (image, image_id, split, captions) of each line."""
-    for where, entry in json_lines(path):
-        captions = None
-        if isinstance(entry, dict) and isinstance(entry.get("image"), str):
-            captions = entry.get("captions") or [entry.get("caption")]
-        if not (isinstance(captions, list)
-                and all(isinstance(caption, str | None) for caption in captions)):
-            fail(f'{where}: expected {{"image": path, "caption": text}}, '
-                 'or "captions": [text, …] instead')
-        image = inside(entry["image"], where)
-        image_id = entry.get("image_id")
-        image_id = image if image_id is None else str(image_id)
-        yield image, image_id, simple(entry.get("split") or "train", where), captions
-
-
-def jsonl_images(path: Path) -> Iterator[tuple[str, str, str, list[str | None]]]:
-    """The same, with adjacent lines of one image as one entry."""
-    for names, lines in groupby(jsonl_entries(path), key=lambda entry: entry[:3]):
-        captions = []
-        for *_, more in lines:
-            captions += more
-        yield *names, captions
-
-
 def jsonl(args: Namespace) -> Iterator[Shard]:
-    """One Shard for each split. The file is read once to count, and once for each split."""
-    def records(wanted):
-        for image, image_id, split, captions in jsonl_images(args.root):
-            if split == wanted:
-                yield captioned(image, args.root.parent / image, captions, split, image_id)
+    """One Shard for each split. Adjacent lines of one image become one row."""
+    def lines():
+        for where, entry in json_lines(args.root):
+            with expecting(where, '{"image": path, "caption": text}, '
+                                  'or "captions": [text, …] instead'):
+                image = inside(entry["image"], where)
+                captions = strings(entry.get("captions") or [entry.get("caption")])
+            image_id = entry.get("image_id")
+            image_id = image if image_id is None else str(image_id)
+            split = simple(entry.get("split") or "train", where)
+            yield (split, image, image_id), captions
 
-    counts = Counter(split for _, _, split, _ in jsonl_images(args.root))
-    for split, count in counts.items():
-        name = f"{args.name or args.root.stem}_caption_{split}"
-        yield Shard(name, count, partial(records, split))
+    def records():
+        for (split, image, image_id), same in groupby(lines(), key=itemgetter(0)):
+            captions = chain.from_iterable(captions for _, captions in same)
+            yield split, captioned(image, args.root.parent / image, captions, split, image_id)
+
+    return split_shards(f"{args.name or args.root.stem}_caption", records)

@@ -1,228 +1,138 @@
-"""Reading finished Arrow files back: `prepare.py check`."""
+"""Reading finished Arrow files back, as training opens them: `prepare.py check`."""
 
-import mmap
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median_low
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from data import Captions, Table
 from sources.shards import KINDS, Kind, Skip, bar, decode, fail, in_order
 
 
-@dataclass
-class Findings:
-    """What is counted while a file is read."""
-    pictures: int = 0
-    texts_per_row: Counter = field(default_factory=Counter)
-    words_per_text: Counter = field(default_factory=Counter)
-    shorter_sides: Counter = field(default_factory=Counter)     # pixels
-    splits: Counter = field(default_factory=Counter)
-    wrong: Counter = field(default_factory=Counter)             # what is wrong: how often
-    bad: list = field(default_factory=list)                     # "row n: reason" of the first 10
-    seen: set = field(default_factory=set)                      # question ids or identifiers
+def open_table(path: Path) -> tuple[Kind, Captions]:
+    """The file as training opens it; OSError or ValueError if training cannot."""
+    columns = Table([path], []).files[str(path)].schema.names
+    kind = KINDS["captions"]
+    if "image_0" in columns:
+        kind = KINDS["NLVR2"]
+    elif "questions" in columns:
+        kind = KINDS["VQA"]
+    return kind, kind.table([path])
 
 
-# --------------------------------------------------------------------------------------------------
-# What can be wrong with questions and statements. `rows`: dicts without pictures.
-
-def count_vqa_problems(rows: list[dict], found: Findings) -> None:
-    for row in rows:
-        count = len(row["questions"] or [])
-        if len(row["question_id"] or []) != count:
-            found.wrong["rows with another number of question ids than of questions"] += 1
-        for question_id in row["question_id"] or []:
-            found.wrong["question ids that an earlier question has"] += question_id in found.seen
-            found.seen.add(question_id)
-        columns = [row[name] or [] for name in ("answers", "answer_labels", "answer_scores")]
+def row_problems(row: dict, kind: Kind, seen: set) -> Iterator[str]:
+    """What is wrong with a row besides its pictures and texts. seen: the ids of earlier rows."""
+    count = len(row[kind.table.TEXT] or [])
+    if kind is KINDS["VQA"]:
+        ids = row["question_id"] or []
+        if len(ids) != count:
+            yield "rows with another number of question ids than of questions"
+        for question_id in ids:
+            if question_id in seen:
+                yield "question ids that an earlier question has"
+            seen.add(question_id)
+        columns = [row.get(name) or [] for name in ("answers", "answer_labels", "answer_scores")]
         # ViLT's test files have one empty list in a row; ours have one for each question.
-        wrong = any(len(column) not in (0, count) for column in columns)
-        for lists in zip(*columns, strict=False):
-            if len({len(one or []) for one in lists}) > 1:
-                wrong = True
-        if wrong:
-            found.wrong["rows whose answers, labels and scores do not belong together"] += 1
-        for scores in columns[2]:
-            outside = [score for score in scores or [] if not 0 < score <= 1]
-            found.wrong["scores outside 0 to 1"] += len(outside)
-
-
-def count_nlvr2_problems(rows: list[dict], found: Findings) -> None:
-    for row in rows:
+        lengths = [{len(one or []) for one in lists} for lists in zip(*columns, strict=False)]
+        if (any(len(column) not in (0, count) for column in columns)
+                or any(len(different) > 1 for different in lengths)):
+            yield "rows whose answers, labels and scores do not belong together"
+        for scores in columns[-1]:
+            for score in scores or []:
+                if not 0 < score <= 1:
+                    yield "scores outside 0 to 1"
+    if kind is KINDS["NLVR2"]:
         answers = row["answers"] or []
-        if len(answers) != len(row["questions"] or []) or not set(answers) <= {"True", "False"}:
-            found.wrong['rows without one answer, "True" or "False", for each statement'] += 1
-        found.wrong["identifiers that an earlier row has"] += row["identifier"] in found.seen
-        found.seen.add(row["identifier"])
+        if len(answers) != count or not set(answers) <= {"True", "False"}:
+            yield 'rows without one answer, "True" or "False", for each statement'
+        if row["identifier"] in seen:
+            yield "identifiers that an earlier row has"
+        seen.add(row["identifier"])
 
 
-# What a file of each kind needs besides pictures and texts, and the function that looks at it.
-EXTRA = {
-    "captions": ((), None),
-    "VQA": (("question_id", "answers", "answer_labels", "answer_scores"), count_vqa_problems),
-    "NLVR2": (("answers", "identifier"), count_nlvr2_problems),
-}
+def check_texts(kind: Kind, table: Captions) -> list[str]:
+    """Prints what a file holds besides its pictures. Returns what is wrong with it."""
+    names = table.batch(0).schema.names
+    columns = [name for name in kind.schema.names if name in names and name not in table.IMAGES]
+    thing = kind.things[:-1]
+    texts_per_row, words_per_text, splits, wrong = Counter(), Counter(), Counter(), Counter()
+    seen = set()
+    for number in range(len(table.batches)):
+        batch = table.batch(number)
+        batch.validate(full=True)
+        rows = pa.Table.from_batches([batch.select(columns)])
+        for part in rows.to_batches(max_chunksize=1000):    # ViLT's files have one batch each
+            for row in part.to_pylist():
+                texts = row[table.TEXT] or []
+                texts_per_row[len(texts)] += 1
+                words_per_text.update(len((text or "").split()) for text in texts)
+                splits[row.get("split")] += 1
+                wrong.update(row_problems(row, kind, seen))
+    wrong[f"rows without a {thing}"] = texts_per_row.pop(0, 0)
+    wrong[f"empty {kind.things}"] = words_per_text.pop(0, 0)
+    print(f"    columns: {', '.join(names)}")
+    if "split" in columns:
+        print(f"    splits: {', '.join(f'{name} {count:,}' for name, count in splits.items())}")
+    print(f"    {len(table):,} {kind.rows}, {len(table.row_of):,} {kind.things}; "
+          f"for each: {spread(texts_per_row)}")
+    if words_per_text:
+        print(f"    words in a {thing}: {spread(words_per_text)}")
+    return [f"{count:,} {what}" for what, count in wrong.items() if count]
 
 
-# --------------------------------------------------------------------------------------------------
-# One file.
+def spread(counts: Counter) -> str:
+    """The range of some numbers; counts: {number: how often}.
 
-def base(kind: pa.DataType) -> str:
-    """"list", "string", "binary" and so on, whether large_ or not."""
-    return str(kind).split("<")[0].removeprefix("large_")
-
-
-def kind_of(types: dict[str, pa.DataType]) -> str | None:
-    """The name of a file's kind, by the types of its columns; None if it is none of them."""
-    for name, kind in KINDS.items():
-        extra, _ = EXTRA[name]
-        if not {*kind.images, kind.texts, *extra} <= types.keys():
-            continue
-        texts = types[kind.texts]
-        lists = [column for column in extra if base(types[column]) == "list"]
-        if (all(base(types[column]) == "binary" for column in kind.images)
-                and base(texts) == "list" and base(texts.value_type) == "string"
-                and lists == [column for column in extra if column != kind.key]):
-            return name
-    return None
+    >>> spread(Counter([3, 5, 6, 6]))
+    '3 to 6, median 5'
+    """
+    return f"{min(counts)} to {max(counts)}, median {median_low(counts.elements())}"
 
 
-def shorter_side(data: pa.Buffer | None, fast: bool) -> tuple[int | None, str | None]:
-    """(The shorter side of a picture in pixels, None), or (None, why it cannot be read)."""
+def shorter_side(data: pa.Buffer | None, fast: bool) -> int | str:
+    """The shorter side of a picture in pixels, or why it cannot be read."""
     if data is None:
-        return None, "null instead of a picture"
+        return "null instead of a picture"
     try:
         _, size = decode(data, header_only=fast)
     except Skip as reason:
-        return None, str(reason)
-    return min(size), None
+        return str(reason)
+    return min(size)
 
 
-def count_texts(part: pa.RecordBatch, name: str, found: Findings) -> None:
-    """Takes count of everything but the pictures in some rows."""
-    kind = KINDS[name]
-    extra, count_problems = EXTRA[name]
-    lists = part[kind.texts]
-    found.texts_per_row.update(pc.fill_null(pc.list_value_length(lists), 0).to_pylist())
-    texts = pc.utf8_trim_whitespace(pc.fill_null(pc.list_flatten(lists), ""))
-    empty = pc.equal(texts, "")
-    found.wrong[f"empty {kind.things}"] += pc.sum(empty).as_py() or 0
-    words = pc.utf8_split_whitespace(texts.filter(pc.invert(empty)))
-    found.words_per_text.update(pc.list_value_length(words).to_pylist())
-    if "split" in part.schema.names:
-        found.splits.update(part["split"].to_pylist())
-    if count_problems:
-        count_problems(part.select([kind.texts, *extra]).to_pylist(), found)
+def check_pictures(table: Captions, name: str, fast: bool, workers: int) -> list[str]:
+    """Prints the sizes of the pictures. Returns how many cannot be read, and names the first."""
+    each = len(table.IMAGES)
+    pictures = (table.image(row, which) for row in range(len(table)) for which in range(each))
+    results = in_order(partial(shorter_side, fast=fast), pictures, workers)
+    sides = Counter()
+    bad = []
+    progress = bar(iterable=results, total=len(table) * each, desc=name, leave=False,
+                   unit=" pictures")
+    for i, result in enumerate(progress):
+        if isinstance(result, int):
+            sides[result] += 1
+        else:
+            bad.append(f"row {i // each}: {result}")
+    if sides:
+        note = " (by the headers; nothing was decoded)" if fast else ""
+        print(f"    pixels of the shorter side: {spread(sides)}{note}")
+    return [f"{len(bad):,} pictures that cannot be read", *bad[:10]] if bad else []
 
 
 def check_file(path: Path, fast: bool, workers: int) -> list[str]:
     """Prints what an Arrow file holds. Returns one sentence for each thing that is wrong."""
     try:
-        with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        reader = pa.ipc.open_file(pa.py_buffer(mapped))
-    except (OSError, ValueError) as error:
-        return [f"cannot be opened ({str(error).splitlines()[0]}); "
-                "expected a complete Arrow file, was it cut off?"]
-    types = {column.name: column.type for column in reader.schema}
-    name = kind_of(types)
-    if name is None:
-        columns = ", ".join(f"{column}: {kind}" for column, kind in types.items())
-        return [f"has the columns {columns}; a caption file needs image: binary and caption: "
-                f"list<string>, a VQA file {', '.join(KINDS['VQA'].schema.names)}, "
-                f"an NLVR2 file {', '.join(KINDS['NLVR2'].schema.names)}"]
-    kind = KINDS[name]
-    found = Findings()
-
-    def pictures() -> Iterator[pa.Buffer | None]:
-        """Counts all but the pictures, and hands those on without a copy, one by one."""
-        for b in range(reader.num_record_batches):
-            batch = reader.get_batch(b)
-            batch.validate(full=True)
-            for start in range(0, batch.num_rows, 1000):    # ViLT's files have one batch each
-                part = batch.slice(start, 1000)
-                count_texts(part, name, found)
-                for row in range(part.num_rows):
-                    for column in kind.images:
-                        yield part[column][row].as_buffer()
-                if hasattr(mmap, "MADV_DONTNEED"):
-                    mapped.madvise(mmap.MADV_DONTNEED)      # what was read leaves memory
-
-    look = partial(shorter_side, fast=fast)
-    try:
-        rows = sum(reader.get_batch(b).num_rows for b in range(reader.num_record_batches))
-        with bar(total=rows * len(kind.images), desc=Path(path).name, leave=False,
-                 unit=" pictures") as progress:
-            for side, reason in in_order(look, pictures(), workers):
-                row = found.pictures // len(kind.images)
-                found.pictures += 1
-                progress.update()
-                if reason is None:
-                    found.shorter_sides[side] += 1
-                    continue
-                found.wrong["pictures that cannot be read"] += 1
-                if len(found.bad) < 10:
-                    found.bad.append(f"row {row}: {reason}")
-    except (OSError, pa.ArrowException, IndexError) as error:
-        return [f"is damaged after row {found.pictures // len(kind.images)} "
-                f"({str(error).splitlines()[0]})"]
-
-    found.wrong[f"rows without a {kind.things[:-1]}"] = found.texts_per_row.pop(0, 0)
-    print_findings(found, kind, types, fast)
-    problems = [f"{count:,} {what}" for what, count in found.wrong.items() if count]
-    if not found.pictures:
-        problems.append("no rows")
-    return problems + found.bad
-
-
-# --------------------------------------------------------------------------------------------------
-# What is printed.
-
-def histogram(counts: dict[int, int], step: int = 4, width: int = 40) -> list[str]:
-    """Lines of a bar chart of counts[length].
-
-    >>> print(*histogram({3: 1, 5: 2, 6: 2}, width=8), sep=chr(10))
-         0-3           1 ##
-         4-7           4 ########
-    """
-    bins = Counter()
-    for length, count in counts.items():
-        bins[length // step] += count
-    lines = []
-    for n in range(min(bins, default=0), max(bins, default=-1) + 1):
-        stars = "#" * round(width * bins[n] / max(bins.values()))
-        lines.append(f"{n * step:>6}-{n * step + step - 1:<5}{bins[n]:>8,} {stars}".rstrip())
-    return lines
-
-
-def print_findings(found: Findings, kind: Kind, types: dict[str, pa.DataType], fast: bool) -> None:
-    missing = [name for name in kind.schema.names if name not in types]
-    if missing:
-        print(f"    without {', '.join(missing)}, which is fine")
-    besides = [name for name in types if name not in kind.schema.names]
-    if besides:
-        print(f"    and besides {', '.join(besides)}, which is fine")
-    if found.texts_per_row:
-        texts = sum(count * rows for count, rows in found.texts_per_row.items())
-        print(f"    {found.pictures // len(kind.images):,} {kind.rows}, {texts:,} {kind.things}, "
-              f"{min(found.texts_per_row)} to {max(found.texts_per_row)} for each")
-    if found.splits:
-        splits = [f"{name} {count:,}" for name, count in found.splits.most_common()]
-        print(f"    splits: {', '.join(splits)}")
-    if found.shorter_sides:
-        sides = found.shorter_sides
-        middle = median_low(sides.elements())
-        note = "" if found.bad else ", all decoded"
-        if fast:
-            note = " (by the headers; nothing was decoded)"
-        print(f"    shorter side: {min(sides)} to {max(sides)} pixels, median {middle}{note}")
-    if found.words_per_text:
-        print(f"    words in a {kind.things[:-1]}:", *histogram(found.words_per_text), sep="\n")
+        kind, table = open_table(path)
+        return check_texts(kind, table) + check_pictures(table, path.name, fast, workers)
+    # A TypeError comes from a column of another type, such as numbers in place of lists.
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        first_line, *_ = str(error).split("\n")
+        return [f"cannot be read: {first_line}"]
 
 
 def check(args: Namespace) -> None:
@@ -232,7 +142,7 @@ def check(args: Namespace) -> None:
         print(f"{path}:")
         problems = check_file(path, args.fast, args.workers)
         for problem in problems:
-            print(f"    WRONG: {path} {problem}")
+            print(f"    WRONG: {problem}")
         if problems:
             faulty += 1
         else:

@@ -6,8 +6,7 @@ VQAv2 has 3,129; one is the empty string, since "the" and "a" normalise to it. (
 does not strip blanks first; the two agree on 12,000 real answers.)
 
 Soft scores: an answer of the list that n of ten annotators gave scores 0, 0.3, 0.6, 0.9, 1 for
-n = 0, 1, 2, 3, 4 or more. Fewer than ten annotators are repeated in turn until they are ten, so a
-single answer scores 1.
+n = 0, 1, 2, 3, 4 or more. Fewer than ten annotators are repeated in turn until they are ten.
 
 The training files (train, trainable_val) leave out questions without an answer of the list, and
 questions and statements without their pictures, since they teach nothing. The other files keep
@@ -19,15 +18,16 @@ import re
 import sys
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 from files import read_json
 from metrics import normalize_answer, soft_score
-from sources.shards import (SURROGATE, Record, Shard, fail, first_existing, inside, json_lines,
-                            json_list, read_entries, simple, unusable)
+from sources.shards import (SURROGATE, Record, Shard, expecting, fail, first_existing, inside,
+                            json_lines, json_list, read_entries, simple, split_shards, strings,
+                            unusable)
 
 # rest_val is the last images of val by their ids, at most half of them; the checkpoint is chosen by
 # it. trainable_val is the others. (ViLT takes the last 1,000 after shuffling, so that no two of its
@@ -39,7 +39,7 @@ normalized = cache(normalize_answer)        # most of VQAv2's 6.6 million answer
 class Annotation(NamedTuple):
     """What people answered to one question."""
     majority: str                           # the official multiple_choice_answer
-    answers: tuple[str, ...]                # of each annotator, as typed
+    answers: list[str]                      # of each annotator, as typed
     answer_type: str                        # "yes/no", "number", "other"
     question_type: str
 
@@ -49,13 +49,13 @@ class Question(NamedTuple):
     text: str
     annotation: Annotation | None           # None if nobody was asked
     note: str = ""                          # why a part of it is left out
-    wrong: str = ""                         # why the whole question is left out
 
 
 class Split(NamedTuple):
-    images: dict[int, list[Question]]       # by image_id, ascending
+    images: dict[int, list[Question]]       # by image_id
     annotations: list[Annotation]           # all, in the order of their file
-    picture: Callable                       # image_id -> (key for the logs, Path)
+    pictures: dict[int, Path]               # by image_id
+    folder: Path                            # the paths of the logs begin here
 
 
 def is_training(split: str) -> bool:
@@ -72,7 +72,7 @@ def whole(value: object) -> int:
 # --------------------------------------------------------------------------------------------------
 # VQA: answers -> labels and soft scores.
 
-def ten(answers: tuple | list) -> list:
+def ten(answers: list) -> list:
     """The answers of at least ten annotators; fewer are repeated in turn.
 
     >>> Counter(ten(["red", "pink", "red"]))
@@ -88,7 +88,7 @@ def answer_list(annotations: Iterable[Annotation], at_least: int) -> list[str]:
             if count >= at_least and not SURROGATE.search(answer)]
 
 
-def soft_labels(answers: tuple | list, label_of: dict) -> tuple[list[int], list[float]]:
+def soft_labels(answers: list, label_of: dict) -> tuple[list[int], list[float]]:
     """Annotators' answers -> (labels of those in the list, in order of appearance; their scores)
 
     >>> soft_labels(["blue"] * 7 + ["Navy", "the sky", "navy."], {"navy": 0, "blue": 1})
@@ -101,12 +101,10 @@ def soft_labels(answers: tuple | list, label_of: dict) -> tuple[list[int], list[
 
 def read_answers(path: Path) -> list[str]:
     """An answer list: a JSON list of different strings."""
-    try:
+    with expecting(path, "a JSON list of different strings"):
         answers = read_json(path, list)
-    except (OSError, ValueError) as error:
-        fail(f"{path} is not an answer list ({error})")
-    if not answers or len(set(answers)) < len(answers):
-        fail(f"{path} is not an answer list; expected a JSON list of different strings")
+        if not answers or len(set(answers)) < len(answers):
+            raise ValueError
     return answers
 
 
@@ -117,19 +115,17 @@ def choose_answers(prefix: str, splits: dict[str, Split], args: Namespace) -> li
     """
     if args.answers:
         answers = read_answers(args.answers)
-        origin = f"those of {args.answers}"
     else:
         asked = [name for name, split in splits.items() if split.annotations]
         # The answers of test stay unseen, unless there are no others.
         names = [name for name in asked if not name.startswith("test")] or asked
         annotations = (one for name in names for one in splits[name].annotations)
         answers = answer_list(annotations, args.at_least)
-        if asked and not answers:
+        if not asked:
+            return []
+        if not answers:
             fail(f"{args.root}: no answer is the majority's at least {args.at_least} times; "
                  "--at-least lowers that")
-        origin = f"of {' and '.join(names)}, each the majority's at least {args.at_least} times"
-    if not answers:
-        return []
     path = args.out / f"{prefix}_answers.json"
     finished = sorted(args.out.glob(f"{prefix}_*.arrow"))
     if finished and not args.force and not (path.exists() and read_answers(path) == answers):
@@ -137,37 +133,22 @@ def choose_answers(prefix: str, splits: dict[str, Split], args: Namespace) -> li
              "use another --out, or --force to write all files again")
     with json_list(path) as append:
         append(*answers)
-    print(f"{path}: {len(answers):,} answers, {origin}")
+    print(f"{path}: {len(answers):,} answers")
     return answers
 
 
 # --------------------------------------------------------------------------------------------------
 # VQA: questions -> one row per image.
 
-def problem(question: Question, seen: set[int], needs_annotation: bool) -> str:
-    """Why a question is left out of its split; "" if it is not. seen: ids of earlier questions."""
-    annotation = question.annotation
-    if question.question_id in seen:
-        return "duplicate question id"
+def problem(question: Question, needs_annotation: bool) -> str:
+    """Why a question is left out of its split; "" if it is not."""
     if unusable(question.text, "question"):
         return unusable(question.text, "question")
-    if annotation is None and needs_annotation:
-        return "question without an annotation"
-    if annotation and not any(answer.strip() for answer in annotation.answers):
+    if question.annotation is None:
+        return "question without an annotation" if needs_annotation else ""
+    if not any(map(str.strip, question.annotation.answers)):
         return "question with empty answers"
     return ""
-
-
-def make_split(name: str, questions: Iterable[tuple[int, Question]],
-               annotations: list[Annotation], picture: Callable) -> Split:
-    """The Split of (image_id, Question) pairs."""
-    images = defaultdict(list)
-    seen = set()
-    for image_id, question in questions:
-        wrong = problem(question, seen, bool(annotations) or is_training(name))
-        seen.add(question.question_id)
-        images[image_id].append(question._replace(wrong=wrong))
-    return Split(dict(sorted(images.items())), annotations, picture)
 
 
 def official_entry(image_id: int, question: Question) -> dict:
@@ -186,13 +167,19 @@ def vqa_records(split: Split, images: list[int], name: str, answers: list[str], 
                 beside: Path) -> Iterator[Record]:
     """One Record for each of some images of a split. beside: the file of their annotations."""
     label_of = {answer: label for label, answer in enumerate(answers)}
+    needs_annotation = bool(split.annotations) or training
+    seen = set()
     for image_id in images:
         row = {"image_id": image_id, "split": name, "questions": [], "answers": [],
                "answer_labels": [], "answer_scores": [], "question_id": []}
         left_out = []
         entries = []
         for question in split.images[image_id]:
-            labels, scores, reason = [], [], question.wrong
+            labels, scores = [], []
+            reason = problem(question, needs_annotation)
+            if question.question_id in seen:
+                reason = "duplicate question id"
+            seen.add(question.question_id)
             if question.annotation and not reason:
                 labels, scores = soft_labels(question.annotation.answers, label_of)
                 if training and not labels:
@@ -208,18 +195,18 @@ def vqa_records(split: Split, images: list[int], name: str, answers: list[str], 
             row["question_id"].append(question.question_id)
             if question.annotation:
                 entries.append(official_entry(image_id, question))
-        key, path = split.picture(image_id)
-        yield Record(key, {"image": path}, row, left_out, keep=not training,
-                     beside={beside: entries} if entries else {})
+        path = split.pictures[image_id]
+        yield Record(str(path.relative_to(split.folder)), {"image": path}, row, left_out,
+                     keep=not training, beside={beside: entries} if entries else {})
 
 
 def vqa_shards(prefix: str, splits: dict[str, Split], args: Namespace,
                divide_val: bool = False) -> Iterator[Shard]:
     """One Shard for each split. divide_val: val also becomes trainable_val and rest_val."""
     answers = choose_answers(prefix, splits, args)
-    parts = [(name, name, list(split.images)) for name, split in splits.items()]
+    parts = [(name, name, sorted(split.images)) for name, split in splits.items()]
     if divide_val and "val" in splits and splits["val"].annotations:
-        images = list(splits["val"].images)
+        images = sorted(splits["val"].images)
         rest = min(REST, len(images) // 2)
         if rest:
             parts.append(("trainable_val", "val", images[:-rest]))
@@ -240,116 +227,88 @@ def official_annotations(path: Path) -> dict[int, Annotation]:
         answer = entry.get("answer")
         return sys.intern(answer) if isinstance(answer, str) else entry
 
-    entries = read_entries(path, "annotations", "the official", reduced)
     found = {}
-    for i, entry in enumerate(entries):
-        try:
-            answers = tuple(entry["answers"])
-            annotation = Annotation(entry["multiple_choice_answer"], answers,
-                                    entry.get("answer_type", "other"),
+    for i, entry in enumerate(read_entries(path, "annotations", reduced)):
+        with expecting(f"{path}: annotations[{i}]", '"question_id", "multiple_choice_answer" and '
+                                                    '"answers", each with "answer"'):
+            majority, *answers = strings([entry["multiple_choice_answer"], *entry["answers"]])
+            if not answers:
+                raise ValueError
+            annotation = Annotation(majority, answers, entry.get("answer_type", "other"),
                                     entry.get("question_type", ""))
-            texts = (annotation.majority, *answers)
-            if not answers or not all(isinstance(text, str) for text in texts):
-                raise TypeError
             found.setdefault(whole(entry["question_id"]), annotation)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            fail(f'{path}: annotations[{i}] needs "question_id", "multiple_choice_answer" and '
-                 '"answers", each with "answer"')
-    if len(found) < len(entries):
-        print(f"{path}: {len(entries) - len(found):,} annotations left out, "
-              "their questions have an earlier one")
     return found
 
 
-def official_split(name: str, path: Path, annotations: Path | None, folder: Path) -> Split:
-    """The Split of a file of questions, their annotations, and the folder of the pictures."""
-    found = official_annotations(annotations) if annotations else {}
-
-    def questions():
-        for i, entry in enumerate(read_entries(path, "questions", "the official")):
-            try:
-                question_id = whole(entry["question_id"])
-                text = entry["question"].strip()
-                question = Question(question_id, text, found.get(question_id))
-                yield whole(entry["image_id"]), question
-            except (KeyError, TypeError, ValueError, AttributeError):
-                fail(f'{path}: questions[{i}] needs "question", '
-                     'and "image_id" and "question_id", whole numbers')
-
-    split = make_split(name, questions(), list(found.values()), numbered_pictures(folder))
-    asked = {question.question_id for image in split.images.values() for question in image}
-    unasked = len(found.keys() - asked)
-    if unasked:
-        print(f"{annotations}: {unasked:,} annotations have no question in {path}; "
-              "they count for the list only")
-    return split
+def official_split(path: Path, annotations: Path, folder: Path) -> Split:
+    """The Split of a file of questions, their annotations if any, and a folder of pictures."""
+    found = official_annotations(annotations) if annotations.exists() else {}
+    pictures = numbered_pictures(folder)
+    images = defaultdict(list)
+    for i, entry in enumerate(read_entries(path, "questions")):
+        with expecting(f"{path}: questions[{i}]",
+                       '"question", and "image_id" and "question_id", whole numbers'):
+            image_id, question_id = whole(entry["image_id"]), whole(entry["question_id"])
+            question = Question(question_id, entry["question"].strip(), found.get(question_id))
+        images[image_id].append(question)
+        pictures.setdefault(image_id, folder / f"{image_id:012}.jpg")       # which is missing
+    return Split(images, list(found.values()), pictures, folder.parent)
 
 
-def numbered_pictures(folder: Path) -> Callable[[int], tuple[str, Path]]:
-    """Split.picture for a folder of pictures, at any depth, with names that end in the image_id."""
-    paths = {}
-    for path in sorted(map(str, folder.rglob("*"))):
-        number = re.search(r"(\d+)\.(jpe?g|png|webp)$", path, re.IGNORECASE)
-        if not number:
-            continue
-        other = paths.setdefault(int(number[1]), path)
-        if other != path:
-            fail(f"{path} and {other} have the same number; expected one picture of each image_id")
-
-    def picture(image_id):
-        path = Path(paths.get(image_id, folder / f"{image_id:012}.jpg"))
-        return str(path.relative_to(folder.parent)), path
-    return picture
+def numbered_pictures(folder: Path) -> dict[int, Path]:
+    """The pictures in a folder, at any depth, by the number at the end of the name: image_id."""
+    found = {}
+    for path in folder.rglob("*"):
+        number = re.search(r"(\d+)\.(jpe?g|png|webp)$", path.name, re.IGNORECASE)
+        if number and found.setdefault(int(number[1]), path) != path:
+            fail(f"{path} and {found[int(number[1])]} have the same number; "
+                 "expected one picture of each image_id")
+    return found
 
 
-def official_files(root: Path, answers: Path | None) -> Iterator[tuple]:
-    """Yields (split, questions, annotations or None, pictures) of VQAv2 as ViLT lays it out."""
-    for name, year, pictures in (("train", "train2014", root / "train2014"),
-                                 ("val", "val2014", root / "val2014"),
-                                 ("test", "test2015", root / "test2015"),
-                                 ("test-dev", "test-dev2015", root / "test2015")):
-        questions = root / f"v2_OpenEnded_mscoco_{year}_questions.json"
-        annotations = root / f"v2_mscoco_{year}_annotations.json"
-        missing = [path for path in (questions, pictures) if not path.exists()]
-        if not missing:
-            is_test = name.startswith("test")
-            yield name, questions, None if is_test else first_existing(annotations), pictures
-        elif name.startswith("test") or answers:
-            print(f"{missing[0]} is missing: no file of {name} is written")
-        else:
-            fail(f"{missing[0]} is missing; the answer list is made of train and val "
-                 "(or --answers names a file)")
+def official_files(root: Path) -> Iterator[tuple[str, Path, Path, Path]]:
+    """Yields (split, questions, annotations, pictures) of VQAv2 as ViLT lays it out."""
+    for name, year, pictures in (("train", "train2014", "train2014"), ("val", "val2014", "val2014"),
+                                 ("test", "test2015", "test2015"),
+                                 ("test-dev", "test-dev2015", "test2015")):
+        yield (name, root / f"v2_OpenEnded_mscoco_{year}_questions.json",
+               root / f"v2_mscoco_{year}_annotations.json", root / pictures)
 
 
-def plain_files(root: Path) -> Iterator[tuple]:
+def plain_files(root: Path) -> Iterator[tuple[str, Path, Path, Path]]:
     """The same for questions_{split}.json and annotations_{split}.json, with images/ beside."""
-    found = {path.stem.removeprefix("questions_"): path for path in root.glob("questions_*.json")}
-    if not found:
-        fail(f"{root} holds no v2_OpenEnded_mscoco_*_questions.json and no questions_*.json; "
-             "`prepare.py vqav2 --help` shows the expected layout")
-    first = [name for name in ("train", "val") if name in found]
-    for name in first + sorted(found.keys() - set(first)):
-        annotations = root / f"annotations_{simple(name, root)}.json"
-        annotations = annotations if annotations.exists() else None
-        yield name, found[name], annotations, first_existing(root / "images")
+    names = [path.stem.removeprefix("questions_") for path in root.glob("questions_*.json")]
+    first = [name for name in ("train", "val") if name in names]
+    for name in first + sorted(set(names) - set(first)):
+        yield (simple(name, root), root / f"questions_{name}.json",
+               root / f"annotations_{name}.json", root / "images")
 
 
 def vqav2(args: Namespace) -> Iterator[Shard]:
     official = any(args.root.glob("v2_OpenEnded_mscoco_*_questions.json"))
-    files = official_files(args.root, args.answers) if official else plain_files(args.root)
-    splits = {name: official_split(name, *paths) for name, *paths in files}
-    prefix = f"{args.name}_vqa" if args.name else "vqav2"
-    return vqa_shards(prefix, splits, args, divide_val=True)
+    splits = {}
+    for name, *files in official_files(args.root) if official else plain_files(args.root):
+        needed = files if name in ("train", "val") else [files[0], files[2]]
+        missing = [path for path in needed if not path.exists()]
+        if not missing:
+            splits[name] = official_split(*files)
+        elif name in ("train", "val") and not args.answers:
+            fail(f"{missing[0]} is missing; the answer list is made of train and val "
+                 "(or --answers names a file)")
+        else:
+            print(f"{missing[0]} is missing: no file of {name} is written")
+    if not splits:
+        fail(f"{args.root} holds no v2_OpenEnded_mscoco_*_questions.json and no questions_*.json "
+             "with pictures; `prepare.py vqav2 --help` shows the expected layout")
+    return vqa_shards(f"{args.name}_vqa" if args.name else "vqav2", splits, args, divide_val=True)
 
 
 # --------------------------------------------------------------------------------------------------
 # Your own questions.
 
-def own_annotation(entry: dict, answers: list[str]) -> Annotation | None:
-    """The Annotation of a line; None if it has no answers."""
-    if not answers:
-        return None
-    kept = tuple(answer for answer in answers if answer.strip())
+def own_annotation(entry: dict, answers: list[str]) -> Annotation:
+    """What a line says of its question."""
+    kept = [answer for answer in answers if answer.strip()]
     # The majority is that of the normalised answers: "Red." and "red" are one.
     counts = Counter(map(normalized, kept)).most_common(1)
     majority = counts[0][0] if counts else ""
@@ -362,50 +321,32 @@ def own_annotation(entry: dict, answers: list[str]) -> Annotation | None:
 
 def vqa_jsonl(args: Namespace) -> Iterator[Shard]:
     """One row for each image, however its lines are spread over the file."""
-    questions = defaultdict(list)           # split: [(image_id, Question)]
-    paths = {}                              # image_id: path of the picture, beside the file
-    numbers = {}                            # path: image_id, if the lines do not give it
-    given = None                            # which ids the lines give
+    paths = {}                              # image_id: path of the picture
+    numbers = {}                            # path: image_id, for lines that do not give it
+    splits = defaultdict(lambda: Split(defaultdict(list), [], paths, args.root.parent))
     for line, (where, entry) in enumerate(json_lines(args.root), 1):
-        entry = entry if isinstance(entry, dict) else {}
-        answers = entry.get("answers") or []
-        answers = [answers] if isinstance(answers, str) else answers
-        texts = [entry.get("image"), entry.get("question")]
-        if not (isinstance(answers, list)
-                and all(isinstance(text, str) for text in texts + answers)):
-            fail(f'{where}: expected {{"image": path, "question": text, "answers": [text, …]}}')
-        present = [name for name in ("image_id", "question_id") if entry.get(name) is not None]
-        given = present if given is None else given
-        if given != present:
-            fail(f"{where}: has {' and '.join(present) or 'no ids'}, the first line "
-                 f"{' and '.join(given) or 'none'}; expected the same in every line")
-        image = inside(entry["image"], where)
-        image_id = entry.get("image_id")
-        if image_id is None:
-            image_id = numbers.setdefault(image, len(numbers))
-        question_id = entry.get("question_id")
-        try:
+        with expecting(where, '{"image": path, "question": text, "answers": [text, …]}; '
+                              '"image_id" and "question_id" are whole numbers'):
+            image = args.root.parent / inside(entry["image"], where)
+            text = entry["question"].strip()
+            answers = entry.get("answers") or []
+            answers = strings([answers] if isinstance(answers, str) else answers)
+            image_id = entry.get("image_id")
+            if image_id is None:
+                image_id = numbers.setdefault(image, len(numbers))
             image_id = whole(image_id)
+            question_id = entry.get("question_id")
             question_id = line if question_id is None else whole(question_id)
-        except (TypeError, ValueError):
-            fail(f'{where}: "image_id" and "question_id" have to be whole numbers')
         if paths.setdefault(image_id, image) != image:
             fail(f"{where}: image_id {image_id} is {image} here, "
                  f"and {paths[image_id]} in an earlier line")
+        annotation = own_annotation(entry, answers) if answers else None
         empty = any(not answer.strip() for answer in answers)
-        question = Question(question_id, entry["question"].strip(), own_annotation(entry, answers),
-                            note="empty answer (question kept)" if empty else "")
-        split = simple(entry.get("split") or "train", where)
-        questions[split].append((image_id, question))
-
-    def picture(image_id):
-        return paths[image_id], args.root.parent / paths[image_id]
-
-    splits = {}
-    for name, pairs in questions.items():
-        annotations = [question.annotation for _, question in pairs]
-        annotations = [one for one in annotations if one and one.answers]
-        splits[name] = make_split(name, pairs, annotations, picture)
+        note = "empty answer (question kept)" if empty else ""
+        split = splits[simple(entry.get("split") or "train", where)]
+        split.images[image_id].append(Question(question_id, text, annotation, note))
+        if annotation and annotation.answers:
+            split.annotations.append(annotation)
     return vqa_shards(f"{args.name or args.root.stem}_vqa", splits, args)
 
 
@@ -414,19 +355,17 @@ def vqa_jsonl(args: Namespace) -> Iterator[Shard]:
 # ViLT's rows are pairs with all their statements, and keep only the common part of the identifiers.
 # But a prediction file needs the last part too, and consistency is counted by it.
 
-def statement_record(where: str, entry: dict, split: str, identifier: object, names: list[str],
+def statement_record(where: str, entry: dict, split: str, identifier: str, names: list[str],
                      paths: list[Path], beside: Iterable[Path] = ()) -> Record:
     """The Record of a line. beside: the files of the subsets that the statement belongs to."""
-    label = str(entry.get("label")).capitalize()
-    text = entry.get("sentence")
-    if not isinstance(text, str) or label not in ("True", "False"):
-        fail(f'{where}: expected a "sentence", and as "label" true or false')
-    if not isinstance(identifier, str) or identifier.count("-") != 3:
+    with expecting(where, '"sentence", and as "label" true or false'):
+        text = entry["sentence"].strip()
+        answer = {"true": "True", "false": "False"}[str(entry["label"]).lower()]
+    if identifier.count("-") != 3:
         fail(f"{where}: the identifier {identifier!r} is not of the form "
              "split-set-pair-sentence, such as dev-850-0-1")
-    text = text.strip()
     reason = unusable(text, "statement")
-    row = {"questions": [] if reason else [text], "answers": [label], "identifier": identifier}
+    row = {"questions": [] if reason else [text], "answers": [answer], "identifier": identifier}
     return Record(f"{identifier}: {', '.join(names)}", {"image_0": paths[0], "image_1": paths[1]},
                   row, [reason] if reason else [], keep=not is_training(split),
                   beside={file: [identifier] for file in beside})
@@ -439,7 +378,6 @@ def nlvr2_records(path: Path, split: str, folder: Path, subsets: dict) -> Iterat
     subsets: {file to write: identifiers}.
     """
     for where, entry in json_lines(path):
-        entry = entry if isinstance(entry, dict) else {}
         identifier = str(entry.get("identifier"))
         pair = inside(identifier, where).rpartition("-")[0]
         names = [f"{pair}-img0.png", f"{pair}-img1.png"]
@@ -457,10 +395,8 @@ def read_subsets(data: Path, split: str, out: Path) -> dict[Path, set[str]]:
         if not path.exists():
             print(f"{path} is missing: this subset cannot be scored apart")
             continue
-        try:
+        with expecting(path, 'the official subset, each line with "identifier"'):
             identifiers = {entry["identifier"] for _, entry in json_lines(path)}
-        except (KeyError, TypeError):
-            fail(f'{path} has a line without "identifier"; expected the official subset')
         subsets[out / f"nlvr2_{subset}_{split}.json"] = identifiers
     return subsets
 
@@ -468,7 +404,6 @@ def read_subsets(data: Path, split: str, out: Path) -> dict[Path, set[str]]:
 def nlvr2(args: Namespace) -> Iterator[Shard]:
     root = args.root
     data = first_existing(root / "nlvr2/data", root / "nlvr/nlvr2/data")
-    first_existing(data / "train.json", data / "dev.json", data / "test1.json")
     for name in ("train", "dev", "test1"):
         path = data / f"{name}.json"
         folders = [root / "images" / name, root / f"images_{name}", root / name]
@@ -483,27 +418,17 @@ def nlvr2(args: Namespace) -> Iterator[Shard]:
 
 
 def nlvr2_jsonl(args: Namespace) -> Iterator[Shard]:
-    """One Shard for each split. The file is read once to count, and once for each split."""
-    def statements():
+    """One Shard for each split."""
+    def records():
         for number, (where, entry) in enumerate(json_lines(args.root), 1):
-            images = entry.get("images") if isinstance(entry, dict) else None
-            if not (isinstance(images, list) and len(images) == 2
-                    and all(isinstance(image, str) for image in images)):
-                fail(f'{where}: expected {{"images": [left, right], "sentence": text, '
-                     '"label": true or false}')
+            with expecting(where, '{"images": [left, right], "sentence": …, "label": …}'):
+                left, right = strings(entry["images"])
             split = simple(entry.get("split") or "train", where)
             # A line that does not say otherwise is a set of its own.
             own = f"{split.replace('-', '_')}-{number}-0-0"
-            images = [inside(image, where) for image in images]
+            images = [inside(left, where), inside(right, where)]
             paths = [args.root.parent / image for image in images]
-            identifier = entry.get("identifier", own)
+            identifier = str(entry.get("identifier", own))
             yield split, statement_record(where, entry, split, identifier, images, paths)
 
-    def records(wanted):
-        for split, record in statements():
-            if split == wanted:
-                yield record
-
-    for split, count in Counter(split for split, _ in statements()).items():
-        name = f"{args.name or args.root.stem}_nlvr2_{split}"
-        yield Shard(name, count, partial(records, split), "NLVR2")
+    return split_shards(f"{args.name or args.root.stem}_nlvr2", records, "NLVR2")

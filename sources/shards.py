@@ -2,11 +2,9 @@
 
 A source lists its Shards, one for each Arrow file, and `convert` writes those that are missing.
 Threads read and decode the pictures; the rows keep the order of the source. What is left out is
-counted, and named in NAME.skipped.jsonl. That log also names pictures that do not decode and are
-kept all the same (Record.keep).
+counted, and named in NAME.skipped.jsonl.
 """
 
-import glob
 import io
 import json
 import os
@@ -25,7 +23,7 @@ import pyarrow as pa
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from data import FORMATS, to_rgb
+from data import FORMATS, Captions, Questions, Statements, to_rgb
 from files import CAPTIONS, NLVR2, VQA
 
 # Half a character: JSON can hold it, the UTF-8 of Arrow cannot.
@@ -38,20 +36,18 @@ def fail(sentence: str) -> NoReturn:
 
 
 class Kind(NamedTuple):
-    """A schema, and what the messages and `prepare.py check` need to know about it."""
+    """A schema, how training reads it, and what messages call things."""
     schema: pa.Schema
-    images: tuple[str, ...]         # the columns of pictures
-    texts: str                      # the column of texts; each row has at least one
+    table: type[Captions]           # names the columns of pictures and of texts
     key: str                        # the column that names a row, unique in a file
     rows: str                       # what messages call the rows
     things: str                     # what messages call the texts
 
 
 KINDS = {
-    "captions": Kind(CAPTIONS, ("image",), "caption", "image_id", "images", "captions"),
-    "VQA": Kind(VQA, ("image",), "questions", "image_id", "images", "questions"),
-    "NLVR2": Kind(NLVR2, ("image_0", "image_1"), "questions", "identifier",
-                  "pairs of images", "statements"),
+    "captions": Kind(CAPTIONS, Captions, "image_id", "images", "captions"),
+    "VQA": Kind(VQA, Questions, "image_id", "images", "questions"),
+    "NLVR2": Kind(NLVR2, Statements, "identifier", "pairs of images", "statements"),
 }
 
 
@@ -102,21 +98,18 @@ class Writer:
 
     def __init__(self, path: Path | str, schema: pa.Schema, batch_rows: int = 1000,
                  batch_bytes: int = 32 << 20):
-        self.path = Path(path)
-        self.schema = schema
-        self.batch_rows = batch_rows
-        self.batch_bytes = batch_bytes
+        self.path, self.schema = Path(path), schema
+        self.batch_rows, self.batch_bytes = batch_rows, batch_bytes
         self.images = [field.name for field in schema if field.type == pa.binary()]
         self.rows = []                                      # not written yet
         self.bytes = 0                                      # of their pictures
         self.written = 0                                    # all rows so far
+        self.stack = ExitStack()
 
     def __enter__(self) -> "Writer":
-        with ExitStack() as stack:
-            partial_path = stack.enter_context(complete_file(self.path))
-            file = stack.enter_context(pa.OSFile(str(partial_path), "wb"))
-            self.stream = stack.enter_context(pa.ipc.new_file(file, self.schema))
-            self.stack = stack.pop_all()
+        partial_path = self.stack.enter_context(complete_file(self.path))
+        file = self.stack.enter_context(pa.OSFile(str(partial_path), "wb"))
+        self.stream = self.stack.enter_context(pa.ipc.new_file(file, self.schema))
         return self
 
     def write(self, row: dict) -> None:
@@ -164,11 +157,7 @@ def json_list(path: Path, name: str | None = None) -> Iterator[Callable]:
 # Reading what others wrote: a complaint is one sentence that names the file, and ends the run.
 
 def unusable(text: str, what: str) -> str:
-    """Why a text is left out; "" if it is fine.
-
-    >>> unusable("", "caption"), unusable("\\ud800", "caption")
-    ('empty caption', 'caption is not Unicode')
-    """
+    """Why a text is left out; "" if it is fine."""
     if not text:
         return f"empty {what}"
     return f"{what} is not Unicode" if SURROGATE.search(text) else ""
@@ -203,78 +192,76 @@ def first_existing(*paths: Path) -> Path:
          "`prepare.py COMMAND --help` shows the expected layout")
 
 
-def read_entries(path: Path, name: str, layout: str, hook: Callable | None = None) -> list:
-    """The list that a JSON file {name: [...]} holds.
+@contextmanager
+def expecting(where: str | Path, what: str) -> Iterator[None]:
+    """Ends the run with one sentence if the block does not find what it looks for."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        details = f" ({error})" if str(error) else ""
+        fail(f"{where}: expected {what}{details}")
+
+
+def strings(values: object) -> list[str]:
+    """A list of strings, with "" for null; TypeError for anything else."""
+    if not isinstance(values, list) or not all(isinstance(value, str | None) for value in values):
+        raise TypeError
+    return [value or "" for value in values]
+
+
+# Bytes that are not UTF-8 become surrogates, so that the log names the texts that hold them.
+open_text = partial(open, encoding="utf-8-sig", errors="surrogateescape")
+
+
+def read_entries(path: Path, name: str = "", hook: Callable | None = None) -> list:
+    """The list that a JSON file holds, or with a name that of {name: [...]}.
 
     hook: dict -> what stands in its place, applied to every object as soon as it is read.
     Files of millions of objects fit into memory only with it.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            content = json.load(file, object_hook=hook)
-    except (OSError, ValueError, RecursionError) as error:
-        fail(f"{path} cannot be read as JSON ({error})")
-    if not isinstance(content, dict) or not isinstance(content.get(name), list):
-        fail(f'{path} is not in {layout} layout; expected {{"{name}": [...]}}')
-    return content[name]
+    layout = f'{{"{name}": [...]}}' if name else "[...]"
+    with expecting(path, f"JSON in the official layout, {layout}"), open_text(path) as file:
+        content = json.load(file, object_hook=hook)
+        entries = content[name] if name else content
+        if not isinstance(entries, list):
+            raise TypeError
+    return entries
 
 
-def json_items(path: Path, hook: Callable | None = None, chunk: int = 1 << 20,
-               limit: int = 64 << 20) -> Iterator:
-    """Yields the elements of a JSON list one by one; the list is never in memory as a whole.
+def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields ("path, line n", object) for each line of a file of JSON lines that is not blank."""
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            with expecting(where, "a JSON object"):
+                entry = json.loads(line)
+                if not isinstance(entry, dict):
+                    raise TypeError
+            yield where, entry
 
-    hook: as for read_entries. chunk: how many characters are read at a time.
-    limit: how many characters one element may have.
+
+def split_shards(name: str, records: Callable[[], Iterator[tuple[str, Record]]],
+                 kind: str = "captions") -> Iterator[Shard]:
+    """One Shard for each split of the (split, Record) pairs that records() yields.
+
+    It is called once to count, and once for each split.
     """
-    decode_at = json.JSONDecoder(object_hook=hook).raw_decode
-    separator = re.compile(r"[\s,]*")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read(chunk).lstrip()
-            if not text.startswith("["):
-                fail(f"{path} does not hold a JSON list; expected it to start with '['")
-            at = 1
-            while True:
-                at = separator.match(text, at).end()
-                if text[at:at + 1] == "]":
-                    return
-                try:
-                    item, at = decode_at(text, at)
-                except json.JSONDecodeError as error:       # cut by the end of the chunk, or wrong
-                    more = file.read(chunk)
-                    if not more or len(text) - at > limit:
-                        fail(f"{path} is cut off or is not JSON "
-                             f"({error.msg} near {text[at:at + 40]!r})")
-                    text = text[at:] + more
-                    at = 0
-                else:
-                    yield item
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        fail(f"{path} cannot be read as JSON ({error})")
+    def of_split(wanted):
+        for split, record in records():
+            if split == wanted:
+                yield record
 
-
-def json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    """Yields ("path, line n", value) for each line of a file of JSON lines that is not blank."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    fail(f"{where} is not JSON ({error})")
-                yield where, value
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path} cannot be read as lines of UTF-8 ({error})")
+    for split, count in Counter(split for split, _ in records()).items():
+        yield Shard(f"{name}_{split}", count, partial(of_split, split), kind)
 
 
 # --------------------------------------------------------------------------------------------------
 # One picture, one row.
 
 class Skip(Exception):
-    """Why something is left out: "reason", or "reason: details"."""
+    """A picture cannot be used: "reason", or "reason: details"."""
 
 
 def decode(data: bytes | pa.Buffer, shorter: int | None = None, header_only: bool = False,
@@ -288,22 +275,18 @@ def decode(data: bytes | pa.Buffer, shorter: int | None = None, header_only: boo
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         size = image.size
         if size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
-            raise Skip(f"undecodable: {size[0]} x {size[1]} pixels, taken for a decompression bomb")
+            raise ValueError(f"{size[0]} x {size[1]} pixels, taken for a decompression bomb")
         if shorter:
             image.draft(None, (2 * shorter, 2 * shorter))
         if not header_only:
             image.load()
-    except Skip:
-        raise
     except Exception as error:  # Pillow's readers raise whatever broken bytes lead to
         message = str(error).replace("\n", " ")[:120] or type(error).__name__
         if "truncated" in message.lower():
-            message = "truncated"
-        elif "cannot identify" in message:
-            message = "undecodable: not a picture we can read"
-        else:
-            message = f"undecodable: {message}"
-        raise Skip(message) from None
+            raise Skip("truncated") from None
+        if "cannot identify" in message:
+            message = "not a picture we can read"
+        raise Skip(f"undecodable: {message}") from None
     return image, size
 
 
@@ -350,7 +333,7 @@ def read_picture(image: Path | bytes | None) -> bytes:
 
 def with_pictures(record: Record, kind: Kind, shorter: int | None, quality: int) -> Record:
     """The Record with a row that has its pictures, or with no row if it is left out."""
-    if not record.row[kind.texts]:
+    if not record.row[kind.table.TEXT]:
         return record._replace(row=None)
     if SURROGATE.search(str(record.row[kind.key])):
         return record._replace(row=None, left_out=[f"{kind.key} is not Unicode"])
@@ -381,8 +364,8 @@ def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
     At most 4 * workers items are in flight. Threads are enough: Pillow releases the interpreter
     lock while it decodes, resizes and encodes.
     """
-    pool = ThreadPoolExecutor(workers)
     window = deque()
+    pool = ThreadPoolExecutor(workers)
     try:
         for item in items:
             window.append(pool.submit(function, item))
@@ -401,7 +384,8 @@ def bar(**options) -> tqdm:
 
 
 def describe(reasons: Counter) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    counts = [f"{count:,} {reason}" for reason, count in reasons.most_common()]
+    return f"left out: {', '.join(counts) or 'nothing'}"
 
 
 def finished_records(shard: Shard, kind: Kind, args: Namespace) -> Iterator[Record]:
@@ -446,7 +430,7 @@ def write_shard(shard: Shard, args: Namespace) -> tuple[int, int, Counter]:
                     if record.row is None:
                         continue
                     out.write(record.row)
-                    texts += len(record.row[kind.texts])
+                    texts += len(record.row[kind.table.TEXT])
                     any_readable |= record.readable
                     for file, values in record.beside.items():
                         append[file](*values)
@@ -463,40 +447,25 @@ def write_shard(shard: Shard, args: Namespace) -> tuple[int, int, Counter]:
 
 def convert(args: Namespace) -> None:
     """Writes every Shard of the chosen source that is not finished."""
-    for root in args.root if isinstance(args.root, list) else [args.root]:
-        if not root.exists() and not glob.has_magic(str(root)):
-            fail(f"{root} does not exist; expected the {args.command} download there")
     if getattr(args, "name", None):
         simple(args.name, "--name")
-    shards = list(args.source(args))
-    pending = []
-    for shard in shards:
+    total = Counter()
+    left_out = Counter()
+    for shard in list(args.source(args)):       # all, so that a wrong layout ends the run at once
+        kind = KINDS[shard.kind]
         path = args.out / f"{shard.name}.arrow"
         if path.exists() and not args.force:
             print(f"{path}: already finished, left as it is (--force writes it again)")
-        else:
-            pending.append(shard)
-    written = Counter()
-    everything = Counter()
-    alone = len(pending) < 2
-    with bar(total=len(pending), desc="all files", disable=alone, unit=" files") as files:
-        for shard in pending:
-            path = args.out / f"{shard.name}.arrow"
-            kind = KINDS[shard.kind]
-            rows, texts, reasons = write_shard(shard, args)
-            files.update()
-            written.update(files=int(rows > 0), rows=rows, texts=texts)
-            everything.update(reasons)
-            size = f" ({path.stat().st_size / 1e6:,.1f} MB)" if rows else ": no file written"
-            tqdm.write(f"{path}: {rows:,} {kind.rows}, {texts:,} {kind.things}{size}")
-            if reasons:
-                tqdm.write(f"    left out: {describe(reasons)} "
-                           f"(each is named in {shard.name}.skipped.jsonl)")
-    finished = len(shards) - len(pending)
-    if not written["rows"] and not finished:
-        fail(f"{args.root}: no image could be used; "
-             f"left out: {describe(everything) or 'nothing was listed'}")
-    kind = KINDS[shards[0].kind]
-    print(f"{written['files']} files, {written['rows']:,} {kind.rows}, {written['texts']:,} "
-          f"{kind.things} written to {args.out}; {finished} files were there; "
-          f"left out: {describe(everything) or 'nothing'}")
+            total["finished"] += 1
+            continue
+        rows, texts, reasons = write_shard(shard, args)
+        total.update(files=int(rows > 0), rows=rows, texts=texts)
+        left_out.update(reasons)
+        print(f"{path}: {rows:,} {kind.rows}, {texts:,} {kind.things}{'' if rows else ', no file'}")
+        if reasons:
+            print(f"    {describe(reasons)} (each is named in {shard.name}.skipped.jsonl)")
+    if not total["rows"] and not total["finished"]:
+        fail(f"{args.root}: no image could be used; {describe(left_out)}")
+    print(f"{total['files']} files, {total['rows']:,} {kind.rows}, {total['texts']:,} "
+          f"{kind.things} written to {args.out}; {total['finished']} files were there; "
+          f"{describe(left_out)}")

