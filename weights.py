@@ -151,7 +151,11 @@ def unpack_tokenizer(files: dict | None) -> tokenizer.BPE | tokenizer.WordPiece 
     with tempfile.TemporaryDirectory() as directory:
         for name, text in files.items():
             (Path(directory) / Path(name).name).write_text(text, encoding="utf-8")
-        return tokenizer.load(directory)
+        try:
+            return tokenizer.load(directory)
+        except (OSError, ValueError) as error:
+            what = str(error).replace(directory, "").lstrip("/:, ")
+            raise ValueError(f"its tokenizer: {what}") from None
 
 
 # -- opening any file ------------------------------------------------------------------------------

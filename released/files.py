@@ -212,6 +212,8 @@ def open_file(path: str | Path, trust: bool = False) -> Any:
 
 # -- what comes out --------------------------------------------------------------------------------
 
+LARGEST_REPEATED = 2 ** 26      # numbers of a tensor that repeats its storage
+
 def tensors_in(contents: dict, path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a file, by name: under one of two keys, or at its top.
 
@@ -228,6 +230,10 @@ def tensors_in(contents: dict, path: str | Path) -> dict[str, torch.Tensor]:
         kind = (tensor.layout, tensor.device.type, tensor.is_quantized, tensor.is_nested)
         if kind != (torch.strided, "cpu", False, False):
             raise ValueError(f"{path}: {name} is no plain array of numbers")
+        # A file of a few bytes can describe terabytes: one number, repeated by a stride of 0.
+        repeated = tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+        if repeated and tensor.numel() > LARGEST_REPEATED:
+            raise ValueError(f"{path}: {name} repeats its numbers {tensor.numel():,} times")
         tensors[name] = tensor
     return tensors
 

@@ -385,3 +385,10 @@ def test_files_of_another_kind(tmp_path):
     assert "truncated or damaged" in refusal(path)
     write_zip(path, program(b"N"), compression=zipfile.ZIP_DEFLATED)
     assert "a compressed archive" in refusal(path)
+
+
+def test_a_tiny_file_cannot_describe_terabytes(tmp_path):
+    torch.save({"model": {"x": torch.ones(1).expand(2 ** 40)}}, tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").stat().st_size < 10_000
+    with pytest.raises(ValueError, match="x repeats its numbers"):
+        files.tensors_in(files.open_file(tmp_path / "x.pt"), tmp_path / "x.pt")
