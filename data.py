@@ -1,6 +1,6 @@
 """Arrow files -> samples -> batches: everything between the disk and the model.
 
-    table = Captions(find_files("data/toy", ["toy"], "train"))  # memory-mapped: opens at once
+    table = Captions(files.find_files("data/toy", ["toy"], "train"))    # memory-mapped
     dataset = CaptionDataset(table, tok, Square(64), max_tokens=50, train=True)
     sampler = GlobalBatches(token_lengths(table, tok), global_batch=64, seed=0)
     samples = [dataset[epoch, i] for epoch, i in next(sampler.micro_batches(0, 1, 64))]
@@ -11,6 +11,7 @@ Letters: B batch, L text length (tokens), H, W height and width of an image (pix
 """
 
 import io
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -31,8 +32,8 @@ from tqdm import tqdm
 class Table:
     """Rows of any number of Arrow files as one sequence, memory-mapped.
 
-    `columns` must exist in each file. Files are opened when they are needed, again in every
-    process. Only row counts are kept in memory; no image is touched before it is asked for.
+    `columns` must exist in each file. All files are mapped at once; a data worker maps them again
+    when it needs them. Only row numbers are kept in memory: no image is read before it is needed.
     """
 
     def __init__(self, paths, columns):
@@ -149,7 +150,7 @@ class Captions(Table):
         return int(np.searchsorted(self.row_of, row))
 
     def details(self, i: int) -> dict:
-        """What the file says of text i beside the text."""
+        """What the file says of text i besides the text."""
         return {}
 
 
@@ -259,7 +260,7 @@ def decode(encoded, shape, fast: bool = False, augment=None) -> Tensor:
 
     fast, for training: libjpeg decodes at 1/2, 1/4 or 1/8 where that still has the pixels, and
     torch resizes instead of Pillow: 2.3 times as fast, and equal to within 2 grey levels.
-    augment: a PIL -> PIL function, applied before the resize as in CLIP's fine-tuning.
+    augment: a PIL -> PIL function, applied before the resize, as the originals' fine-tuning does.
     Raises whatever Pillow's readers raise for what is no image.
     """
     with warnings.catch_warnings():
@@ -301,7 +302,7 @@ class CaptionDataset(torch.utils.data.Dataset):
     resuming, change nothing. An image that cannot be decoded is named in the sample's "unreadable".
     In training the first text of the next row with a readable image is used instead; the run stops
     (report.Log.micro_batch) where more than 10, and more than 1 % (--max-unreadable), cannot be.
-    In evaluation, where every question wants its answer, the image is black.
+    In evaluation, where every question needs an answer, the image is black.
 
     clean: str -> str, applied to every text. around: token ids put between `<s>` and the text, and
     between the text and `</s>`. augment: RandAugment(2, 9).
@@ -376,7 +377,7 @@ def pad_texts(texts: list[list[int]], pad_id: int, multiple: int = 1, limit=None
     L is the longest, rounded up to a multiple, but not beyond `limit`, the longest the model takes.
     """
     longest = max(map(len, texts))
-    length = -(-longest // multiple) * multiple
+    length = math.ceil(longest / multiple) * multiple
     if limit is not None and length > limit:
         length = max(longest, limit)
     out = torch.full((len(texts), length), pad_id)
@@ -471,10 +472,10 @@ class GlobalBatches:
         """This process's micro-batches of the steps start..stop-1: lists of (epoch, caption)."""
         for step in range(start, stop):
             numbers, epoch = self.batch(step), step // self.steps_per_epoch
-            hands = numbers.reshape(-1, world, micro_batch)     # (accumulation, world, micro_batch)
-            for turn, hand in enumerate(hands):
-                dealt = rank if turn % 2 == 0 else world - 1 - rank
-                yield [(epoch, int(i)) for i in hand[dealt]]
+            rounds = numbers.reshape(-1, world, micro_batch)    # (accumulation, world, micro_batch)
+            for i, of_ranks in enumerate(rounds):
+                column = rank if i % 2 == 0 else world - 1 - rank
+                yield [(epoch, int(number)) for number in of_ranks[column]]
 
 
 def evaluation_batches(lengths, numbers, size: int) -> list[list[tuple[int, int]]]:

@@ -1,4 +1,4 @@
-"""Predictions of a data set, their scores and submission files; and answers about single pictures.
+"""Predictions of a dataset, their scores and submission files; and answers about single images.
 
     python eval.py vqa runs/toy-vqa/last.pt --data data/toy            # the official accuracy
     python eval.py nlvr2 runs/toy-nlvr2/last.pt --data data/toy        # accuracy, consistency

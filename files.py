@@ -1,6 +1,6 @@
-"""The Arrow files: what is in them, what they are called, and which a data set consists of.
+"""The Arrow files: what is in them, what they are called, and which files make a dataset.
 
-    find_files("data/4m", ["coco", "vg"], "train")      # the files of two data sets' training split
+    find_files("data/4m", ["coco", "vg"], "train")      # the files of two datasets' training split
     known_datasets("data/4m")                           # what there is in a directory
 
 Schemas and names are ViLT's, so that files made for ViLT, METER or FLM open as they are. One row
@@ -24,8 +24,8 @@ NLVR2 = pa.schema([("image_0", pa.binary()), ("image_1", pa.binary()),
                    ("questions", pa.list_(pa.string())), ("answers", pa.list_(pa.string())),
                    ("identifier", pa.string())])
 
-# Kind of data -> dataset -> split -> file names, all ViLT's. Any other dataset NAME reads what
-# `prepare.py --name NAME` writes: NAME_KIND_SPLIT.arrow.
+# Kind of data -> dataset -> split -> file names, all ViLT's. Any other dataset NAME is what
+# prepare.py writes: NAME_KIND_SPLIT.arrow, or NAME_00000.arrow, … of img2dataset (train).
 FILES = {
     "caption": {
         "coco": {"train": ["coco_caption_karpathy_train.arrow",
@@ -42,7 +42,7 @@ FILES = {
         "cc12m": {"train": ["conceptual_caption12M_train_*.arrow"],
                   "val": ["conceptual_caption12M_val_*.arrow"]},
     },
-    # trained on all but the last images of val, which choose the checkpoint
+    # Training takes train and most of val; the last images of val ("val") choose the checkpoint.
     "vqa": {
         "vqav2": {"train": ["vqav2_train.arrow", "vqav2_trainable_val.arrow"],
                   "val": ["vqav2_rest_val.arrow"], "all-val": ["vqav2_val.arrow"],
@@ -58,8 +58,8 @@ FILES = {
 def find_files(directory, datasets, split: str, kind: str = "caption") -> list[Path]:
     """The Arrow files of some datasets' split, in a fixed order.
 
-    kind: caption, vqa or nlvr2. Without `datasets`: known_datasets. A dataset may lack any split
-    but train: FileNotFoundError names directory and dataset.
+    kind: caption, vqa or nlvr2. No `datasets` means known_datasets. FileNotFoundError if a dataset
+    has no training files; any other split may be missing.
     """
     directory, found = Path(directory), []
     names = arrow_files(directory)
@@ -101,22 +101,25 @@ def files_of(names: list[str], dataset: str, split: str, kind: str) -> list[str]
 
 def splits_of(directory, kind: str = "caption") -> dict[str, list[str]]:
     """Dataset -> its splits, of all datasets of a kind that have a file in a directory."""
-    names, found = arrow_files(directory), {}
+    names, found, published = arrow_files(directory), {}, set()
     for dataset, splits in FILES[kind].items():
-        there = [split for split in splits if files_of(names, dataset, split, kind)]
-        if there:
-            found[dataset] = there
-    published = [pattern for splits in FILES[kind].values() for some in splits.values()
-                 for pattern in some]
+        for split in splits:
+            files = files_of(names, dataset, split, kind)
+            if files:
+                found.setdefault(dataset, []).append(split)
+                published.update(files)
     for name in names:
-        dataset, kind_found, split = name.removesuffix(".arrow").rpartition(f"_{kind}_")
-        if not kind_found or not dataset:
-            continue
-        if any(fnmatch.fnmatch(name, pattern) for pattern in published):
+        stem = name.removesuffix(".arrow")
+        dataset, marker, split = stem.rpartition(f"_{kind}_")
+        if kind == "caption" and not marker:        # perhaps a shard of img2dataset: NAME_00000
+            dataset, _, number = stem.rpartition("_")
+            split = "train" if number.isdecimal() else ""
+        if name in published or not dataset or not split:
             continue
         if (kind, split) == ("nlvr2", "dev"):
             split = "val"
-        found.setdefault(dataset, []).append(split)
+        if split not in found.setdefault(dataset, []):
+            found[dataset].append(split)
     return found
 
 

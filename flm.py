@@ -17,7 +17,7 @@ for the tokens i = 1 .. n-1:
 
 where first_i .. last_i is the span hidden from query i: the word itself, or more (`draw_spans`).
 
-Where is what
+Where to find what
     which rows may look at which columns    flm.left_to_right_mask … flm.reconstructor_mask
     which output predicts which token       flm.SHIFT, flm.predicting_rows
     what is hidden and asked in training    tasks.PretrainFLM.draw, flm.draw_spans
@@ -64,7 +64,7 @@ class Config:
     text_width: int = 768               # width of the text layers
     text_layers: int = 6                # text layers, which do not see the image
     text_heads: int = 12                # attention heads of the text layers
-    max_positions: int = 514            # rows of the position table: captions have 2 tokens fewer
+    max_positions: int = 514            # rows of the position table: the longest caption + 2
     cls_id: int = 0                     # id of <s>
     pad_id: int = 1                     # id of <pad>
     sep_id: int = 2                     # id of </s>
@@ -73,24 +73,24 @@ class Config:
     width: int = 768                    # width of the fusion layers
     heads: int = 12                     # attention heads of the fusion layers
     fusion_layers: int = 6              # fusion layers, which see the image
-    reconstructor_text_layers: int = 6      # beside the last text layers
-    reconstructor_fusion_layers: int = 6    # beside the last fusion layers
-    image_positions: float = 0.0        # height of a second position embedding, which starts as
-                                        # sine waves, added to the image tokens; 0: none
-    dropout: float = 0.1                # of all layers but the ViT's
-    init_std: float = 0.02              # of new text and fusion weights; the ViT has CLIP's rule
+    reconstructor_text_layers: int = 6      # reconstructor layers, one per last text layer
+    reconstructor_fusion_layers: int = 6    # reconstructor layers, one per last fusion layer
+    image_positions: float = 0.0        # amplitude of the sine waves that a second position
+                                        # embedding of the image tokens starts as; 0: no such one
+    dropout: float = 0.1                # probability, in all layers but the ViT's
+    init_std: float = 0.02              # standard deviation of new weights outside the ViT
     # the losses
-    left_to_right_weight: float = 1.0   # w_f, of the left-to-right stream's loss: the next word
-    right_to_left_weight: float = 1.0   # w_r, of the right-to-left stream's: the previous word
+    left_to_right_weight: float = 1.0   # w_f, weight of the left-to-right loss: the next word
+    right_to_left_weight: float = 1.0   # w_r, weight of the right-to-left loss: the previous word
     corruption_rate: float = 0.0        # share of a caption hidden from each query; 0: one word
     prediction_rate: float = 1.0        # share of the words that are predicted in training
     mask_rate: float = 0.15             # objective mlm: share of masked words
-    label_smoothing: float = 0.0        # of the words' targets, in training
+    label_smoothing: float = 0.0        # share of the target spread over all words, in training
     # what reads the outputs; only parameters that are trained exist
     head: str = "vocab"                 # vocab: words; vqa, nlvr2, retrieval: a task's head; none
     answers: int = 0                    # vqa: number of answers to choose from
     pooler: bool = True                 # the class vector
-    itm: bool = False                   # image-text matching beside the objective
+    itm: bool = False                   # pretraining: image-text matching too
 
     def __post_init__(self):
         check_config(self)
@@ -138,13 +138,13 @@ class Config:
         return weights
 
 
-# The ViTs are OpenAI's CLIP models without their last block; the text transformers are RoBERTa's
-# first six layers.
+# The ViTs of base-* and large-* are OpenAI's CLIP models without their last block. Their text
+# transformers are RoBERTa's first six layers.
 L14 = dict(patch_size=14, vit_width=1024, vit_layers=23, vit_heads=16)
 ROBERTA_LARGE = dict(text_width=1024, text_heads=16)
 PRESETS = {
     # For minutes on a laptop's CPU; the vocabulary is trained on the captions. So narrow a model
-    # learns faster from weights of std 128^-1/2, about 0.08, than from BERT's 0.02 (docs/LOG.md).
+    # learns faster from weights of std 0.08, near 128^-1/2, than from BERT's 0.02 (docs/LOG.md).
     "toy": Config(image_size=64, patch_size=16, vit_width=128, vit_layers=2, vit_heads=4,
                   vocab_size=400, text_width=128, text_layers=1, text_heads=4, max_positions=66,
                   mask_id=4, width=128, heads=4, fusion_layers=3, reconstructor_text_layers=1,
@@ -333,8 +333,9 @@ class Text:
         """The same captions with the class query alone. Exact: queries never see each other."""
         if self.queries is None:
             return self
-        first = (slice(None), slice(0, 1))
-        return replace(self, queries=self.queries[first], query_mask=self.query_mask.pick(first))
+        class_row = (slice(None), slice(0, 1))
+        return replace(self, queries=self.queries[class_row],
+                       query_mask=self.query_mask.pick(class_row))
 
 
 @dataclass
@@ -343,7 +344,8 @@ class Fused:
     pooled: Tensor | None = None            # (B, D) the class vector; None without a pooler
     left_to_right: Tensor | None = None     # (B, L, D) flm, ar, prefix: row i has read words 1..i
     right_to_left: Tensor | None = None     # (B, L, D) flm: row i has read words i..n-1
-    reconstructed: Tensor | None = None     # (B, Q, D) flm: row i has read all but word i; mlm: all
+    reconstructed: Tensor | None = None     # (B, Q, D) flm: row i has read all but its hidden span;
+                                            # (B, L, D) mlm: row i has read the masked caption
 
 
 class FLM(nn.Module):
@@ -360,7 +362,8 @@ class FLM(nn.Module):
         self.image_to_fusion = nn.Linear(c.vit_width, c.width)
         if c.image_positions:
             self.image_position = nn.Parameter(torch.zeros(1 + self.vit.grid ** 2, c.width))
-        # [0] text (left-to-right stream), [1] image, [2] nlvr2's second image, first a copy of [1]
+        # [0] text (left-to-right stream), [1] image, [2] nlvr2's second image (when a pretrained
+        # model is loaded, released/begin.py starts it as a copy of [1])
         self.token_type = nn.Parameter(torch.zeros(3 if c.head == "nlvr2" else 2, c.width))
         self.fusion_layers = nn.ModuleList(
             StreamLayer(*fusion, eps=1e-12, cross_attention=True) for _ in range(c.fusion_layers))
@@ -501,10 +504,11 @@ class FLM(nn.Module):
         """The losses of a batch: output -> (sum of its targets' losses, number predicted right).
 
         `batch` holds `image` (B, 3, H, W) normalised, `ids` (B, L), and what `tasks.PretrainFLM`
-        drew: for every output `<output>_rows`, its predicting rows as indices in B L; `masked_ids`
-        (mlm); `prefix` (prefix); `first` and `last` (flm with spans); for itm `other_image` and
-        `same_image`. The losses are sums: the mean is over the targets of the *global* batch, which
-        only the training loop knows (train.backward). Of a fine-tuned head: `layers.task_loss`.
+        drew: for every output `<output>_rows`, the rows that predict, as indices into B L;
+        `masked_ids` (mlm); `prefix` (prefix); `first` and `last` (flm with spans); for itm
+        `other_image` and `same_image`. The losses are sums: the mean is over the targets of the
+        *global* batch, which only the training loop knows (train.backward). A task's head: see
+        `layers.task_loss`.
         """
         c, ids = self.config, batch["ids"]
         if c.head in TASK_HEADS:

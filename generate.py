@@ -8,8 +8,8 @@ What predicts   The model is an FLM of objective ar; `train.py --task caption` m
                 vocabulary head reads row i and scores token i + 1. So the row of <bos> predicts
                 w1, and that of wk predicts <eos>.
 
-How it is       Decoding starts with the prompt <bos>. At each step the row of the last token
-decoded         scores all tokens, one is chosen and appended, until a stop token (<eos> or
+Decoding        Decoding starts with the prompt <bos>. At each step the row of the last token
+                scores all tokens, one is chosen and appended, until a stop token (<eos> or
                 </s>) or `max_tokens`.
 
     visual = model.encode_image(images)                                 # (M, P, D), once

@@ -22,11 +22,11 @@ HEADS = ("vocab", *TASK_HEADS, "none")
 class Mask(NamedTuple):
     """Where the rows of an attention may look, prepared once for all layers that share it.
 
-    A softmax over no column at all is NaN in some kernels and uniform in others. So a row that may
-    look nowhere is let look everywhere, and its output is set to zero afterwards.
+    A softmax over no column at all is NaN in some kernels and uniform in others. So a fully masked
+    row is allowed every column, and its output is set to zero afterwards.
     """
-    allowed: Tensor     # (…, Q, K) bool: the row may look at the column, or the row is blind
-    sighted: Tensor     # (…, Q, 1) bool: False = a blind row, zeroed before the output projection
+    allowed: Tensor     # (…, Q, K) bool: the row may look at the column, or is fully masked
+    sighted: Tensor     # (…, Q, 1) bool: False = fully masked, zeroed before the output projection
 
     @classmethod
     def of(cls, may_look: Tensor) -> "Mask":
@@ -113,8 +113,8 @@ def feed_forward(width: int, activation: nn.Module, hidden: int = 0) -> nn.Seque
 class ViTBlock(nn.Module):
     """Pre-norm: x + attention(norm x), then x + feed-forward(norm x).   (B, P, D) -> (B, P, D)
 
-    The defaults are CLIP's. ViLT's has GELU, eps 1e-6, and dropout after every linear layer, but
-    none inside the attention.
+    The defaults are CLIP's. ViLT's has GELU, eps 1e-6, and dropout after the attention, after the
+    activation and after the feed-forward, but none on the attention weights.
     """
 
     def __init__(self, width: int, heads: int, activation=QuickGELU, eps: float = 1e-5,
@@ -128,7 +128,7 @@ class ViTBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Mask | None = None, queries: int | None = None) -> Tensor:
-        """queries: number of rows to compute, the first ones, where nobody reads the others."""
+        """The block's output (B, P, D). queries: compute only so many rows, the first ones."""
         y = self.norm1(x)
         x = x[:, :queries] + self.dropout(self.attention(y[:, :queries], y, mask))
         return x + self.dropout(self.mlp(self.norm2(x)))
@@ -259,7 +259,7 @@ class StreamLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Mask | None, image=None, cache=None) -> Tensor:
-        """cache: a generate.KVCache of the words before these."""
+        """The layer's output (B, S, L, D). cache: a generate.KVCache of the words before these."""
         B, S, L, D = x.shape
         y = x.reshape(B * S, L, D)                          # each stream looks at itself
         words = y
@@ -299,7 +299,7 @@ class ReconstructorLayer(nn.Module):
 # Heads: what reads a model's outputs.
 
 class VocabHead(nn.Module):
-    """decoder(LayerNorm(gelu(dense x))) + bias, not tied to the embeddings.   (…, D) -> (…, V)"""
+    """decoder(LayerNorm(gelu(dense(x)))), not tied to the embeddings.   (…, D) -> (…, V)"""
 
     def __init__(self, width: int, vocab_size: int, eps: float = 1e-12):
         super().__init__()
@@ -385,7 +385,7 @@ def task_loss(model, batch: dict) -> dict:
 # Checks that both models share.
 
 def check_config(config):
-    """ValueError where a Config asks for a size or a head that cannot be."""
+    """ValueError for sizes or a head that a Config cannot have."""
     for name in ("image_size", "patch_size", "vocab_size", "max_positions", "width", "heads",
                  "vit_heads", "text_heads", "layers"):
         value = getattr(config, name, 1)

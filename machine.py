@@ -30,7 +30,7 @@ LAUNCHERS = {
 
 # How long processes wait for each other. One of them may count the tokens of 60 million captions
 # before training starts, which takes longer than the ten minutes that NCCL would wait.
-PATIENCE = timedelta(hours=2)
+TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def set_up(device: str = "", precision: str = "") -> Machine:
     """Joins the process group, if there are several processes -> Machine.
 
     device: cpu, cuda, cuda:1, …; "" is a GPU where there is one. precision: see `choose_precision`.
-    ValueError in a sentence for what cannot be.
+    ValueError, with a message for users, for settings that do not work here.
     """
     rank, world, local_rank = find_ranks(os.environ)
     device = find_device(device, world, local_rank)
@@ -124,7 +124,7 @@ def set_up(device: str = "", precision: str = "") -> Machine:
         os.environ.setdefault("MASTER_PORT", "29500")
         on_gpu = device.type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world,
-                                timeout=PATIENCE, device_id=device if on_gpu else None)
+                                timeout=TIMEOUT, device_id=device if on_gpu else None)
     return Machine(rank, world, device, precision)
 
 
@@ -192,4 +192,5 @@ def memory_gb(device: torch.device) -> float:
         return pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
     except OSError:
         import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # bytes on macOS, else KiB
+        return peak / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)

@@ -3,7 +3,7 @@
     python prepare.py coco downloads/coco --out data/4m --shorter 384
     python prepare.py img2dataset downloads/cc3m --out data/4m
     python prepare.py vqav2 downloads/vqa --out data/vqa
-    python prepare.py jsonl captions.jsonl --out data/mine
+    python prepare.py jsonl captions.jsonl --name mine --out data/mine
     python prepare.py check data/mine/mine_caption_train.arrow
 
 `prepare.py COMMAND --help` shows the layout that COMMAND expects, and its flags.

@@ -57,11 +57,12 @@ class Sums:
 
 
 class Log:
-    """Counts what happens between two reports, prints, and writes OUT/metrics.jsonl.
+    """Prints reports, writes OUT/metrics.jsonl, and counts samples, tokens and unreadable images.
 
-    Only the first process writes metrics.jsonl. Every process names the images that it could not
-    decode in unreadable_RANK.txt. A resumed run first drops the lines that the interrupted one
-    wrote after its last checkpoint, a torn one included.
+    Losses and accuracies are those of all processes. The other counts are those of this process:
+    metrics.jsonl has the first one's. Every process names the images that it could not decode in
+    unreadable_RANK.txt. A resumed run first drops the lines that the interrupted one wrote after
+    its last checkpoint, an incomplete one included.
     """
 
     def __init__(self, run, state):
@@ -159,7 +160,7 @@ class Log:
 
 
 def step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for one that was torn as the process died."""
+    """The step of a line of metrics.jsonl; infinite for one that was cut off by a crash."""
     try:
         return json.loads(line)["step"]
     except ValueError:

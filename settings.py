@@ -22,23 +22,23 @@ from weights import backbone_of
 
 @dataclass(frozen=True)
 class Settings:
-    """What train.py is told, beside the model's Config."""
+    """What train.py is told besides the model's Config."""
     # the run
     task: str = "pretrain"          # pretrain, vqa, nlvr2, caption or retrieval
-    recipe: str = ""                # a row of tasks.RECIPES: settings for where no flag is given
+    recipe: str = ""                # name of a recipe in tasks.RECIPES; flags beat its settings
     data: str = ""                  # directory of Arrow files
     datasets: tuple = ()          # names of datasets in it (coco vg sbu gcc …); none: all there are
     out: str = ""                   # directory of the run: config.json, metrics.jsonl, last.pt
     resume: bool = False            # go on from OUT/last.pt, if it is there
-    seed: int = 0                   # of everything that is random
+    seed: int = 0                   # seed of all random numbers
     # what it starts from
-    model: str = "base-b32"         # a row of tasks.MODELS; every field of its Config is a flag too
+    model: str = "base-b32"         # name of a model in tasks.MODELS; --load beats it
     load: str = ""                 # a checkpoint, ours or a released one: sizes, weights, tokenizer
     vit: str = ""                 # a file to start the image side from: CLIP's, or for ViLT a ViT's
     text: str = ""                  # a file to start the text side from: RoBERTa's or BERT's
     trust: bool = False             # run the code of TorchScript files that OpenAI did not publish
-    tokenizer: str = ""             # directory of vocab.json and merges.txt, or of vocab.txt; none:
-                                    # train one on the captions
+    tokenizer: str = ""             # directory of vocab.json and merges.txt, or of vocab.txt, if
+                                    # no checkpoint has one; default: train one on the captions
     # optimization
     steps: int = 10_000             # optimizer steps
     epochs: float = 0.0             # number of epochs; overrides --steps
@@ -48,18 +48,19 @@ class Settings:
     head_lr_scale: float = 5.0      # multiple of lr: vocabulary and task heads
     fusion_lr_scale: float = 5.0  # multiple of lr: fusion layers, reconstructor, what leads to them
     warmup: float = 0.05            # share of the steps in which the rate rises; then it falls to 0
-    weight_decay: float = 0.01      # of matrices
+    weight_decay: float = 0.01      # of matrices and embeddings; vectors and image positions: none
     beta1: float = 0.9              # AdamW's decay of the mean gradient
     beta2: float = 0.98             # AdamW's decay of the mean squared gradient
     clip: float = 0.0               # largest norm of the gradient; 0: not clipped
-    max_skipped: int = 10           # non-finite gradients in a row before the run stops
+    max_skipped: int = 10           # non-finite gradients in a row that stop the run at a report
     # data
-    max_tokens: int = 50            # longer captions are cut, and counted
+    max_tokens: int = 50            # tokens of a caption with <s> and </s>; longer ones are cut
     false_captions: int = 15        # retrieval: false captions beside each image's own
-    bucket: int = 1                 # global batches cut from captions sorted together: less padding
-    pad_to: int = 0                 # captions are padded to a multiple; 0: 8 on a GPU, 1 on a CPU
-    augment: bool = False           # RandAugment(2, 9) of the training images
-    max_unreadable: float = 0.01    # share of undecodable images at which the run stops
+    bucket: int = 1                 # global batches sorted by length together; more: less padding
+    pad_to: int = 0                 # pad captions to a multiple of N tokens; 0: 8 on GPU, 1 on CPU
+    augment: bool = False           # RandAugment(2, 9) of the training images before the resize
+    max_unreadable: float = 0.01    # share of undecodable images above which the run stops, if they
+                                    # are more than 10; each process looks at its own share
     workers: int = -1               # data-loading processes; -1: up to 8 on a GPU, none on a CPU
     # the machine
     device: str = ""                # cpu, cuda or cuda:N; default: a GPU where there is one
@@ -73,13 +74,19 @@ class Settings:
     eval_samples: int = 5000        # captions of the validation split, evenly spread; 0: all
     save_every: int = 1000          # steps between two checkpoints, OUT/last.pt
     keep: int = 0                   # steps between two checkpoints kept as OUT/step_N.pt; 0: none
-    dry_run: bool = False           # print what would run, with its memory, and stop
+    dry_run: bool = False           # print what would run, with its memory, and stop; OUT gets the
+                                    # token counts and a newly trained tokenizer
 
 
-# What may differ between a run and its resumption without changing what is learned.
+# What may differ between a run and its resumption. The order of the data and the mean gradient
+# stay the same. (A new micro_batch changes what dropout draws, and the wrong images of matching.)
 FREE_TO_CHANGE = {"resume", "out", "data", "micro_batch", "workers", "device", "compile", "shard",
                   "log_every", "eval_every", "eval_samples", "pad_to", "save_every", "keep",
                   "max_unreadable", "max_skipped", "tokenizer", "trust", "dry_run"}
+
+
+# Fields of the models' Configs that the task and the tokenizer decide: they are no flags.
+SET_BY_TASK = {"head", "answers", "pooler", "cls_id", "pad_id", "sep_id", "mask_id"}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -122,19 +129,22 @@ def add_flags(parser):
     help_of = documented_fields(Settings)
     for field in fields(Settings):
         title, text = help_of[field.name]
-        told = type(field.default) in (int, float) or field.default not in ("", (), False)
-        if told and "default:" not in text:
+        has_value = type(field.default) in (str, int, float) and field.default != ""
+        if has_value and "default:" not in text:
             text += f" (default: {field.default})"
         add(title, field.name, type(field.default), text)
 
     vilt_fields = {field.name: field for field in fields(vilt.Config)}
     flm_help, vilt_help = documented_fields(flm.Config), documented_fields(vilt.Config)
     for field in fields(flm.Config):
+        twin = vilt_fields.pop(field.name, None)
+        if field.name in SET_BY_TASK:
+            continue
         title, text = flm_help[field.name]
-        text += f" (default: {field.default}"
-        if field.name in vilt_fields:
-            text += f", ViLT {vilt_fields.pop(field.name).default}"
-        add(f"model: {title}" if title else "model", field.name, type(field.default), text + ")")
+        text += f" (default: {field.default})"
+        if twin:
+            text += f"; ViLT: {vilt_help[field.name][1]} (default: {twin.default})"
+        add(f"model: {title}" if title else "model", field.name, type(field.default), text)
     for field in vilt_fields.values():
         text = f"{vilt_help[field.name][1]} (default: {field.default})"
         add("model: ViLT alone", field.name, type(field.default), text)
@@ -231,16 +241,16 @@ def check_config_flags(config_flags: dict, config, what: str):
             raise ValueError(f"--{name.replace('_', '-')}: {what} has no such setting")
 
 
-def check_model(settings: Settings, config_flags: dict, config, loaded: bool):
-    """ValueError for settings that do not go with the model. loaded: it comes from --load."""
+def check_model(settings: Settings, config_flags: dict, config):
+    """ValueError for settings that do not go with the model that --load opened."""
     s = settings
-    if loaded:
-        check_config_flags(config_flags, config, f"the model of {s.load}")
-        meant = MODELS[RECIPES[s.task].get(s.recipe, {}).get("model", s.model)]
-        published = s.recipe and not s.recipe.startswith("toy")     # toy's serve either backbone
-        if published and type(meant) is not type(config):
-            raise ValueError(f"--recipe {s.recipe} starts from a model of {backbone_of(meant)}; "
-                             f"{s.load} is one of {backbone_of(config)}")
+    check_config_flags(config_flags, config, f"the model of {s.load}")
+    if not s.recipe or s.recipe.startswith("toy"):      # toy's serve either backbone
+        return
+    meant = MODELS[RECIPES[s.task][s.recipe]["model"]]
+    if type(meant) is not type(config):
+        raise ValueError(f"--recipe {s.recipe} starts from a model of {backbone_of(meant)}; "
+                         f"{s.load} is one of {backbone_of(config)}")
 
 
 def check_task(settings: Settings, config_flags: dict, config, micro_batch: int):

@@ -1,11 +1,12 @@
-"""One table of tasks: what each reads, hides, asks and adds to the model; and one of recipes.
+"""The tasks, one class each, and the recipes.
 
-`task_of(name, config)(settings, config, tok)` gives the training loop all that is particular to a
-task. `RECIPES[task][name]` are the settings of a published command, as `train.py --task task
---recipe name` uses and prints them. `MODELS[name]` is a model's Config.
+A task's class says what it reads, what it hides, what it asks, and which head the model needs:
+`task_of(name, config)(settings, config, tok)`. `RECIPES[task][name]` are settings, published ones
+and our own, as `train.py --task TASK --recipe NAME` uses them. `MODELS[name]` is a model's Config.
 
-What is random in a batch is drawn here, by each sample's own generator, so it does not depend on
-the number of processes: masked words, prefixes, hidden spans, patches, and which rows predict.
+What is hidden and predicted is drawn here: masked words, prefixes, hidden spans, patches, and which
+rows predict. Each sample's own generator draws it, so it does not depend on the number of
+processes. Only the wrong images of image-text matching depend on the micro-batch.
 
 Letters: B batch, L text length, D width.
 """
@@ -35,7 +36,7 @@ FOUR = ("coco", "vg", "sbu", "gcc")     # the four million images of the papers
 RECIPES = {
     "pretrain": {
         # The drawn world of tools/toy.py. The ViT and the text layers learn at a third of the
-        # others' rate: at the full one, what patches show drowns where they are (docs/LOG.md).
+        # others' rate: at the full one, content drowns out position in the image tokens.
         "toy": dict(
             model="toy", steps=4000, global_batch=32, micro_batch=32, bucket=16, clip=1.0,
             lr=3e-4, warmup=0.05, head_lr_scale=3.3, fusion_lr_scale=3.3,
@@ -132,7 +133,7 @@ RECIPES = {
             lr=2e-4, warmup=0.05, head_lr_scale=5.0, fusion_lr_scale=5.0,
             eval_every=400, eval_samples=500, log_every=100, save_every=400),
     },
-    # The head that ranks learns at the base rate, as in the original.
+    # The head that ranks learns at the base rate, as in the original (but not in the toy world).
     "retrieval": {
         "flm-b32": dict(
             model="base-b32", image_size=384, max_tokens=50, datasets=("f30k",), augment=True,
@@ -183,7 +184,7 @@ def to_device(batch: dict, device: torch.device, config) -> dict:
 
 
 def patch_layout(config, pictures: list[Tensor], rngs=None) -> dict[str, Tensor]:
-    """What ViLT must know of a batch's images (3, h, w) beside their pixels: `sizes`, `patches`.
+    """What ViLT must know of a batch's images (3, h, w) besides their pixels: `sizes`, `patches`.
 
     FLM needs nothing. In training, ViLT shows at most max_patches patches of each image, drawn by
     `rngs`; without rngs it shows all.
@@ -207,11 +208,11 @@ def patch_layout(config, pictures: list[Tensor], rngs=None) -> dict[str, Tensor]
 # What all tasks share.
 
 class Task:
-    """A table of texts with their images, and how samples become a batch."""
+    """What a task reads, and how its samples become a batch."""
 
     KIND, TABLE = "caption", Captions       # which files it reads
     HEAD = ""                               # which head the model has
-    targets = True      # whether batches hold what the loss needs; eval.py only shows and asks
+    targets = True      # whether batches hold the targets of the loss; eval.py needs none
 
     @classmethod
     def adapt(cls, config, settings=None, answers: int = 0):
@@ -242,7 +243,8 @@ class Task:
     def collate(self, samples: list[dict]) -> tuple[dict, dict]:
         """Samples -> (batch, notes): tensors for the model, and what the loop counts and reports.
 
-        All chance is drawn here, so the loop knows the number of targets without asking the device.
+        The masks and targets are drawn here, on the CPU, so the loop knows the number of targets
+        without asking the device.
         """
         c, texts = self.config, self.texts(samples)
         rngs = [sample["rng"] for sample in samples] if samples[0]["train"] else None
@@ -281,11 +283,11 @@ class Pretrain(Task):
         special = [tok.cls_id, tok.pad_id, tok.sep_id, tok.unk_id, tok.mask_id]
         self.words = np.setdiff1d(np.arange(len(tok)), special)     # mlm's random tokens
 
-    def mask_words(self, samples: list[dict], batch: dict, rate: float = 1.0) -> Tensor:
-        """Masks words of every caption: adds `masked_ids` (B, L) -> their places, indices into B L.
+    def mask_words(self, samples: list[dict], batch: dict, asked: float = 1.0) -> Tensor:
+        """Masks words of every caption -> the rows that predict, indices into B L.
 
+        Adds `masked_ids` (B, L). asked: the share of the masked tokens that are predicted.
         A random token may be any but the special ones: <s>, <pad>, </s>, <unk>, <mask>.
-        rate: the share of the masked words that is asked for.
         """
         c, masked, places = self.config, batch["ids"].clone(), []
         for b, sample in enumerate(samples):
@@ -293,8 +295,8 @@ class Pretrain(Task):
             starts = self.tok.word_starts(ids[1:-1])
             masked_ids, picked = mask_words(ids, starts, c.mask_rate, c.mask_id, self.words, rng)
             masked[b, :len(ids)] = torch.from_numpy(masked_ids)
-            if rate < 1:
-                picked = picked[rng.random(len(picked)) < rate]
+            if asked < 1:
+                picked = picked[rng.random(len(picked)) < asked]
             places.append(b * masked.shape[1] + picked)
         batch["masked_ids"] = masked
         return torch.from_numpy(np.concatenate(places))
@@ -303,8 +305,9 @@ class Pretrain(Task):
     def other_pictures(samples: list[dict]) -> tuple[Tensor, Tensor]:
         """A wrong image for every caption, from the micro-batch: all images move on by one shift.
 
-        A micro-batch of pretraining with matching holds at least two pairs (settings.check_task).
         -> (index (B,) of each caption's image, (B,) bool: it happens to be the right one after all)
+        A training micro-batch holds at least two pairs (settings.check_task). A validation batch of
+        one pair gets its own image, which counts as right.
         """
         B = len(samples)
         shift = int(samples[0]["rng"].integers(1, max(2, B)))
@@ -314,7 +317,7 @@ class Pretrain(Task):
 
 
 class PretrainFLM(Pretrain):
-    """Language modeling with any of flm.OBJECTIVES, image-text matching beside it on request."""
+    """Language modeling with any of flm.OBJECTIVES, and image-text matching on request."""
 
     def draw(self, samples, batch):
         c = self.config
@@ -399,7 +402,7 @@ class PretrainViLT(Pretrain):
 # Fine-tuning.
 
 class VQA(Task):
-    """Which of the answer list is the answer? Soft targets, as ten people answered."""
+    """Visual question answering over a list of answers; soft targets, as ten people answered."""
 
     KIND, TABLE, HEAD = "vqa", Questions, "vqa"
 
@@ -436,7 +439,7 @@ class VQA(Task):
 
 
 class NLVR2(Task):
-    """Is the statement true of the two images?"""
+    """Natural-language visual reasoning: a statement is true or false of two images."""
 
     KIND, TABLE, HEAD = "nlvr2", Statements, "nlvr2"
 
@@ -512,7 +515,7 @@ class OneOfMany(CaptionDataset):
 
 
 class Retrieval(Task):
-    """Which of several captions is the image's? The image is encoded once for all of them."""
+    """Retrieval: the true caption of an image among false ones. The image is encoded once."""
 
     HEAD = "retrieval"
 
@@ -528,11 +531,12 @@ class Retrieval(Task):
         return {"retrieval": len(samples)}
 
 
-TASKS = ("pretrain", "vqa", "nlvr2", "caption", "retrieval")
+FINE_TUNING = {"vqa": VQA, "nlvr2": NLVR2, "caption": Caption, "retrieval": Retrieval}
+TASKS = ("pretrain", *FINE_TUNING)
 
 
 def task_of(name: str, config) -> type[Task]:
     """The class of a task, for a model's backbone."""
-    if name == "pretrain":
-        return PretrainViLT if isinstance(config, vilt.Config) else PretrainFLM
-    return {"vqa": VQA, "nlvr2": NLVR2, "caption": Caption, "retrieval": Retrieval}[name]
+    if name in FINE_TUNING:
+        return FINE_TUNING[name]
+    return PretrainViLT if isinstance(config, vilt.Config) else PretrainFLM

@@ -6,14 +6,15 @@
     python train.py … --resume          # goes on where the run stopped
     python train.py … --dry-run         # prints what would run, with its memory, and stops
 
-The global batch is the only knob. It is split into micro-batches, accumulated and dealt to the
-processes, and the gradient is that of the mean over the global batch however it was split. (The
-split only changes which random numbers dropout draws, and which images are the wrong ones of
-image-text matching.) A step is an optimizer step, everywhere.
+The global batch is split over the processes and into micro-batches, which are accumulated. The
+gradient is that of the mean over the global batch, however it was split. (The split only changes
+which random numbers dropout draws, and which images are the wrong ones of image-text matching.)
+A step is an optimizer step, everywhere.
 """
 
 import contextlib
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -42,21 +43,22 @@ from tasks import MODELS, Task, task_of, to_device
 # -------------------------------------------------------------------------------------------------
 # Optimizer and schedule.
 
-# Parameters whose names begin so learn at head_lr_scale or fusion_lr_scale times the rate.
+# Parameters whose names begin with these learn at head_lr_scale or fusion_lr_scale times the rate.
 HEAD = ("vocab_head.", "itm_head.", "patch_head.", "head.")
 FUSION = ("text_to_fusion.", "image_to_fusion.", "fusion_layers.", "text_reconstructor.",
           "fusion_reconstructor.", "pooler.")
-# Tables without weight decay, beside all vectors. (The originals decay these and the class token,
-# and FLM also CLIP's ln_*: their lists of names come from another library.)
+# Tables without weight decay; vectors have none either. (The originals decay these and the class
+# token, and FLM also CLIP's ln_*: their lists of names come from another library.)
 UNDECAYED = ("vit.position", "image_position", "position")
 
 
 def parameter_groups(model, settings: Settings) -> list[dict]:
     """AdamW's groups: {base, head, fusion} x {decayed, not}; every parameter is in exactly one.
 
-    base     lr                      ViT, text embedding, text layers, type vectors; a ViLT's blocks
+    base     lr                      ViT, text embedding, text layers, type vectors; all of a ViLT
+                                     but its heads
     head     lr x head_lr_scale      vocabulary head, matching, a task's head
-    fusion   lr x fusion_lr_scale    fusion layers, reconstructor, pooler, and what leads to them
+    fusion   lr x fusion_lr_scale    FLM's fusion layers, reconstructor, pooler, what leads to them
 
     Decayed are all parameters of two or more dimensions but UNDECAYED: weights of linear layers and
     convolutions, embeddings with the text's positions, type vectors. Not decayed are biases,
@@ -67,7 +69,11 @@ def parameter_groups(model, settings: Settings) -> list[dict]:
     groups = {(group, decayed): [] for group in scales for decayed in (True, False)}
     fusion = () if isinstance(model.config, vilt.Config) else FUSION
     for name, parameter in model.named_parameters():
-        group = "head" if name.startswith(HEAD) else "fusion" if name.startswith(fusion) else "base"
+        group = "base"
+        if name.startswith(HEAD):
+            group = "head"
+        elif name.startswith(fusion):
+            group = "fusion"
         decayed = parameter.ndim >= 2 and name not in UNDECAYED
         groups[group, decayed].append(parameter)
     assert sum(map(len, groups.values())) == len(list(model.parameters()))
@@ -100,8 +106,8 @@ class Run:
     accumulation: int               # micro-batches of one process per step
     answers: list | None            # vqa: the answer list
     resumed: bool                   # it goes on from a checkpoint
-    saved: dict | None              # that checkpoint, and the model of --load, until the model has
-    source: object                  # their weights
+    saved: dict | None              # that checkpoint; None once the model has its weights
+    source: object                  # the model of --load; None once ours has its weights
 
     @property
     def out(self) -> Path:
@@ -138,7 +144,7 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # does nothing but for fp16
     step: int
-    counters: dict                  # of the whole run
+    counters: dict                  # of the whole run; each process counts its own share
     skipped: torch.Tensor           # non-finite gradients, counted on the device …
     skipped_in_a_row: torch.Tensor  # … since the loop never waits for it
 
@@ -158,7 +164,8 @@ def open_run(settings: Settings, config_flags: dict) -> Run:
         config = weights.config_of(saved)
     else:
         config = source.config if source else MODELS[settings.model]
-    check_model(settings, config_flags, config, loaded=source is not None)
+    if source:
+        check_model(settings, config_flags, config)
 
     task_class = task_of(settings.task, config)
     tables = {split: task_class.table(settings, split) for split in ("train", "val")}
@@ -187,8 +194,8 @@ def open_run(settings: Settings, config_flags: dict) -> Run:
 
 def fit_config(config, config_flags: dict, tok, task_class, settings: Settings):
     """A model's Config with the flags' values, the tokenizer's sizes, and the head of the task."""
-    flags = {"pooler": True} | config_flags         # the task takes away a pooler it does not train
-    config = replace(config, **flags)
+    # `adapt` removes a pooler that the task does not train.
+    config = replace(config, **config_flags, pooler=True)
     config = replace(config, vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id,
                      sep_id=tok.sep_id, mask_id=tok.mask_id)
     return task_class.adapt(config, settings)
@@ -327,8 +334,8 @@ def main(argv=None):
 def train(run: Run):
     """Validates, saves, steps and reports, each when it is due, until the last step is done.
 
-    Halt, from log.report or log.micro_batch, if gradients stay non-finite for max_skipped steps, or
-    if more than max_unreadable of the images cannot be decoded.
+    Halt from log.report: the last max_skipped gradients were not finite. Halt from log.micro_batch:
+    more than 10 images, and more than max_unreadable of those seen, cannot be decoded.
     """
     s, state = run.settings, build_state(run)
     describe(run, state.bare, state.step)
@@ -454,7 +461,7 @@ def evaluate(run: Run, state: State) -> dict:
     lengths = token_lengths(table, run.task.tok, chosen)
     batches = evaluation_batches(lengths, chosen, run.micro_batch)
     # A process that has nothing left repeats the first batch, uncounted: shards run in step.
-    rounds = -(-len(batches) // machine.world)
+    rounds = math.ceil(len(batches) / machine.world)
     places = range(machine.rank, rounds * machine.world, machine.world)
     mine = [batches[k] if k < len(batches) else batches[0] for k in places]
     loader = DataLoader(run.task.dataset(table, train=False), batch_sampler=mine,

@@ -40,7 +40,7 @@ class Config:
     # the images
     image_size: int = 384           # pixels of the shorter side; the longer: at most 1333/800 of it
     patch_size: int = 32                # pixels
-    max_patches: int = 200              # in training, a larger image shows a random choice; 0: all
+    max_patches: int = 200              # patches seen of a training image, at random; 0: all
     # the text
     vocab_size: int = 30522             # tokens; in training, as many as the tokenizer has
     max_positions: int = 40             # tokens of the longest caption, [CLS] and [SEP] included
@@ -53,20 +53,20 @@ class Config:
     layers: int = 12                    # blocks
     heads: int = 12                     # attention heads
     mlp_width: int = 3072               # hidden width of the feed-forward layers
-    eps: float = 1e-6                   # of the blocks' LayerNorms; 1e-12 in transformers' copies
-    text_eps: float = 1e-12             # of the LayerNorms of text embedding and vocabulary head
-    dropout: float = 0.1                # after linear layers
-    init_std: float = 0.02              # of new weights
+    eps: float = 1e-6                   # epsilon of the blocks' LayerNorms; 1e-12 in transformers
+    text_eps: float = 1e-12             # epsilon of the text embedding's and the heads' LayerNorms
+    dropout: float = 0.1                # probability, in embeddings, after attention and in the MLP
+    init_std: float = 0.02              # standard deviation of new weights
     # the losses
     mask_rate: float = 0.15             # share of masked words
-    wpa_weight: float = 0.1             # of the word-patch alignment, beside itm; 0: none
+    wpa_weight: float = 0.1             # weight of the word-patch alignment loss, with itm; 0: off
     mpp: bool = False                   # masked patch prediction, which the paper tries and drops
     patch_mask_rate: float = 0.15       # share of masked patches, with mpp
     # what reads the outputs; only parameters that are trained exist
     head: str = "vocab"                 # vocab: words; vqa, nlvr2, retrieval: a task's head; none
     answers: int = 0                    # vqa: number of answers to choose from
     pooler: bool = True                 # the class vector
-    itm: bool = True                    # image-text matching
+    itm: bool = True                    # pretraining: image-text matching
 
     def __post_init__(self):
         check_config(self)
@@ -373,11 +373,11 @@ class ViLT(nn.Module):
         """The losses of a batch: output -> (sum of its targets' losses, number predicted right).
 
         `batch` holds `image` (B, 3, H, W) normalised, `sizes`, `patches`, `ids` (B, L), and what
-        `tasks.PretrainViLT` drew: `masked_ids` and `mlm_rows`, the masked words as indices in B L;
+        `tasks.PretrainViLT` drew: `masked_ids`; `mlm_rows`, the masked words as indices into B L;
         for itm `image_of` (B,), the image that each caption is shown, and `same_image` (B,),
         whether it is its own; for mpp `mpp_rows`, the masked patches as indices into B K, and
         `hidden_patches` (B, K), where their content is hidden.
-        Alignment has no right and wrong: its second value is NaN. Fine-tuned: `layers.task_loss`.
+        Alignment has no right or wrong: its second value is NaN. A task's head: `layers.task_loss`.
         """
         c, ids = self.config, batch["ids"]
         if c.head in TASK_HEADS:

@@ -314,3 +314,10 @@ def test_token_lengths_count_what_the_model_will_see(tmp_path, tok):
     lengths = data.token_lengths(table, tok)
     assert lengths.tolist() == [len(dataset[0, i]["ids"]) for i in range(18)]
     assert data.token_lengths(table, tok, [3, 17]).tolist() == lengths[[3, 17]].tolist()
+
+
+def test_shards_that_img2dataset_left_are_found_without_being_named(tmp_path):
+    for name in ("mine_00000.arrow", "mine_00001.arrow", "other_caption_val.arrow"):
+        write_captions(tmp_path / name, 2)
+    assert files.splits_of(tmp_path) == {"mine": ["train"], "other": ["val"]}
+    assert [path.name for path in files.find_files(tmp_path, (), "train")] == ["mine_00000.arrow", "mine_00001.arrow"]

@@ -55,14 +55,14 @@ def test_a_file_is_read_in_one_sitting(name, path):
 def places():
     """(file, dotted name) of every place that a map names: in README `file.py`: `name`, in flm.py file.name."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme[readme.index("## Where is what"):]
+    table = readme[readme.index("## Where to find what"):]
     table = table[:table.index("\n## ", 5)]
     for line in table.splitlines():
         for file, names in re.findall(r"`([\w/]+)\.py`:((?: `[\w.]+`,?)+)", line):
             for name in re.findall(r"`([\w.]+)`", names):
                 yield file.replace("/", "."), name
     head = ast.get_docstring(ast.parse((ROOT / "flm.py").read_text(encoding="utf-8")))
-    rows = head[head.index("Where is what"):].split("\n\n")[0].splitlines()[1:]
+    rows = head[head.index("Where to find what"):].split("\n\n")[0].splitlines()[1:]
     for row in rows:
         yield from re.findall(r"\b(\w+)\.([\w.]+)", row[40:])
 
