@@ -181,9 +181,9 @@ def checked_ids(model, ids: list[int], text: str) -> Tensor:
 
 @torch.no_grad()
 def ask(model, path: str | Path, question: str, k: int = 5) -> list[tuple[str, float]]:
-    """The k likeliest answers to a question about a picture -> [(answer, share)], the best first.
+    """The k most likely answers to a question about a picture -> [(answer, probability)].
 
-    Each share is a sigmoid, as the model was trained with, so they do not add up to 1.
+    The best first. Each probability is a sigmoid, as in training, so they do not add up to 1.
     """
     check_task(model, "vqa")
     if k < 1:

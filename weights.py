@@ -251,11 +251,13 @@ def start(model: nn.Module, vit: str | None = None, text: str | None = None,
     Position grids are interpolated to the model's resolution; a larger vocabulary keeps its fresh
     rows. ValueError or FileNotFoundError in a sentence if a file does not fit.
     """
-    is_flm = isinstance(model.config, flm.Config)
     report, own, filled = Report(), model.state_dict(), set()
-    for path, parts_of in ((checkpoint, checkpoint_parts),
-                           (vit, begin.clip_parts if is_flm else begin.vit_parts),
-                           (text, begin.text_parts if is_flm else begin.bert_embeddings)):
+    if isinstance(model.config, flm.Config):
+        vit_parts, text_parts = begin.clip_parts, begin.text_parts
+    else:
+        vit_parts, text_parts = begin.vit_parts, begin.bert_embeddings
+    files = [(checkpoint, checkpoint_parts), (vit, vit_parts), (text, text_parts)]
+    for path, parts_of in files:
         if not path:
             continue
         source = open_source(path, trust)
@@ -266,7 +268,7 @@ def start(model: nn.Module, vit: str | None = None, text: str | None = None,
         # A module is filled as a whole; of a checkpoint, only the parts may be missing.
         modules = {name.split(".")[0] for name in found}
         needed = [name for name in own if name.split(".")[0] in modules
-                  or (path == checkpoint and begin.part_of(name) is None)]
+                  or (parts_of is checkpoint_parts and begin.part_of(name) is None)]
         check_fit(found, own, needed, path, called)
         with torch.no_grad():
             for name, tensor in found.items():
