@@ -160,6 +160,10 @@ def unpack_tokenizer(files: dict | None) -> tokenizer.BPE | tokenizer.WordPiece 
 
 # -- opening any file ------------------------------------------------------------------------------
 
+# Names in checkpoints written before 2026-11-26 -> what they are called now.
+RENAMED = {"forward_weight": "left_to_right_weight", "reverse_weight": "right_to_left_weight",
+           "head_lr": "head_lr_scale", "fusion_lr": "fusion_lr_scale"}
+
 def open_source(path: str | Path, trust: bool = False) -> Source:
     """Opens a file, or a folder of the Hub. ValueError or FileNotFoundError in a sentence."""
     path = Path(path)
@@ -178,6 +182,9 @@ def open_source(path: str | Path, trust: bool = False) -> Source:
             if missing:
                 raise ValueError(f"a damaged checkpoint of this project, "
                                  f"without {', '.join(sorted(missing))}")
+            for part in ("config", "settings"):
+                contents[part] = {RENAMED.get(name, name): value
+                                  for name, value in plain_dict(contents.get(part)).items()}
             config_of(contents)         # has it all that a Config needs, and nothing else?
             settings = plain_dict(contents.get("settings"))
             return Source(path, names.OURS, state, settings, contents, folder)

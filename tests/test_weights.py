@@ -1154,3 +1154,14 @@ def test_opening_a_file_takes_far_less_than_its_size_and_using_it_little_more(tm
                              check=True, capture_output=True, text=True).stdout
         opened, used = (int(number) / size for number in out.split())
         assert opened < limit and used < 1.1, (path.name, opened, used)
+
+
+def test_a_checkpoint_with_the_names_of_an_earlier_version_opens(tmp_path):
+    model = flm.FLM(flm.PRESETS["toy"])
+    weights.save(tmp_path / "now.pt", model.state_dict(), model.config, "pretrain", None, settings={"fusion_lr_scale": 3.0})
+    contents = torch.load(tmp_path / "now.pt", weights_only=True)
+    contents["config"]["forward_weight"] = contents["config"].pop("left_to_right_weight")
+    contents["settings"] = {"fusion_lr": 3.0}
+    torch.save(contents, tmp_path / "then.pt")
+    assert weights.load(tmp_path / "then.pt").config == model.config
+    assert weights.read(tmp_path / "then.pt")["settings"] == {"fusion_lr_scale": 3.0}
