@@ -14,6 +14,8 @@ import weights
 from data import Captions, Questions, Statements
 from tokenizer import BPE
 
+pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
+
 KINDS = {"vqa": ("flm", "mlm", "vilt"), "nlvr2": ("flm", "vilt"), "caption": ("flm", "ar")}
 
 

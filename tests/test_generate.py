@@ -15,6 +15,8 @@ import weights
 from generate import (Cached, Uncached, beam_search, forbid_repeats, generate, nucleus_sample,
                       uncached_logits)
 
+pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
+
 TOL = dict(atol=1e-5, rtol=0)
 FIXTURE = Path(__file__).parent / "fixtures" / "seed3_downstream.pt"
 BOS, STOP = 5, [2, 6]

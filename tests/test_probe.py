@@ -13,6 +13,8 @@ from data import Captions
 from tokenizer import BPE
 from tools import probe
 
+pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
+
 
 @pytest.mark.parametrize("objective", flm.OBJECTIVES)
 @torch.no_grad()

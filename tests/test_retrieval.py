@@ -17,6 +17,8 @@ from machine import Machine
 from predict import picture_batch
 from tokenizer import BPE
 
+pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
+
 ALONE = Machine(0, 1, torch.device("cpu"), "fp32")
 
 

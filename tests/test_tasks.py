@@ -275,6 +275,7 @@ def test_captioning_a_vilt_is_refused_in_a_sentence(world, tmp_path):
         finetune(world, "caption", "vilt", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_resumed_fine_tuning_equals_one_that_never_stopped(world, tmp_path):
     for kind in ("flm", "vilt"):
         more = "--save-every", 1, "--steps", 3, "--dropout", 0.1, "--eval-every", 2, "--augment"
@@ -295,6 +296,7 @@ def test_every_recipe_can_be_asked_for(task):
         assert isinstance(tasks.MODELS[row["model"]], vilt.Config if "vilt" in recipe else flm.Config)
 
 
+@pytest.mark.slow
 def test_with_another_answer_list_the_head_starts_from_random_weights_and_no_run_resumes(world, tmp_path, capsys):
     for path in (*world.glob("mine_vqa_*"), world / "flm.pt"):
         (tmp_path / path.name).write_bytes(path.read_bytes())

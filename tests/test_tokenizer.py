@@ -165,6 +165,7 @@ def test_bpe_encodes_a_word_of_a_hundred_thousand_letters():
 
 # -- round trips ---------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @many(600)
 @given(texts)
 def test_decoding_what_was_encoded_gives_the_text_back(text):
@@ -342,6 +343,7 @@ def starts_of_pieces(tok, text):
     return flags
 
 
+@pytest.mark.slow
 @many(600)
 @given(texts)
 def test_word_starts_are_the_pieces_of_the_text(text):

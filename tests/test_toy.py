@@ -24,6 +24,8 @@ from tools.toy_sentences import ANSWERS
 from tools.toy_world import (COLOURS, HELD_OUT, KINDS, NUMBERS, RELATIONS, SINGULAR, SIZES, Scene,
                              Shape, is_true)
 
+pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
+
 GROUPS = (list(COLOURS), list(KINDS), list(SIZES), ["left", "right"], ["above", "below"],
           list(NUMBERS[2:6]))
 

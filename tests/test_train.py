@@ -147,6 +147,7 @@ def test_the_compiled_model_is_the_one_that_is_trained(world, tmp_path, monkeypa
     assert_same(outcome(tmp_path / "plain"), outcome(tmp_path / "compiled"), 1e-6)
 
 
+@pytest.mark.slow
 def test_float16_trains_with_a_gradient_scaler_and_resumes_its_scale(world, tmp_path):
     long = [*RUN, "--precision", "fp16", "--save-every", 3]
     train.main(command(world, tmp_path / "fp16", *long, "--keep", 3))
@@ -287,6 +288,7 @@ def test_loss_falls_and_every_reported_number_is_there(world, tmp_path, capsys):
     assert model.tokenizer.encode("a red cat") == BPE.load(world / "tok/vocab.json", world / "tok/merges.txt").encode("a red cat")
 
 
+@pytest.mark.slow
 def test_bfloat16_follows_float32_and_keeps_float32_weights(world, tmp_path):
     for precision in ("fp32", "bf16"):
         train.main(command(world, tmp_path / precision, *RUN, "--precision", precision))

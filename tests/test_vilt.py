@@ -174,6 +174,7 @@ def test_every_patch_is_as_likely_to_be_shown():
 
 # -- what is hidden, what is asked ------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_whole_words_are_masked_at_the_asked_rate():
     """Over 10,000 captions: 15 % of the words, all pieces of a word or none of them."""
     tok = WordPiece({token: i for i, token in enumerate(
@@ -291,6 +292,7 @@ def command(world, out, *more):
     return [*SMALL, "--data", str(world), "--tokenizer", str(world / "tok"), "--out", str(out), *map(str, more)]
 
 
+@pytest.mark.slow
 def test_a_run_trains_saves_evaluates_and_shows_its_alignments(world, tmp_path, capsys):
     train.main(command(world, tmp_path / "run"))
     assert "mlm + itm + wpa" in capsys.readouterr().out
