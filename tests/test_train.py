@@ -196,7 +196,7 @@ def test_a_torn_file_of_token_lengths_stops_no_later_start_and_another_tokenizer
     assert len(list((tmp_path / "run").glob("token_lengths_*.npy"))) == 2
 
 
-def test_dropout_is_drawn_alike_in_every_process_that_runs_the_same_step(world, tmp_path):
+def test_dropouts_seed_is_a_fixed_function_of_seed_step_and_rank(world, tmp_path):
     """hash() of a tuple, from which the seed came once, may differ between versions of Python; this number may not."""
     seeds = []
     original = torch.manual_seed
