@@ -14,7 +14,6 @@ what the scores mean in metrics.py.
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+import disk
 import files
 import machine
 import predict
@@ -131,10 +131,8 @@ class Evaluation:
         """Writes a file of results, text or JSON; it has its name only when it is complete."""
         if self.machine.rank > 0:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
-        path, partial = self.out / name, self.out / (name + ".partial")
-        partial.write_text(contents if isinstance(contents, str) else json.dumps(contents))
-        partial.replace(path)
+        path = self.out / name
+        disk.write_text(path, contents if isinstance(contents, str) else json.dumps(contents))
         self.say(f"wrote {path}")
 
     def report(self, title: str, columns: dict[str, dict[str, float]], note: str):
@@ -244,7 +242,7 @@ def official_annotations(run, ids: list) -> tuple[Path, dict | None]:
         if run.args.annotations:
             raise FileNotFoundError(f"{path}: there is no such file of annotations")
         return path, None
-    annotations = files.read_json(path)
+    annotations = disk.read_json(path)
     try:
         questions = [{"question_id": i, "answer": ""} for i in ids]
         vqa_accuracy(questions, annotations)                    # before the model is asked
@@ -281,7 +279,7 @@ def official_subsets(run, known: set[str]) -> dict[str, set[str]]:
     subsets, split = {}, {"val": "dev", "test": "test1"}.get(run.split, run.split)
     for part in ("balanced", "unbalanced"):
         path = Path(run.args.data) / f"nlvr2_{part}_{split}.json"
-        names = set(files.read_json(path, list)) if path.is_file() else set()
+        names = set(disk.read_json(path, list)) if path.is_file() else set()
         of_these_data = "nlvr2" in run.datasets or not names.isdisjoint(known)
         if not names or not of_these_data:
             continue
@@ -511,12 +509,8 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_commands(parser, COMMANDS)
     args = parser.parse_args(argv)
-    try:
+    with machine.running("eval.py"):
         args.run(args)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"eval.py: {error}")
-    finally:
-        machine.tear_down()
 
 
 if __name__ == "__main__":

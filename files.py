@@ -8,7 +8,6 @@ per image. data.py reads them, sources/shards.py writes them.
 """
 
 import fnmatch
-import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -133,18 +132,3 @@ def known_datasets(directory, kind: str = "caption") -> list[str]:
         raise FileNotFoundError(f"{directory}: no {kind} files here (such as "
                                 f"NAME_{kind}_train.arrow); prepare.py and tools/toy.py write them")
     return [name for name in splits if "train" in splits[name]] or list(splits)
-
-
-def read_json(path, what=None):
-    """The contents of a JSON file; ValueError names a file that holds something else.
-
-    what=list: a list of strings is expected.
-    """
-    try:
-        contents = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if what is list:
-        if not isinstance(contents, list) or not all(isinstance(item, str) for item in contents):
-            raise ValueError(f"{path}: a JSON list of strings is expected")
-    return contents

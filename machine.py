@@ -1,21 +1,28 @@
-"""What a run stands on: its processes, its device, its precision.
+"""What a run stands on: its processes, its device, its precision; and how it is stopped.
 
-    machine = set_up(device="", precision="")   # joins the other processes, if there are several
-    with machine.autocast():
-        ...
-    machine.say("printed once, by the first process")
+    with running("train.py"):                       # ends with a sentence, not with a traceback
+        machine = set_up(device="", precision="")   # joins the other processes, if there are any
+        with machine.autocast():
+            ...
+        machine.say("printed once, by the first process")
 
 torchrun, OpenMPI's mpirun and SLURM's srun are understood. Without them a process runs alone.
 """
 
 import os
+import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+import disk
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,6 +47,7 @@ class Machine:
     world: int                  # number of processes
     device: torch.device
     precision: str              # fp32, bf16 or fp16, of matrix products
+    messages: object = None     # process group for numbers that stay on the CPU; None: alone
 
     def say(self, *words, **how):
         """Prints, in the first process only."""
@@ -55,6 +63,17 @@ class Machine:
         """Returns when all processes are here."""
         if self.world > 1:
             dist.barrier()
+
+    def largest(self, number: int) -> int:
+        """The largest number that any process names; every one must ask.
+
+        It travels between CPUs: the GPU is not waited for. A process that died is noticed here.
+        """
+        if self.world == 1:
+            return number
+        numbers = torch.tensor(number)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.messages)
+        return int(numbers)
 
     def union(self, part: dict) -> dict:
         """The union of the dicts of all processes, on each of them."""
@@ -125,13 +144,94 @@ def set_up(device: str = "", precision: str = "") -> Machine:
         on_gpu = device.type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world,
                                 timeout=TIMEOUT, device_id=device if on_gpu else None)
-    return Machine(rank, world, device, precision)
+    messages = dist.new_group(backend="gloo", timeout=TIMEOUT) if world > 1 else None
+    return Machine(rank, world, device, precision, messages)
 
 
-def tear_down():
-    """Leaves the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+# -------------------------------------------------------------------------------------------------
+# How a run ends before its end.
+
+@contextmanager
+def running(command: str) -> Iterator[None]:
+    """Runs a command; what goes wrong becomes one sentence (disk.command); leaves the processes.
+
+    Where another process ended first, the sentence names it.
+    """
+    with disk.command(command):
+        try:
+            yield
+        except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            gone = lost_processes()
+            print(f"{command}: {gone} ended, so this one cannot go on (what happened there is told "
+                  "there)", file=sys.stderr, flush=True)
+            os._exit(1)             # leaving the group would wait for who is gone
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def lost_processes(patience: float = 5.0) -> str:
+    """The processes that do not answer within some seconds, by their ranks, in words."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    others = [other for other in range(world) if other != rank]
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"alive/{rank}", "")
+        end = time.monotonic() + patience
+        while others and time.monotonic() < end:
+            others = [other for other in others if not store.check([f"alive/{other}"])]
+            time.sleep(0.1)
+    except (RuntimeError, ValueError):      # who is gone kept the store: the first process
+        others = [0] if rank else others
+    if not others:
+        return f"one of the {world} processes"
+    ranks = ", ".join(map(str, others))
+    return f"process{'es' if len(others) > 1 else ''} {ranks} of 0 … {world - 1}"
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and it has saved its state."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+class Signals:
+    """Notes the first signal that asks to stop, so that the loop can finish its step and save.
+
+    SIGTERM (pre-emption), SIGUSR1 (SLURM's warning before the time is up), SIGINT (Ctrl-C). A
+    second one stops at once, if it comes a second later: launchers repeat the first one.
+    """
+    WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __enter__(self) -> "Signals":
+        self.asked, self.since = 0, 0.0
+        self.before = {}
+        for number in self.WATCHED:
+            try:
+                self.before[number] = signal.signal(number, self.note)
+            except ValueError:              # not the main thread: signals go elsewhere
+                break
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame):
+        if not self.asked:
+            self.asked, self.since = number, time.monotonic()
+            return
+        if time.monotonic() - self.since > 1:
+            os._exit(128 + number)
+
+
+def ignore_signals(worker: int = 0):
+    """For data-loading processes, which end when the process that they load for ends."""
+    for number in Signals.WATCHED:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def find_device(asked: str, world: int, local_rank: int) -> torch.device:

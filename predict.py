@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+import disk
 import files
 import flm
 import generate
@@ -432,10 +433,8 @@ def scores_file(gallery: Gallery, folder: Path, name: str, place: Machine, resum
         else:
             if resume:
                 place.say(f"{folder}: no scores of this model, tokenizer, data and code yet")
-            folder.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_suffix(".partial")
-            np.lib.format.open_memmap(fresh, "w+", np.float32, (N, M))[:] = np.nan
-            fresh.replace(path)
+            with disk.complete_file(path) as fresh:
+                np.lib.format.open_memmap(fresh, "w+", np.float32, (N, M))[:] = np.nan
         for old in folder.glob(f"{name}.*.npy"):
             if old != path:
                 old.unlink()

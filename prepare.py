@@ -14,7 +14,6 @@ is in NAME.skipped.jsonl beside each file.
 """
 
 import os
-import sys
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -23,9 +22,10 @@ from typing import NamedTuple
 
 from PIL import Image
 
+import disk
 from sources import captions, questions
 from sources.check import check
-from sources.shards import convert, fail
+from sources.shards import convert
 
 
 class Source(NamedTuple):
@@ -179,14 +179,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     Image.init()                                        # once, before the threads
     warnings.filterwarnings("ignore", module="PIL")     # what matters of them becomes a Skip
-    try:
+    with disk.command("prepare.py", "finished files stay, the same command continues"):
         args.run(args)
-    except KeyboardInterrupt:
-        print("prepare.py: stopped; finished files stay, the same command continues",
-              file=sys.stderr)
-        raise SystemExit(130) from None
-    except (OSError, ValueError) as error:
-        fail(f"{error}")
 
 
 if __name__ == "__main__":

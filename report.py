@@ -8,7 +8,6 @@ A report gives the mean losses and accuracies since the last one, over the targe
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -16,12 +15,13 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
+import disk
 import weights
 from machine import memory_gb
 from tasks import to_device
 
 
-class Halt(Exception):
+class Halt(ValueError):
     """The run stops itself; the message says why."""
 
 
@@ -82,9 +82,7 @@ class Log:
         kept = [line for line in self.path.read_text().splitlines() if step_of(line) <= step]
         if step == 0:
             kept = []
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        os.replace(partial, self.path)
+        disk.write_text(self.path, "".join(line + "\n" for line in kept))
 
     def write(self, metrics: dict):
         if self.run.machine.rank == 0:

@@ -23,7 +23,8 @@ import flm
 import vilt
 from data import (CLIP_MEAN, CLIP_STD, CaptionDataset, Captions, Questions, Square, Statements,
                   Whole, mask_words, normalize, pad_pictures, pad_texts)
-from files import FILES, find_files, known_datasets, read_json
+from disk import read_json
+from files import FILES, find_files, known_datasets
 
 MODELS = flm.PRESETS | vilt.PRESETS
 

@@ -30,6 +30,8 @@ from pathlib import Path
 import regex
 from tqdm import tqdm
 
+import disk
+
 CACHED_WORDS = 65_536       # words whose ids are remembered: about 16 MB in each data worker
 
 
@@ -530,7 +532,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     encode.add_argument("--specials", action="store_true",
                         help='read "<mask>" and the like as special tokens (default: as text)')
     args = parser.parse_args(argv)
-    try:
+    with disk.command("tokenizer.py"):
         if args.command == "train":
             texts = _lines(args.files)
             tok = BPE.train(texts, args.vocab_size, min_frequency=args.min_frequency)
@@ -541,8 +543,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             ids = tok.encode(args.text, specials=args.specials)
             print(*ids)
             print(*map(tok.id_to_token, ids))
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -29,13 +28,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+import disk
 import machine as machines
 import tokenizer
 import vilt
 import weights
 from data import GlobalBatches, evaluation_batches, token_lengths
 from machine import Machine, loader_workers
-from report import Halt, Log, Sums, clock, describe, dry_run, write_config
+from report import Log, Sums, clock, describe, dry_run, write_config
 from settings import Settings, check, check_model, check_same_run, check_task, parse, split_batch
 from tasks import MODELS, Task, task_of, to_device
 
@@ -241,11 +241,9 @@ def training_lengths(table, tok, out: Path, machine: Machine) -> np.ndarray:
     name = blake2b(json.dumps(counted).encode(), digest_size=4).hexdigest()
     path = out / f"token_lengths_{name}.npy"
     if machine.rank == 0 and not path.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "wb") as file:
-            np.save(file, token_lengths(table, tok))
-        os.replace(partial, path)           # whole, or not there
+        lengths = token_lengths(table, tok)
+        with disk.complete_file(path) as partial, open(partial, "wb") as file:
+            np.save(file, lengths)
     machine.wait()
     return np.load(path)
 
@@ -317,18 +315,12 @@ def shard(model, precision: str):
 
 def main(argv=None):
     settings, config_flags = parse(argv)
-    try:
+    with machines.running("train.py"):
         run = open_run(settings, config_flags)
         if settings.dry_run:
             dry_run(run)
         else:
             train(run)
-    except (FileNotFoundError, ValueError, Halt) as error:
-        if os.environ.get("DEBUG"):        # the sentence is for users, the traceback for developers
-            raise
-        sys.exit(f"train.py: {error}")
-    finally:
-        machines.tear_down()
 
 
 def train(run: Run):

@@ -17,8 +17,6 @@ is open must not be changed in place. `save` never does: it writes a new one und
 
 import argparse
 import json
-import os
-import sys
 import tempfile
 import textwrap
 from collections.abc import Iterable
@@ -30,10 +28,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import disk
 import flm
 import tokenizer
 import vilt
-from files import read_json
+from disk import read_json
 from released import begin, download, models, names
 from released.export import ARCHITECTURES, export  # noqa: F401 (others use both)
 from released.files import (one_sentence, open_file, open_folder, plain_dict, read_config,
@@ -73,11 +72,9 @@ def save(path: str | Path, model: dict, config: Config, task: str, tokenizer_fil
     its metadata; any other name makes a torch file.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     about = {"format": FORMAT, "backbone": backbone_of(config), "config": asdict(config),
              "task": task, "tokenizer": tokenizer_files, **more}
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with disk.complete_file(path) as partial:
         if path.suffix == ".safetensors":
             state = {name: tensor.contiguous() for name, tensor in model.items()}
             metadata = {name: json.dumps(value) for name, value in about.items()}
@@ -85,12 +82,6 @@ def save(path: str | Path, model: dict, config: Config, task: str, tokenizer_fil
         else:
             with open(partial, "wb") as file:
                 torch.save(about | {"model": model}, file)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def read(path: str | Path) -> dict:
@@ -410,10 +401,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    try:
+    with disk.command("weights.py"):
         args.run(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"weights.py: {error}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from files import read_json
+from disk import read_json
 from metrics import normalize_answer, soft_score
 from sources.shards import (SURROGATE, Record, Shard, expecting, fail, first_existing, inside,
                             json_lines, json_list, read_entries, simple, split_shards, strings,

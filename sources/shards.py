@@ -7,7 +7,6 @@ counted, and named in NAME.skipped.jsonl.
 
 import io
 import json
-import os
 import re
 import sys
 from argparse import Namespace
@@ -24,6 +23,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data import FORMATS, Captions, Questions, Statements, to_rgb
+from disk import complete_file
 from files import CAPTIONS, NLVR2, VQA
 
 # Half a character: JSON can hold it, the UTF-8 of Arrow cannot.
@@ -73,18 +73,6 @@ class Shard(NamedTuple):
 
 # --------------------------------------------------------------------------------------------------
 # Writing: a file appears under its name only when it is complete.
-
-@contextmanager
-def complete_file(path: Path) -> Iterator[Path]:
-    """Yields NAME.partial to write to. It is renamed if the block succeeds, otherwise removed."""
-    partial_path = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial_path
-        os.replace(partial_path, path)                      # atomic
-    finally:
-        partial_path.unlink(missing_ok=True)
-
 
 class Writer:
     """Streams rows into an Arrow IPC file, which appears under its name only when it is complete.

@@ -12,6 +12,7 @@ from conftest import WORDS, picture, write_captions
 from PIL import Image
 
 import data
+import disk
 import files
 from data import CaptionDataset, Captions, GlobalBatches, evaluation_batches, mask_words, pad_texts
 from files import CAPTIONS
@@ -124,7 +125,7 @@ def test_json_that_is_none_is_named(tmp_path):
     for text, sentence in (("[", "x.json: not JSON"), ("[1]", "x.json: a JSON list of strings"), ("{}", "list of strings")):
         path.write_text(text)
         with pytest.raises(ValueError, match=sentence):
-            files.read_json(path, list)
+            disk.read_json(path, list)
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------

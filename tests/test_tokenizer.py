@@ -441,7 +441,7 @@ def test_the_command_line_trains_and_encodes(tmp_path, capsys):
     assert ids.split() == [*map(str, ours.encode("a red")), "4"] and tokens == "a Ġred <mask>"
 
 
-def test_the_command_line_names_bad_files_without_a_traceback(tmp_path, capsys):
+def test_the_command_line_names_bad_files_without_a_traceback(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"a\n\xff")
     train = ["train", "--out", "x", str(tmp_path / "bad.txt"), "--vocab-size"]
     encode = ["encode", str(tmp_path / "nothing"), "a"]
@@ -450,4 +450,4 @@ def test_the_command_line_names_bad_files_without_a_traceback(tmp_path, capsys):
                              ([*train, "9"], "vocab_size=9: expected at least 261")]:
         with pytest.raises(SystemExit) as caught:
             tokenizer.main(command)
-        assert caught.value.code == 1 and message in capsys.readouterr().err
+        assert message in str(caught.value.code)

@@ -185,7 +185,7 @@ def test_a_run_does_not_resume_on_other_data(world, tmp_path):
 def test_a_torn_file_of_token_lengths_stops_no_later_start_and_another_tokenizer_counts_again(world, tmp_path, monkeypatch):
     save = train.np.save
     monkeypatch.setattr(train.np, "save", lambda file, lengths: (file.write(b"half"), (_ for _ in ()).throw(OSError("no space"))))
-    with pytest.raises(OSError):
+    with pytest.raises(SystemExit, match="no space"):
         train.main(command(world, tmp_path / "run", *RUN))
     monkeypatch.setattr(train.np, "save", save)
     train.main(command(world, tmp_path / "run", *RUN, "--steps", 1))
@@ -465,7 +465,8 @@ def test_processes_wait_for_each_other_longer_than_nccl_does_and_know_their_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(machine.dist, "init_process_group", lambda backend, **how: joined.update(how, backend=backend))
-    machine.set_up(device, "bf16")
+    monkeypatch.setattr(machine.dist, "new_group", lambda backend, timeout: (backend, timeout))
+    assert machine.set_up(device, "bf16").messages == ("gloo", machine.TIMEOUT)
     assert joined["timeout"] >= timedelta(hours=1) and (joined["rank"], joined["world_size"]) == (1, 2)
     expected = ("nccl", torch.device("cuda:1")) if device == "cuda" else ("gloo", None)
     assert (joined["backend"], joined["device_id"]) == expected

@@ -487,15 +487,16 @@ def main(argv=None):
     args = parse(argv)
     torch.set_num_threads(1)
     results, sizes = {}, args.batch
-    try:
+    with machine.running("bench.py"):
         args.device = machine.set_up(args.device).device
-        for args.batch in sizes:
-            results[args.batch] = COMMANDS[args.command](args)
-            print_table(results[args.batch])
-    except torch.OutOfMemoryError:
-        print(f"batches of {args.batch} do not fit into the memory")
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"bench.py: {error}")
+        try:
+            for args.batch in sizes:
+                results[args.batch] = COMMANDS[args.command](args)
+                print_table(results[args.batch])
+        except torch.OutOfMemoryError:
+            print(f"batches of {args.batch} do not fit into the memory")
+        except ImportError as error:
+            raise ValueError(error) from None
     if args.json:
         run = {"command": argv or sys.argv, "torch": torch.__version__, "device": str(args.device)}
         args.json.write_text(json.dumps(run | {"results": results}, indent=2) + "\n")

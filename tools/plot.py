@@ -16,7 +16,6 @@ import io
 import itertools
 import json
 import math
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 import data
-import files
+import disk
 import flm
 
 # Okabe and Ito's colours: colour-blind readers can tell them apart, and so can a grey print.
@@ -221,7 +220,7 @@ def horizontal(run: str, rows: list[dict], x: str) -> np.ndarray:
     if x == "step":
         return steps
     if x == "samples":
-        config = files.read_json(run_directory(run) / "config.json")
+        config = disk.read_json(run_directory(run) / "config.json")
         return steps * config["settings"]["global_batch"]
     timed = [row for row in rows if "seconds" in row]   # lines of validation have no clock
     seconds = np.array([0.0] + [row["seconds"] for row in timed])
@@ -342,7 +341,7 @@ BARS = {"right image": BLUE, "another image": ORANGE, "no image": "#A0A0A0"}
 
 
 def plot_words(args):
-    results = files.read_json(args.results)
+    results = disk.read_json(args.results)
     check(args, "`tools.probe words`", [results])
     check(args, "`tools.probe words`", [*results.values()], "accuracy", "words", "examples")
     count = min(args.examples, max(len(result["examples"]) for result in results.values()))
@@ -404,7 +403,7 @@ FOG = (92, 96, 108)                                     # unlike bright and unli
 
 
 def plot_align(args):
-    alignments = files.read_json(args.results)
+    alignments = disk.read_json(args.results)
     check(args, "`tools.probe align`", alignments, "file", "row", "tokens", "grid", "plan")
     lines = []                                          # (alignment, its words on a line)
     for found in spread(alignments, args.examples):
@@ -442,7 +441,7 @@ MARKS = {True: ("✓ ", GREEN, "right"), False: ("✗ ", VERMILLION, "wrong"), N
 
 
 def plot_sheet(args):
-    found = files.read_json(args.results)
+    found = disk.read_json(args.results)
     check(args, "a task of eval.py", [found], "title", "examples")
     check(args, "a task of eval.py", found["examples"],
           "file", "row", "images", "text", "answer", "truth", "right")
@@ -512,14 +511,11 @@ def main(argv: list[str] | None = None):
     add("--examples", type=int, default=12, help="number of examples, evenly spread")
     args = parser.parse_args(argv)
     plt.switch_backend("Agg")                           # files only, so no display is needed
-    try:
+    with disk.command("plot.py"), plt.rc_context(STYLE):
         for flag in ("examples", "words"):
             if getattr(args, flag, 1) < 1:
                 raise ValueError(f"--{flag} {getattr(args, flag)}: at least 1 is expected")
-        with plt.rc_context(STYLE):
-            args.run(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"plot.py: {error}")
+        args.run(args)
 
 
 if __name__ == "__main__":

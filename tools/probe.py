@@ -12,7 +12,6 @@ one. What it gets right only with the right image, it read from the image.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,8 @@ import machine
 import vilt
 from data import CaptionDataset, Captions, evaluation_batches, pad_texts, token_lengths
 from eval import REQUIRED, add_commands, at_least, one_model
-from files import find_files, read_json
+from disk import read_json
+from files import find_files
 from layers import encode_batch_images
 from predict import choose_datasets, device_of, finite, no_split, picture_batch
 from tasks import shape_of
@@ -254,13 +254,9 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_commands(parser, COMMANDS)
     args = parser.parse_args(argv)
-    try:
+    with machine.running("probe.py"):
         at_least(1, "--captions", args.captions)
         args.run(args)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"probe.py: {error}")
-    finally:
-        machine.tear_down()
 
 
 if __name__ == "__main__":

@@ -24,15 +24,16 @@ import io
 import json
 import multiprocessing
 import random
-import sys
 from dataclasses import astuple
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from files import CAPTIONS, NLVR2, VQA, read_json
-from sources.shards import Writer, complete_file
+import disk
+from disk import complete_file, read_json
+from files import CAPTIONS, NLVR2, VQA
+from sources.shards import Writer
 from tools.toy_sentences import ANSWERS, captions, questions, statement
 from tools.toy_world import (COLOURS, KINDS, PLURAL, RELATIONS, Scene, Shape, draw, is_true,
                              sample_scene)
@@ -223,10 +224,8 @@ def main(argv: list[str] | None = None):
     add("--out", metavar="FILE", help="JSON file for the counts (default: only print)")
     options = vars(parser.parse_args(argv))
     run = options.pop("run")
-    try:
+    with disk.command("toy.py"):
         run(**options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"toy.py: {error}")
 
 
 if __name__ == "__main__":
