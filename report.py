@@ -104,7 +104,8 @@ class Log:
         self.validated = metrics["step"]
         name = self.run.settings.keep_best
         value = metrics.get(name)
-        if value is None:
+        short = not self.run.due(self.run.settings.eval_every, self.validated)
+        if value is None or short:
             return False
         lower_is_better = name.endswith("loss")
         better = self.best is None or (value < self.best if lower_is_better else value > self.best)

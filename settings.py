@@ -16,6 +16,7 @@ from pathlib import Path
 
 import flm
 import vilt
+from machine import Machine
 from tasks import MODELS, RECIPES, TASKS
 from weights import backbone_of
 
@@ -43,7 +44,8 @@ class Settings:
     steps: int = 10_000             # optimizer steps
     epochs: float = 0.0             # number of epochs; overrides --steps
     global_batch: int = 256         # pairs per optimizer step, over all processes
-    micro_batch: int = 0          # pairs per forward pass of one process; 0: its share of the batch
+    micro_batch: int = 0            # at most so many pairs per forward pass of one process, a
+                                    # divisor of its share; 0: its share, on a CPU at most 32
     lr: float = 1e-4                # peak learning rate of the group "base"
     head_lr_scale: float = 5.0      # multiple of lr: vocabulary and task heads
     fusion_lr_scale: float = 5.0  # multiple of lr: fusion layers, reconstructor, what leads to them
@@ -69,8 +71,9 @@ class Settings:
     compile: bool = False           # compile the model with torch.compile
     shard: bool = False             # fully sharded parameters (FSDP2) instead of DDP
     # reporting
-    log_every: int = 50             # steps between two reports
-    eval_every: int = 1000          # steps between two validations; 0: never
+    log_every: int = 50             # steps between two reports; the first comes after step 1
+    eval_every: int = 1000          # steps between two validations, after a short one at step 10;
+                                    # 0: never
     eval_samples: int = 5000        # captions of the validation split, evenly spread; 0: all
     save_every: int = 1000          # steps between two checkpoints, OUT/last.pt
     keep: int = 0                   # steps between two checkpoints kept as OUT/step_N.pt; 0: none
@@ -87,6 +90,9 @@ FREE_TO_CHANGE = {"resume", "out", "data", "epochs", "micro_batch", "workers", "
                   "keep", "keep_best", "max_unreadable", "max_skipped", "tokenizer", "trust",
                   "dry_run"}
 
+
+# A CPU gains nothing from larger micro-batches, and its memory is needed for other things.
+LARGEST_ON_A_CPU = 32
 
 # Fields of the models' Configs that the task and the tokenizer decide: they are no flags.
 SET_BY_TASK = {"head", "answers", "pooler", "cls_id", "pad_id", "sep_id", "mask_id"}
@@ -205,7 +211,7 @@ def list_recipes():
 # -------------------------------------------------------------------------------------------------
 # Checks.
 
-def check(settings: Settings, world: int):
+def check(settings: Settings, machine: Machine):
     """ValueError or FileNotFoundError for settings that do not go together."""
     s = settings
     for flag in ("vit", "text", "load"):
@@ -218,21 +224,25 @@ def check(settings: Settings, world: int):
                              "another --out")
     if s.seed < 0:
         raise ValueError(f"--seed {s.seed}: at least 0 is expected")
-    if s.shard and world == 1:
+    if s.shard and machine.world == 1:
         raise ValueError("--shard needs several processes: start with torchrun")
     if s.task == "retrieval" and s.false_captions < 1:
         raise ValueError(f"--false-captions {s.false_captions}: at least 1 is expected, or there "
                          "is no choice")
-    split_batch(s, world)
+    split_batch(s, machine)
 
 
-def split_batch(settings: Settings, world: int) -> tuple[int, int]:
-    """The global batch -> (micro-batch, micro-batches that one process accumulates per step)."""
-    share, rest = divmod(settings.global_batch, world)
-    micro = settings.micro_batch or share
-    if rest or micro < 1 or share % micro:
-        raise ValueError(f"global batch {settings.global_batch} does not divide into {world} "
-                         f"processes x micro-batches of {micro}")
+def split_batch(settings: Settings, machine: Machine) -> tuple[int, int]:
+    """The global batch -> (micro-batch, micro-batches that one process accumulates per step).
+
+    A process's share is cut into equal micro-batches of at most --micro-batch pairs.
+    """
+    share, rest = divmod(settings.global_batch, machine.world)
+    most = settings.micro_batch or (LARGEST_ON_A_CPU if machine.device.type == "cpu" else share)
+    if rest or share < 1 or most < 1:
+        raise ValueError(f"--global-batch {settings.global_batch} --micro-batch "
+                         f"{settings.micro_batch}: {machine.world} processes cannot share it")
+    micro = max(size for size in range(1, min(most, share) + 1) if share % size == 0)
     return micro, share // micro
 
 

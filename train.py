@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import checkpoints
 import disk
@@ -95,6 +96,11 @@ def rate_at(step: int, settings: Settings) -> float:
     return max(0.0, (settings.steps - step) / max(1, settings.steps - warmup))
 
 
+# A short validation comes early: (its step, its number of captions). What is wrong with the
+# validation split shows in the first minute, not after the first thousand steps.
+FIRST_LOOK = (10, 200)
+
+
 # -------------------------------------------------------------------------------------------------
 # A run: what stays the same (Run), and what changes and is saved (State).
 
@@ -138,7 +144,17 @@ class Run:
 
     def due(self, every: int, step: int) -> bool:
         """Whether something that is done every so many steps, and at the end, is done now."""
-        return bool(every) and (step % every == 0 or step == self.settings.steps)
+        return bool(every) and step > 0 and (step % every == 0 or step == self.settings.steps)
+
+    def validation_due(self, step: int) -> int:
+        """On how many captions of the validation split the model is tried now; 0: on none."""
+        every, table = self.settings.eval_every, self.tables["val"]
+        if not table or not every:
+            return 0
+        samples = min(self.settings.eval_samples or len(table.row_of), len(table.row_of))
+        if self.due(every, step):
+            return samples
+        return min(FIRST_LOOK[1], samples) if step == FIRST_LOOK[0] else 0
 
 
 @dataclass
@@ -157,7 +173,7 @@ class State:
 
 def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
     """Opens data, tokenizer and checkpoint, and checks that all of it goes together."""
-    micro_batch, accumulation = split_batch(settings, machine.world)
+    micro_batch, accumulation = split_batch(settings, machine)
     checkpoint, saved, source = None, None, None
     if settings.resume:
         checkpoint, saved = checkpoints.open_saved(Path(settings.out))
@@ -329,7 +345,7 @@ def main(argv=None):
     with machines.running("train.py"):
         machine = machines.set_up(settings.device, settings.precision)
         settings = replace(settings, precision=machine.precision)
-        check(settings, machine.world)
+        check(settings, machine)
         with the_only_writer(settings, machine):
             run = open_run(settings, config_flags, machine)
             if settings.dry_run:
@@ -387,9 +403,10 @@ def loop(run: Run, state: State, log: Log, signals) -> signal.Signals | None:
         keep = run.due(s.keep, state.step)
         if new and (finished or keep or run.due(s.save_every, state.step)):
             checkpoints.save(run, state, log, keep)
-        if run.tables["val"] and run.due(s.eval_every, state.step) and log.validated < state.step:
+        samples = run.validation_due(state.step)
+        if samples and log.validated < state.step:
             with log.paused():
-                metrics = evaluate(run, state, signals)
+                metrics = evaluate(run, state, samples, signals)
             if metrics and log.validation(metrics, state.step):
                 checkpoints.save_best(run, state, log)
         asked = run.machine.largest(signals.asked)      # all processes stop after the same step
@@ -402,7 +419,7 @@ def loop(run: Run, state: State, log: Log, signals) -> signal.Signals | None:
         with log.waiting_for_data():
             micro_batches = [next(batches) for _ in range(run.accumulation)]
         train_step(run, state, micro_batches, log)
-        if run.due(s.log_every, state.step):
+        if state.step == 1 or run.due(s.log_every, state.step):
             log.report(state)
 
 
@@ -478,15 +495,15 @@ def update(run: Run, state: State) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(run: Run, state: State, signals) -> dict | None:
-    """Losses and accuracies on validation captions, each counted once by all processes.
+def evaluate(run: Run, state: State, samples: int, signals) -> dict | None:
+    """Losses and accuracies on captions of the validation split, evenly spread.
 
+    Each is counted once by all processes.
     None where a signal asks to stop: a resumed run validates again.
     """
     s, machine, table = run.settings, run.machine, run.tables["val"]
     count = len(table.row_of)
-    some = min(s.eval_samples or count, count)
-    chosen = [i * count // some for i in range(some)]
+    chosen = [i * count // samples for i in range(samples)]
     lengths = token_lengths(table, run.task.tok, chosen)
     batches = evaluation_batches(lengths, chosen, run.micro_batch)
     # A process that has nothing left repeats the first batch, uncounted: shards run in step.
@@ -501,7 +518,9 @@ def evaluate(run: Run, state: State, signals) -> dict | None:
     model = state.model if s.shard else state.bare
     sums = Sums(run.config.loss_weights, machine.device)
     model.eval()
-    for k, (batch, notes) in zip(places, loader, strict=True):
+    bar = tqdm(loader, "validation", unit=" batches", leave=False, delay=5,
+               disable=machine.rank > 0)
+    for k, (batch, notes) in zip(places, bar, strict=True):
         if machine.largest(signals.asked):
             model.train()
             return None

@@ -177,17 +177,17 @@ def test_a_run_that_is_stopped_in_a_validation_validates_again(world, tmp_path, 
     arguments = command(world, tmp_path / "run", *RUN, "--keep", 2)
     original, calls = train.evaluate, []
 
-    def evaluate(run, state, signals):
+    def evaluate(run, state, samples, signals):
         calls.append(state.step)
         if state.step == 3 and calls.count(3) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(run, state, signals)
+        return original(run, state, samples, signals)
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     with pytest.raises(SystemExit):
         train.main(arguments)
     train.main([*arguments, "--resume"])
-    assert calls == [0, 3, 3, 6]
+    assert calls == [3, 3, 6]
     assert_same(outcome(tmp_path / "run"), outcome(trained), 0)
 
 

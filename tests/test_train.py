@@ -17,7 +17,7 @@ import tasks
 import train
 import vilt
 import weights
-from settings import Settings, documented_fields
+from settings import Settings, split_batch, documented_fields
 from tokenizer import BPE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,8 +172,8 @@ def test_loss_falls_and_every_reported_number_is_there(world, tmp_path, capsys):
     train.main(command(world, tmp_path / "run", *RUN, "--steps", 40, "--log-every", 5, "--eval-every", 20))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     training, validation = [x for x in lines if "lr" in x], [x for x in lines if "val_loss" in x]
-    assert training[-1]["loss"] < 0.8 * training[0]["loss"] and validation[-1]["val_loss"] < 0.8 * validation[0]["val_loss"]
-    assert [x["step"] for x in validation] == [0, 20, 40]
+    assert training[-1]["loss"] < 0.8 * training[0]["loss"] and validation[-1]["val_loss"] < validation[0]["val_loss"]
+    assert [x["step"] for x in validation] == [10, 20, 40] and [x["step"] for x in training][:3] == [1, 5, 10]
     assert {"loss", "reconstructed_loss", "reconstructed_accuracy", "samples_per_second", "data_wait", "memory_gb", "padding",
             "skipped", "unreadable", "cut", "seconds", "gradient_norm"} <= training[-1].keys()
     described = json.loads((tmp_path / "run/config.json").read_text())
@@ -236,7 +236,7 @@ def test_undecodable_images_are_logged_and_stop_the_run_when_many(tmp_path, worl
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--global-batch", 15, "--micro-batch", 4], "global batch 15 does not divide"),
+    (["--global-batch", 15, "--micro-batch", -4], "--global-batch 15 --micro-batch -4: 1 processes cannot share it"),
     (["--global-batch", 500], "global batch 500: there are only 120 captions"),
     (["--precision", "fp8"], "--precision fp8"), (["--seed", -1], "--seed -1"),
     (["--data", "/nowhere"], "/nowhere: there is no such directory"), (["--datasets", "coco"], "no caption files of dataset 'coco'"),
@@ -248,6 +248,17 @@ def test_impossible_settings_are_refused_in_one_sentence(world, tmp_path, argume
         train.main(command(world, tmp_path / "run", *RUN, *arguments))
     assert message in str(error.value) and "\n" not in str(error.value).strip()
     assert not (tmp_path / "run/last.pt").exists()
+
+
+def test_another_global_batch_takes_the_largest_micro_batch_that_divides_it_and_a_cpu_gets_no_large_one():
+    def split(world=1, device="cpu", **how):
+        return split_batch(Settings(**how), machine.Machine(0, world, torch.device(device), "fp32"))
+    assert split(global_batch=24, micro_batch=64) == (24, 1)
+    assert split(global_batch=100, micro_batch=64) == (50, 2)
+    assert split(2, global_batch=90, micro_batch=32) == (15, 3)
+    assert split(global_batch=256) == (32, 8) and split(global_batch=256, device="cuda") == (256, 1)
+    with pytest.raises(ValueError, match="2 processes cannot share it"):
+        split(2, global_batch=15)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
