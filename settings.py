@@ -16,6 +16,7 @@ from pathlib import Path
 
 import flm
 import vilt
+from disk import shortened
 from machine import Machine
 from tasks import MODELS, RECIPES, TASKS
 from weights import backbone_of
@@ -293,9 +294,7 @@ def check_same_run(path, saved: dict, settings: Settings, config, files: list):
     if differ:
         raise ValueError(f"{path}: --resume with other settings than the run's: "
                          f"{', '.join(differ)}")
-    before = [list(pair) for pair in saved.get("files", files)]
+    before = saved.get("files", files)
     if before != files:
-        described = [", ".join(f"{name} ({rows:,} rows)" for name, rows in some)
-                     for some in (before, files)]
-        raise ValueError(f"{path}: --resume with other data than the run's: "
-                         f"{described[0]} -> {described[1]}")
+        raise ValueError(f"{path}: --resume with other data than the run's, [file, rows]: "
+                         f"{shortened(before)} -> {shortened(files)}")

@@ -217,8 +217,8 @@ def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
 
 def say_new_schedule(run: Run):
     """Says what becomes of the rate where a run resumes with more steps than it had."""
-    s, step, steps = run.settings, run.saved["step"], run.saved["settings"]["steps"]
-    if s.steps > steps:
+    s, step, steps = run.settings, run.saved["step"], run.saved["settings"].get("steps", 0)
+    if s.steps > steps > 0:
         before, after = s.lr * rate_at(step, replace(s, steps=steps)), s.lr * rate_at(step, s)
         run.machine.say(f"{steps:,} steps become {s.steps:,}: the schedule stretches, and the rate "
                         f"at step {step:,} goes from {before:.1e} to {after:.1e}")
@@ -346,12 +346,12 @@ def main(argv=None):
         machine = machines.set_up(settings.device, settings.precision)
         settings = replace(settings, precision=machine.precision)
         check(settings, machine)
-        with the_only_writer(settings, machine):
+        with the_only_writer(settings, machine), machines.Signals() as signals:
             run = open_run(settings, config_flags, machine)
             if settings.dry_run:
                 dry_run(run)
             else:
-                train(run)
+                train(run, signals)
 
 
 @contextlib.contextmanager
@@ -366,20 +366,20 @@ def the_only_writer(settings: Settings, machine: Machine):
         yield
 
 
-def train(run: Run):
+def train(run: Run, signals):
     """Trains until the last step is done, or until a signal asks to stop (then SystemExit)."""
     state = build_state(run)
     describe(run, state.bare, state.step)
     write_config(run, state.bare)
     log = Log(run, state)
     run.saved = run.source = None           # they would hold the weights a second time
-    with machines.Signals() as signals:
-        try:
-            stopped_by = loop(run, state, log, signals)
-        except OSError as error:
-            if error.errno and state.saved_step:
-                error.strerror += f" ({run.checkpoint} of step {state.saved_step} is whole)"
-            raise
+    signals.training = True
+    try:
+        stopped_by = loop(run, state, log, signals)
+    except OSError as error:
+        if error.errno and state.saved_step:
+            error.strerror += f" ({run.checkpoint} of step {state.saved_step} is whole)"
+        raise
     if stopped_by:
         run.machine.say(f"train.py: stopped by {stopped_by.name} after step {state.step}: "
                         f"--resume goes on from {run.checkpoint}", file=sys.stderr)

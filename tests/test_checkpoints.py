@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -105,7 +106,7 @@ def test_a_run_does_not_resume_on_other_data(world, tmp_path):
     arguments = [*RUN, "--data", tmp_path, "--steps", 2]
     train.main(command(world, tmp_path / "run", *arguments))
     write_captions(tmp_path / "more_caption_train.arrow", 9)
-    with pytest.raises(SystemExit, match=r"other data than the run's: mine_caption_train.arrow \(60 rows\) -> .*more_caption"):
+    with pytest.raises(SystemExit, match=r"other data than the run's, .*mine_caption_train.arrow', 60.* -> .*more_caption"):
         train.main(command(world, tmp_path / "run", *arguments, "--resume"))
 
 
@@ -171,6 +172,13 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_been(wo
     assert weights.read(tmp_path / "run/last.pt")["step"] == 5
     train.main([*arguments, "--resume"])
     assert_same(outcome(tmp_path / "run"), outcome(trained), 0)
+
+
+def test_a_run_that_is_stopped_before_training_has_begun_ends_at_once(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "open_run", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))
+    with pytest.raises(SystemExit) as stop:
+        train.main(command(world, tmp_path / "run", *RUN))
+    assert stop.value.code == 143 and "stopped by SIGTERM before training began" in capsys.readouterr().err
 
 
 def test_a_run_that_is_stopped_in_a_validation_validates_again(world, tmp_path, trained, monkeypatch):
@@ -247,6 +255,7 @@ BROKEN = {
     "step that is true": (dict(step=True), "step is a bool"),
     "no counters": (dict(counters={}), "counters.samples is missing"),
     "counters of text": (dict(counters="x"), "counters is a str, a table is expected"),
+    "files of another kind": (dict(files=7), "other data than the run's"),
     "another task": (dict(task="caption"), ""),
     "sums of another model": (dict(sums=[torch.zeros(2, 2)]), "sums are not"),
 }

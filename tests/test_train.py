@@ -352,6 +352,7 @@ def test_processes_wait_for_each_other_longer_than_nccl_does_and_know_their_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(machine.dist, "init_process_group", lambda backend, **how: joined.update(how, backend=backend))
+    monkeypatch.setattr(machine.dist, "rendezvous", lambda *_, timeout: iter([("store", 1, 2)]))
     monkeypatch.setattr(machine.dist, "new_group", lambda backend, timeout: (backend, timeout))
     assert machine.set_up(device, "bf16").messages == ("gloo", machine.TIMEOUT)
     assert joined["timeout"] >= timedelta(hours=1) and (joined["rank"], joined["world_size"]) == (1, 2)
