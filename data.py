@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import files
+from disk import shortened
 from files import Table, nested, outermost, refuse, running_sum
 
 # -------------------------------------------------------------------------------------------------
@@ -373,11 +374,12 @@ class CaptionDataset(torch.utils.data.Dataset):
         """The images of a row, and a line for each that cannot be decoded and is black."""
         pictures, wrong = [], []
         for which in range(len(self.table.IMAGES)):
+            encoded = self.table.image(row, which)
             try:
-                pictures.append(self.decode(self.table.image(row, which), rng))
+                pictures.append(self.decode(encoded, rng))
             except Exception as error:      # Pillow's readers raise whatever broken bytes lead to
                 path, place = self.table.place(row)
-                wrong.append(f"{path} row {place}: {error or type(error).__name__}")
+                wrong.append(f"{path} row {place}: {shortened(error) or type(error).__name__}")
                 width, height = self.shape(1, 1)[1]
                 pictures.append(torch.zeros(3, height, width, dtype=torch.uint8))
         return pictures, wrong

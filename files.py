@@ -2,7 +2,7 @@
 
     find_files("data/4m", ["coco", "vg"], "train")      # the files of two datasets' training split
     known_datasets("data/4m")                           # what there is in a directory
-    table = Table(paths, {"image": pa.binary()})        # their rows as one sequence, all checked
+    table = Table(paths, {"image": IMAGE})              # their rows as one sequence, all checked
 
 Schemas and names are ViLT's, so that files made for ViLT, METER or FLM open as they are. One row
 per image. data.py reads them, sources/shards.py writes them.
@@ -30,14 +30,15 @@ try:
 except ImportError:             # Windows: no limit to ask for
     resource = None
 
-CAPTIONS = pa.schema([("image", pa.binary()), ("caption", pa.list_(pa.string())),
+IMAGE = pa.binary()             # the type of a column of encoded pictures
+CAPTIONS = pa.schema([("image", IMAGE), ("caption", pa.list_(pa.string())),
                       ("image_id", pa.string()), ("split", pa.string())])
-VQA = pa.schema([("image", pa.binary()), ("questions", pa.list_(pa.string())),
+VQA = pa.schema([("image", IMAGE), ("questions", pa.list_(pa.string())),
                  ("answers", pa.list_(pa.list_(pa.string()))),
                  ("answer_labels", pa.list_(pa.list_(pa.int64()))),
                  ("answer_scores", pa.list_(pa.list_(pa.float64()))), ("image_id", pa.int64()),
                  ("question_id", pa.list_(pa.int64())), ("split", pa.string())])
-NLVR2 = pa.schema([("image_0", pa.binary()), ("image_1", pa.binary()),
+NLVR2 = pa.schema([("image_0", IMAGE), ("image_1", IMAGE),
                    ("questions", pa.list_(pa.string())), ("answers", pa.list_(pa.string())),
                    ("identifier", pa.string())])
 
@@ -182,6 +183,8 @@ def open_arrow(path: str, known: tuple | None = None) -> tuple[pa.RecordBatchFil
         if known is None:
             check_layout(mapped)
             str([reader.schema.names, reader.schema.types])     # an error if one is not UTF-8
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: there is no such file") from None
     except (OSError, ValueError, struct.error, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno:
             raise
@@ -257,7 +260,7 @@ def field_of(file: mmap.mmap, table: int, number: int) -> int:
 # The door, 2: the columns. They have the schema's types, are intact, and hold no nulls.
 
 # What may stand where the schema has a type.
-SAME = {pa.binary(): (pa.types.is_binary, pa.types.is_large_binary),
+SAME = {IMAGE: (pa.types.is_binary, pa.types.is_large_binary),
         pa.string(): (pa.types.is_string, pa.types.is_large_string),
         pa.int64(): (pa.types.is_integer,), pa.float64(): (pa.types.is_floating,),
         pa.bool_(): (pa.types.is_boolean,)}
@@ -343,7 +346,7 @@ def valid_batch(path: str, reader: pa.RecordBatchFileReader, number: int, first_
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"{path}: record batch {number} is damaged ({reason(error)})") from None
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if any(is_same(column.type) for is_same in SAME[pa.binary()]):
+        if any(is_same(column.type) for is_same in SAME[IMAGE]):
             continue                            # no picture: as one that cannot be decoded
         lengths = []
         while True:

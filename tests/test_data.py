@@ -78,7 +78,7 @@ def broken_files(tmp_path):
     (tmp_path / "empty.arrow").write_bytes(b"")
     for name, table in (("column", pa.table({"image": [b"x"], "text": ["a"]})),
                         ("type", pa.table({"image": [b"x"], "caption": ["a"]})),
-                        ("none", pa.Table.from_pylist([{"image": b"x", "caption": []}], schema=CAPTIONS))):
+                        ("none", pa.table({"image": [b"x"], "caption": pa.array([[]], pa.list_(pa.string()))}))):
         with pa.OSFile(str(tmp_path / f"{name}.arrow"), "wb") as f, pa.ipc.new_file(f, table.schema) as out:
             out.write_table(table)
 
