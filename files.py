@@ -188,7 +188,8 @@ def open_arrow(path: str, known: tuple | None = None) -> tuple[pa.RecordBatchFil
     except (OSError, ValueError, struct.error, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise ValueError(f"{path}: not a complete Arrow IPC file ({reason(error)})") from None
+        raise ValueError(f"{path}: not a complete, uncompressed Arrow IPC file "
+                         f"({reason(error)})") from None
     identity = (found.st_size, found.st_mtime_ns)
     if known not in (None, identity):
         raise ValueError(f"{path}: has changed since it was opened first; start again")
