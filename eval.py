@@ -303,7 +303,7 @@ def caption(args):
     run = Evaluation(args, "caption")
     row_of = run.table.row_of
     firsts = np.flatnonzero(np.diff(row_of, prepend=-1)).tolist()       # of each image one caption
-    names = [run.table.cell("image_id", int(row_of[number])).as_py() for number in firsts]
+    names = [str(run.table.cell("image_id", int(row_of[number])).as_py()) for number in firsts]
     names = run.unique([int(name) if name.isdecimal() else name for name in names], "image ids")
     ids = dict(zip(firsts, names, strict=True))
     references = [{"image_id": ids[run.table.first_of(row)], "caption": run.table.text(number)}

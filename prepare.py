@@ -166,9 +166,10 @@ def parser() -> ArgumentParser:
     commands.choices["vqav2"].set_defaults(at_least=9)
     about = ("reads finished files back: schema, texts, every picture; "
              "the exit status is 1 if something is wrong")
-    sub = commands.add_parser("check", usage="prepare.py check FILE.arrow … [flags]",
+    sub = commands.add_parser("check", usage="prepare.py check FILE.arrow or FOLDER … [flags]",
                               help=about, description=about)
-    sub.add_argument("files", type=Path, nargs="+", metavar="FILE.arrow", help="what to read")
+    sub.add_argument("files", type=Path, nargs="+", metavar="FILE.arrow",
+                     help="what to read; of a folder, all *.arrow files in it")
     for flag in ("--fast", "--workers"):
         sub.add_argument(flag, **FLAGS[flag])
     sub.set_defaults(run=check)

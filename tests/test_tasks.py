@@ -109,7 +109,7 @@ def test_a_label_past_the_end_of_the_answer_list_is_named(world, tmp_path):
     for path in world.glob("mine_vqa_t*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "mine_vqa_answers.json").write_text('["yes"]')
-    with pytest.raises(ValueError, match=r"question \d+: label \d is past the end of the answer list, which has 1 answers"):
+    with pytest.raises(ValueError, match=r"mine_vqa_train.arrow row \d: label \d is past the end of the answer list, which has 1 answers"):
         collated(replace_data(task_on(world, "vqa"), tmp_path))
     with pytest.raises(FileNotFoundError, match="no answer list"):
         tasks.VQA.answers(Settings(data=str(world), datasets=("other",)))
