@@ -547,9 +547,9 @@ def answer_lists(t: Try):
     model = t.world.model("vqa")
     t.run("weights.py", "convert", model, t.folder / "out.pt", "--answers", path, names=[path],
           what="convert --answers")
-    t.run("eval.py", "vqa", model, "--data", t.folder, "--out", t.folder / "scores", names=[path],
-          what="eval.py vqa (answers)")
+    t.run("eval.py", "vqa", model, "--data", t.folder, "--out", t.folder / "scores",
+          names=[t.folder], what="eval.py vqa (answers)")
     if t.number % 3 == 0:
         t.run("train.py", "--task", "vqa", "--recipe", "toy", "--load", t.world.model("itm"),
-              *BATCH, *ONCE, "--data", t.folder, "--out", t.folder / "run", names=[path],
-              what="train.py --task vqa (answers)")
+              *BATCH, *ONCE, "--data", t.folder, "--out", t.folder / "run",
+              names=[t.folder], what="train.py --task vqa (answers)")

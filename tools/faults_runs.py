@@ -394,6 +394,8 @@ def c_locale(t: Try):
         err = done.stderr.decode(errors="replace")
         outcome = "traceback" if "Traceback" in err else "ok" if done.returncode == 0 else "wrong"
         t.record(f"C locale: {argv[0]}", outcome, err.strip()[-200:], err)
+        if outcome != "ok":
+            return
 
 
 def descriptors(t: Try):

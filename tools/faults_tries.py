@@ -4,14 +4,12 @@
     result.outcome, result.code     # "sentence", 1
 
 Everything is imported once, before the forks, so a try begins in milliseconds, not in seconds.
-Import this module first: it asks for one thread, since threads do not survive a fork.
 """
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+import faulthandler
 import json
+import multiprocessing.pool  # noqa: F401 (who runs as another user cannot import it later)
+import os
 import random
 import resource
 import shutil
@@ -33,8 +31,6 @@ import tokenizer
 import train
 import weights
 from tools import toy
-
-torch.set_num_threads(1)
 
 COMMANDS = {"train.py": train.main, "eval.py": evaluation.main, "weights.py": weights.main,
             "prepare.py": prepare.main, "tokenizer.py": tokenizer.main, "toy.py": toy.main}
@@ -143,6 +139,8 @@ def start(function: Callable, env: dict | None = None, limits: dict | None = Non
         os.dup2(err_end, 2)
         sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
         os.environ.update(env or {})
+        torch.set_num_threads(1)            # the parent's other threads are not here
+        faulthandler.disable()              # it would print where a crash happened
         for which, limit in (limits or {}).items():
             resource.setrlimit(which, (limit, limit))
         if user is not None:
@@ -287,11 +285,11 @@ FLM = ["--task", "pretrain", "--recipe", "toy", "--image-size", 32, "--vit-width
        "--reconstructor-fusion-layers", 1, "--vocab-size", 300]
 VILT = ["--task", "pretrain", "--recipe", "vilt-toy", "--image-size", 32, "--width", 24,
         "--layers", 1, "--heads", 2, "--mlp-width", 48, "--vocab-size", 300]
-BATCH = ["--global-batch", 16, "--micro-batch", 8, "--device", "cpu", "--workers", 0]
+BATCH = ["--global-batch", 8, "--micro-batch", 4, "--device", "cpu", "--workers", 0]
 STEPS, MIDDLE = 24, 15
 # None of these numbers divides another.
 OFTEN = ["--steps", STEPS, "--save-every", 5, "--log-every", 3, "--eval-every", 8,
-         "--eval-samples", 60, "--keep", MIDDLE]
+         "--eval-samples", 40, "--keep", MIDDLE]
 ONCE = ["--steps", 1, "--eval-every", 0, "--log-every", 1]
 TIMES = ("samples_per_second", "data_wait", "memory_gb", "seconds")
 
@@ -330,34 +328,38 @@ class World:
     def make(self, stage: int):
         """Makes what the tries need. 1: the drawn world; 2: models; 3: undisturbed runs."""
         if stage >= 1:
-            self.do(command("toy.py", ["make", "--out", self.data, "--images", 160, "--eval-images",
-                                       30, "--size", 32, "--workers", 1]))
+            argv = ["make", "--out", self.data, "--images", 160, "--eval-images", 30, "--size", 32,
+                    "--workers", 1]
+            self.finished(start(command("toy.py", argv)))
         if stage >= 2:
-            self.undisturbed("flm", 1)
-            base = [*BATCH, "--steps", 10, "--eval-every", 0, "--data", self.data]
-            self.do(command("train.py", [*FLM, "--itm", *base, "--out", self.root / "itm"]))
-            for task in ("vqa", "nlvr2", "caption"):
-                self.do(command("train.py", [
-                    "--task", task, "--recipe", "toy", "--load", self.model("itm"), *base, "--out",
-                    self.root / task]))
+            base = [*BATCH, "--steps", 5, "--eval-every", 0, "--data", self.data]
+            argv = [*FLM, "--itm", *base, "--out", self.root / "itm"]
+            self.finished(start(command("train.py", argv)))
+            self.undisturbed(("flm", 1))
+            self.finished(*[start(command("train.py", [
+                "--task", task, "--recipe", "toy", "--load", self.model("itm"), *base, "--out",
+                self.root / task])) for task in ("vqa", "nlvr2", "caption")])
         if stage >= 3:
+            self.undisturbed(("mlm", 1), ("vilt", 1), ("vqa", 1))
             for run in ("flm", "mlm", "vilt", "vqa"):
-                for processes in (1, 2):
-                    if (run, processes) != ("flm", 1):
-                        self.undisturbed(run, processes)
+                self.undisturbed((run, 2))
 
-    def do(self, function: Callable):
-        result = wait(start(function), timeout=300)
-        if result.outcome != "ok":
-            raise RuntimeError(f"the world of the tries cannot be made: {result.err}")
-
-    def undisturbed(self, run: str, processes: int):
-        began = time.monotonic()
-        argv = [*self.run_flags(run), "--out", self.reference(run, processes)]
-        for result in [wait(child, 300) for child in launch(argv, processes)]:
+    def finished(self, *children: Child):
+        for child in children:
+            result = wait(child, timeout=300)
             if result.outcome != "ok":
-                raise RuntimeError(f"an undisturbed run of {run} fails: {result.err}")
-        self.seconds[run, processes] = time.monotonic() - began
+                raise RuntimeError(f"the world of the tries cannot be made: {result.err}")
+
+    def undisturbed(self, *runs: tuple[str, int]):
+        """Runs that nothing disturbs, at the same time. How long they take is kept."""
+        began = time.monotonic()
+        children = {}
+        for run, processes in runs:
+            argv = [*self.run_flags(run), "--out", self.reference(run, processes)]
+            children[run, processes] = launch(argv, processes)
+        for run, some in children.items():
+            self.finished(*some)
+            self.seconds[run] = time.monotonic() - began
 
 
 # -- Comparing runs --------------------------------------------------------------------------------
