@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from tools import faults, faults_inputs, faults_runs
+from tools import faults, faults_downloads, faults_runs
 from tools.faults_tries import OUTCOMES, differing_tensors, start, wait
 
 pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
@@ -109,8 +109,8 @@ def test_minutes_end_a_campaign(monkeypatch, tmp_path, capsys):
 
 def test_damage_changes_something_and_is_a_function_of_its_random_numbers():
     contents = bytes(range(256)) * 4
-    results = [faults_inputs.damage(contents, random.Random(seed)) for seed in range(200)]
-    assert results == [faults_inputs.damage(contents, random.Random(seed)) for seed in range(200)]
+    results = [faults_downloads.damage(contents, random.Random(seed)) for seed in range(200)]
+    assert results == [faults_downloads.damage(contents, random.Random(seed)) for seed in range(200)]
     assert sum(result != contents for result in results) > 190
 
 

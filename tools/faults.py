@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import disk
-from tools import faults_inputs, faults_runs
+from tools import faults_downloads, faults_files, faults_runs
 from tools.faults_tries import OUTCOMES, Try, World, remove
 
 
@@ -42,13 +42,13 @@ class Part(NamedTuple):
 
 PARTS = {
     "descriptors": Part(faults_runs.descriptors, 1, 2, 1),
-    "pictures": Part(faults_inputs.pictures, 3, 0),
-    "arrow": Part(faults_inputs.arrow, 4, 2),
-    "json": Part(faults_inputs.json_files, 2, 0),
-    "tar": Part(faults_inputs.tar_files, 2, 0),
-    "checkpoints": Part(faults_inputs.checkpoints, 3, 2),
-    "tokenizers": Part(faults_inputs.tokenizers, 2, 2),
-    "answers": Part(faults_inputs.answer_lists, 2, 2),
+    "pictures": Part(faults_downloads.pictures, 3, 0),
+    "arrow": Part(faults_files.arrow, 4, 2),
+    "json": Part(faults_downloads.json_files, 2, 0),
+    "tar": Part(faults_downloads.tar_files, 2, 0),
+    "checkpoints": Part(faults_files.checkpoints, 3, 2),
+    "tokenizers": Part(faults_files.tokenizers, 2, 2),
+    "answers": Part(faults_files.answer_lists, 2, 2),
     "resume": Part(faults_runs.resume, 4, 2),
     "writers": Part(faults_runs.writers, 2, 2),
     "disk": Part(faults_runs.disk_faults, 3, 2),

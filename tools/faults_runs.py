@@ -16,7 +16,8 @@ import pyarrow as pa
 import torch
 
 import weights
-from tools.faults_inputs import JPEG, arrow_bytes, rows_of
+from tools.faults_downloads import JPEG
+from tools.faults_files import arrow_bytes, rows_of
 from tools.faults_tries import (BATCH, FLM, MIDDLE, ONCE, Try, command, differences,
                                 differing_tensors, launch, leaves, read_checkpoint, start, wait)
 
@@ -36,6 +37,14 @@ def moment(t: Try, out: Path, longest: float, children: list):
             time.sleep(t.rng.uniform(0, 0.01))
             break
         time.sleep(0.001)
+
+
+def met(children: list) -> bool:
+    """Whether the processes have met: the first one speaks after that.
+
+    Before it, launchers end the others where one died; alone they wait for it.
+    """
+    return bool(children[0].texts[0])
 
 
 def finish(t: Try, run: str, processes: int, out: Path, what: str, faults: int):
@@ -67,7 +76,7 @@ def kills(t: Try):
     for _ in range(faults):
         children = launch([*t.world.run_flags(run), "--out", out, "--resume"], processes)
         moment(t, out, longest, children)
-        one = processes > 1 and t.rng.random() < 0.4
+        one = t.rng.random() < 0.4 and processes > 1 and met(children)
         victim = t.rng.randrange(processes)
         others = [child for rank, child in enumerate(children) if one and rank != victim]
         for child in children:
@@ -90,7 +99,7 @@ def terms(t: Try):
     children = launch([*t.world.run_flags(run), "--out", out, "--resume"], processes)
     moment(t, out, t.world.seconds[run, processes], children)
     begun = out.exists()
-    told = children if t.rng.random() < 0.6 else [t.rng.choice(children)]
+    told = children if t.rng.random() < 0.6 or not met(children) else [t.rng.choice(children)]
     for child in told:
         child.send(number)
     what = f"{number.name}, {processes} process{'es' * (processes - 1)}"
