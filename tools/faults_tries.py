@@ -6,9 +6,10 @@
 Everything is imported once, before the forks, so a try begins in milliseconds, not in seconds.
 """
 
+import encodings.utf_8_sig  # noqa: F401 (who runs as another user cannot import it later)
 import faulthandler
 import json
-import multiprocessing.pool  # noqa: F401 (who runs as another user cannot import it later)
+import multiprocessing.pool  # noqa: F401 (nor this)
 import os
 import random
 import resource
