@@ -191,13 +191,6 @@ def lost_processes(patience: float = 5.0) -> str:
     return f"process{'es' if len(others) > 1 else ''} {ranks} of 0 … {world - 1}"
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop, and it has saved its state."""
-
-    def __init__(self, number: int):
-        self.number = number
-
-
 class Signals:
     """Notes the first signal that asks to stop, so that the loop can finish its step and save.
 

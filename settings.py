@@ -74,15 +74,18 @@ class Settings:
     eval_samples: int = 5000        # captions of the validation split, evenly spread; 0: all
     save_every: int = 1000          # steps between two checkpoints, OUT/last.pt
     keep: int = 0                   # steps between two checkpoints kept as OUT/step_N.pt; 0: none
+    keep_best: str = ""             # a number of the validation, such as val_loss: the checkpoint
+                                    # that is best by it is kept as OUT/best.pt
     dry_run: bool = False           # print what would run, with its memory, and stop; OUT gets the
                                     # token counts and a newly trained tokenizer
 
 
 # What may differ between a run and its resumption. The order of the data and the mean gradient
 # stay the same. (A new micro_batch changes what dropout draws, and the wrong images of matching.)
-FREE_TO_CHANGE = {"resume", "out", "data", "micro_batch", "workers", "device", "compile", "shard",
-                  "log_every", "eval_every", "eval_samples", "pad_to", "save_every", "keep",
-                  "max_unreadable", "max_skipped", "tokenizer", "trust", "dry_run"}
+FREE_TO_CHANGE = {"resume", "out", "data", "epochs", "micro_batch", "workers", "device", "compile",
+                  "shard", "log_every", "eval_every", "eval_samples", "pad_to", "save_every",
+                  "keep", "keep_best", "max_unreadable", "max_skipped", "tokenizer", "trust",
+                  "dry_run"}
 
 
 # Fields of the models' Configs that the task and the tokenizer decide: they are no flags.
@@ -209,10 +212,10 @@ def check(settings: Settings, world: int):
         path = getattr(s, flag)
         if path and not Path(path).exists():
             raise FileNotFoundError(f"--{flag} {path}: there is no such file")
-    checkpoint = Path(s.out) / "last.pt"
-    if checkpoint.exists() and not (s.resume or s.dry_run):
-        raise ValueError(f"{checkpoint} exists: --resume goes on from it; for a new run choose "
-                         "another --out")
+    for checkpoint in (Path(s.out) / "last.pt", Path(s.out) / "previous.pt"):
+        if checkpoint.exists() and not (s.resume or s.dry_run):
+            raise ValueError(f"{checkpoint} exists: --resume goes on from it; for a new run choose "
+                             "another --out")
     if s.seed < 0:
         raise ValueError(f"--seed {s.seed}: at least 0 is expected")
     if s.shard and world == 1:
@@ -267,7 +270,7 @@ def check_same_run(path, saved: dict, settings: Settings, config, files: list):
     """ValueError unless a run resumes with the settings and the data that it was started with.
 
     (The answer list of vqa is compared in train.open_run.)
-    Settings added since the checkpoint was written count as their defaults.
+    Settings added since the checkpoint was written count as their defaults. More steps are allowed.
     files: [[name, rows]] of the training data.
     """
     ours = asdict(settings) | asdict(config)
@@ -275,6 +278,8 @@ def check_same_run(path, saved: dict, settings: Settings, config, files: list):
     ours["datasets"], theirs["datasets"] = list(ours["datasets"]), list(theirs["datasets"])
     differ = [f"{name} {theirs.get(name)!r} -> {value!r}" for name, value in ours.items()
               if name not in FREE_TO_CHANGE and theirs.get(name) != value]
+    if type(theirs["steps"]) is int and theirs["steps"] < settings.steps:
+        differ = [text for text in differ if not text.startswith("steps ")]
     if differ:
         raise ValueError(f"{path}: --resume with other settings than the run's: "
                          f"{', '.join(differ)}")
