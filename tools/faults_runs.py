@@ -103,15 +103,18 @@ def terms(t: Try):
     for child in told:
         child.send(number)
     what = f"{number.name}, {processes} process{'es' * (processes - 1)}"
-    for rank, result in enumerate([wait(child, timeout=30) for child in children]):
+    results = [wait(child, timeout=30) for child in children]
+    for rank, (child, result) in enumerate(zip(children, results, strict=True)):
         outcome = result.outcome
         done = outcome == "ok"                      # the signal came after the last step
-        early = result.killed and not begun         # it came before training had begun
+        # Before training has begun, the signal itself may end a process, and then the others end.
+        early = not begun and (result.killed or outcome == "sentence" and child not in told)
         if done or early or outcome in ("timeout", "traceback"):
             t.record(what, "ok" if early else outcome, result.last_line, result.err)
         elif result.code != 128 + number or result.killed:
-            t.record(what, "wrong", f"process {rank} ends with code {result.code}"
-                     f"{', by the signal itself' if result.killed else ''}: {result.last_line}")
+            t.record(what, "wrong", f"process {rank} of {len(told)} that were told ends with "
+                     f"code {result.code}{', by the signal itself' if result.killed else ''}: "
+                     f"{result.last_line}")
         elif rank == 0 and len(result.err.strip().splitlines()) != 1:
             t.record(what, "unclear", f"{len(result.err.splitlines())} lines: {result.last_line}")
         else:
@@ -307,8 +310,8 @@ def full_disk(t: Try):
     limits = {resource.RLIMIT_FSIZE: t.rng.choice([20_000, 50_000, 100_000, 200_000, 400_000])}
     if t.rng.random() < 0.5:
         title, argv = t.rng.choice(list(writing_commands(t, t.folder / "out").items()))
-        if argv[0] not in ("train.py", "weights.py"):   # they need temporary files of 10 kB
-            limits = {resource.RLIMIT_FSIZE: t.rng.choice([0, 100, 2_000])}
+        if argv[0] in ("prepare.py", "toy.py", "tokenizer.py"):     # no temporary files
+            limits = {resource.RLIMIT_FSIZE: t.rng.choice([100, 1_000, 10_000])}
         t.run(*argv, names=[t.folder], limits=limits, what=f"full disk: {title}")
         left = t.folder / "out"
     else:

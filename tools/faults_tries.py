@@ -9,7 +9,9 @@ Everything is imported once, before the forks, so a try begins in milliseconds, 
 import encodings.utf_8_sig  # noqa: F401 (who runs as another user cannot import it later)
 import faulthandler
 import json
-import multiprocessing.pool  # noqa: F401 (nor this)
+import multiprocessing.pool  # noqa: F401 (nor these)
+import multiprocessing.queues  # noqa: F401
+import multiprocessing.synchronize  # noqa: F401
 import os
 import random
 import resource
