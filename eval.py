@@ -97,7 +97,8 @@ class Evaluation:
         batches = batches[place.rank::place.world]
         loader = DataLoader(self.task.dataset(self.table, train=False), batch_sampler=batches,
                             collate_fn=self.task.collate,
-                            num_workers=machine.loader_workers(-1, place.device))
+                            num_workers=machine.loader_workers(-1, place.device),
+                            worker_init_fn=machine.ignore_signals)
         bar = tqdm(loader, title, unit="batch", leave=False, disable=place.rank > 0)
         found, unreadable, cut = {}, [], 0
         for keys, (batch, notes) in zip(batches, bar, strict=True):
