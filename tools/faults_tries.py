@@ -6,12 +6,9 @@
 Everything is imported once, before the forks, so a try begins in milliseconds, not in seconds.
 """
 
-import encodings.utf_8_sig  # noqa: F401 (who runs as another user cannot import it later)
 import faulthandler
+import importlib
 import json
-import multiprocessing.pool  # noqa: F401 (nor these)
-import multiprocessing.queues  # noqa: F401
-import multiprocessing.synchronize  # noqa: F401
 import os
 import random
 import resource
@@ -34,6 +31,11 @@ import tokenizer
 import train
 import weights
 from tools import toy
+
+# The commands import these when they need them. Who runs as another user then may not.
+for name in ("encodings.utf_8_sig", *(f"multiprocessing.{part}" for part in (
+        "connection", "pool", "popen_fork", "queues", "synchronize"))):
+    importlib.import_module(name)
 
 COMMANDS = {"train.py": train.main, "eval.py": evaluation.main, "weights.py": weights.main,
             "prepare.py": prepare.main, "tokenizer.py": tokenizer.main, "toy.py": toy.main}
