@@ -255,7 +255,6 @@ BROKEN = {
     "step that is true": (dict(step=True), "step is a bool"),
     "no counters": (dict(counters={}), "counters.samples is missing"),
     "counters of text": (dict(counters="x"), "counters is a str, a table is expected"),
-    "files of another kind": (dict(files=7), "other data than the run's"),
     "another task": (dict(task="caption"), ""),
     "sums of another model": (dict(sums=[torch.zeros(2, 2)]), "sums are not"),
 }
@@ -269,6 +268,10 @@ def test_a_checkpoint_that_lacks_something_is_refused_and_the_good_one_is_named(
     (out / "previous.pt").replace(out / "last.pt")
     train.main(command(world, out, *RUN, "--resume"))
     assert_same(outcome(out), outcome(trained), 0)
+
+
+def test_files_of_another_kind_are_other_data(world, tmp_path, trained):
+    assert "other data than the run's, [file, rows]: 7 -> " in refused(world, copy_of(trained, tmp_path / "run", files=7))
 
 
 def moments(saved, **changes):
