@@ -482,7 +482,8 @@ def convert_shards(args: Namespace) -> None:
         if reasons:
             print(f"    {describe(reasons)} (each is named in {shard.name}.skipped.jsonl)")
     if not total["rows"] and not total["finished"]:
-        fail(f"{args.root}: no image could be used; {describe(left_out)}")
+        roots = args.root if isinstance(args.root, list) else [args.root]
+        fail(f"{' '.join(map(str, roots))}: no image could be used; {describe(left_out)}")
     print(f"{total['files']} files, {total['rows']:,} {kind.rows}, {total['texts']:,} "
           f"{kind.things} written to {args.out}; {total['finished']} files were there; "
           f"{describe(left_out)}")
