@@ -197,7 +197,8 @@ def tar_members(path: Path) -> Iterator[tuple[str, str, bytes | None]]:
     """
     wanted = {*PICTURES, "txt", "json"}
     try:
-        with open(path, "rb") as file, tarfile.open(path, "r:", fileobj=Headers(file)) as tar:
+        with (open(path, "rb") as file,
+              tarfile.open(path, "r:", fileobj=Headers(file), encoding="utf-8") as tar):
             for member in iter(tar.next, None):
                 tar.members.clear()                         # else tarfile keeps every header
                 tar.pax_headers.clear()

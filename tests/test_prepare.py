@@ -407,12 +407,15 @@ def test_names_that_are_not_ascii_work_where_the_locale_knows_only_ascii(tmp_pat
         import sys, prepare
         folder = sys.argv[1]
         prepare.main(["jsonl", folder + "/l.jsonl", "--out", sys.argv[2]])
-        prepare.main(["karpathy", folder, "--out", sys.argv[2], "--name", "k"])"""
+        prepare.main(["karpathy", folder, "--out", sys.argv[2], "--name", "k"])
+        prepare.main(["img2dataset", folder, "--out", sys.argv[2], "--name", "t"])"""
+    tar(folder / "0.tar", [("ä.jpg", noise_picture()), ("ä.txt", "ß".encode())])
     run = subprocess.run([sys.executable, "-c", code, folder, folder / "ö"], cwd=ROOT,
                          env=os.environ | ascii_only, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert texts(folder / "ö/l_caption_train.arrow") == {"ü.jpg": ["café"]}
     assert texts(folder / "ö/k_caption_train.arrow") == {"ü.jpg": ["é"]}
+    assert texts(folder / "ö/t_0.arrow") == {"ä": ["ß"]}
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
