@@ -177,10 +177,10 @@ def parser() -> ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parser().parse_args(arguments)
-    Image.init()                                        # once, before the threads
-    warnings.filterwarnings("ignore", module="PIL")     # what matters of them becomes a Skip
     with disk.command("prepare.py", "finished files stay, the same command continues"):
+        args = parser().parse_args(arguments)
+        Image.init()                                        # once, before the threads
+        warnings.filterwarnings("ignore", module="PIL")     # what matters of them becomes a Skip
         args.run(args)
 
 

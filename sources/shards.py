@@ -5,9 +5,12 @@ Threads read and decode the pictures; the rows keep the order of the source. Wha
 counted, and named in NAME.skipped.jsonl.
 """
 
+import glob
 import io
 import json
+import os
 import re
+import stat
 import sys
 from argparse import Namespace
 from collections import Counter, deque
@@ -23,16 +26,17 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data import FORMATS, Captions, Questions, Statements, to_rgb
-from disk import complete_file
+from disk import complete_file, one_writer, remove_partials, shortened
 from files import CAPTIONS, NLVR2, VQA
 
 # Half a character: JSON can hold it, the UTF-8 of Arrow cannot.
 SURROGATE = re.compile("[\ud800-\udfff]")
 EXIF_ORIENTATION = 0x0112
+LARGEST = 256 << 20                 # bytes of a picture's file; a larger one is left out
 
 
 def fail(sentence: str) -> NoReturn:
-    raise SystemExit(f"prepare.py: {sentence}")
+    raise SystemExit(f"prepare.py: {shortened(sentence, 2000)}")
 
 
 class Kind(NamedTuple):
@@ -80,8 +84,8 @@ class Writer:
         with Writer("toy_caption_train.arrow", CAPTIONS) as out:
             out.write({"image": jpeg, "caption": ["a dog"], "image_id": "0", "split": "train"})
 
-    Memory stays flat: a record batch is written after `batch_rows` rows or `batch_bytes` bytes of
-    pictures. After an error nothing has changed on the disk.
+    Memory stays flat: a record batch is written after `batch_rows` rows, `batch_bytes` bytes of
+    pictures or as many letters of texts. After an error nothing has changed on the disk.
     """
 
     def __init__(self, path: Path | str, schema: pa.Schema, batch_rows: int = 1000,
@@ -89,14 +93,16 @@ class Writer:
         self.path, self.schema = Path(path), schema
         self.batch_rows, self.batch_bytes = batch_rows, batch_bytes
         self.images = [field.name for field in schema if field.type == pa.binary()]
+        self.texts = [field.name for field in schema if field.type == pa.list_(pa.string())]
         self.rows = []                                      # not written yet
         self.bytes = 0                                      # of their pictures
+        self.letters = 0                                    # of their texts
         self.written = 0                                    # all rows so far
         self.stack = ExitStack()
 
     def __enter__(self) -> "Writer":
         partial_path = self.stack.enter_context(complete_file(self.path))
-        file = self.stack.enter_context(pa.OSFile(str(partial_path), "wb"))
+        file = self.stack.enter_context(open(partial_path, "wb"))
         self.stream = self.stack.enter_context(pa.ipc.new_file(file, self.schema))
         return self
 
@@ -108,14 +114,15 @@ class Writer:
         self.rows.append(row)
         self.written += 1
         self.bytes += sum(len(row[name]) for name in self.images)
-        if len(self.rows) >= self.batch_rows or self.bytes >= self.batch_bytes:
+        self.letters += sum(len(text) for name in self.texts for text in row[name])
+        if len(self.rows) >= self.batch_rows or max(self.bytes, self.letters) >= self.batch_bytes:
             self.flush()
 
     def flush(self) -> None:
         if self.rows:
             self.stream.write_batch(pa.RecordBatch.from_pylist(self.rows, schema=self.schema))
         self.rows = []
-        self.bytes = 0
+        self.bytes = self.letters = 0
 
     def __exit__(self, error, *details):
         if error:
@@ -159,17 +166,28 @@ def inside(name: str, where: str | Path) -> str:
     """
     parts = re.split(r"[/\\]", name)
     if ".." in parts or parts[0] == "" or re.match("[A-Za-z]:", name):
-        fail(f"{where}: the path {name!r} leaves the folder of the data set; "
+        fail(f"{where}: the path {shortened(repr(name))} leaves the folder of the data set; "
              "expected a relative path without '..'")
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def simple(name: object, where: str | Path) -> str:
     """`name`, if it can be a part of a file name; otherwise it is refused."""
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
-        fail(f"{where}: {name!r} becomes part of a file name; "
-             "expected letters, digits, '_', '-' and '.'")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{,99}", name):
+        fail(f"{where}: {shortened(repr(name))} becomes part of a file name; "
+             "expected at most 100 letters, digits, '_', '-' and '.'")
     return name
+
+
+def on_disk(path: Path) -> Path:
+    """A path that a file of the data set names, in Python's spelling of the names on the disk.
+
+    The two differ where the system's encoding is not UTF-8, as in the locale C.
+    """
+    try:
+        return Path(os.fsdecode(str(path).encode("utf-8", errors="surrogateescape")))
+    except UnicodeEncodeError:              # half a character: there is no such file
+        return path
 
 
 def first_existing(*paths: Path) -> Path:
@@ -185,8 +203,9 @@ def expecting(where: str | Path, what: str) -> Iterator[None]:
     """Ends the run with one sentence if the block does not find what it looks for."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        details = f" ({error})" if str(error) else ""
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError,
+            ArithmeticError) as error:
+        details = f" ({shortened(error)})" if str(error) else ""
         fail(f"{where}: expected {what}{details}")
 
 
@@ -311,12 +330,16 @@ def read_picture(image: Path | bytes | None) -> bytes:
         raise Skip("missing file: no picture of this key")
     if isinstance(image, bytes):
         return image
+    path = on_disk(image)
     try:
-        return image.read_bytes()
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:      # a device never ends
+            raise ValueError(f"not a file of at most {LARGEST >> 20} MB")
+        return path.read_bytes()
     except FileNotFoundError:
         raise Skip("missing file") from None
     except (OSError, ValueError) as error:
-        raise Skip(f"unreadable file: {error}") from None
+        raise Skip(f"unreadable file: {shortened(error)}") from None
 
 
 def with_pictures(record: Record, kind: Kind, shorter: int | None, quality: int) -> Record:
@@ -428,8 +451,6 @@ def write_shard(shard: Shard, args: Namespace) -> tuple[int, int, Counter]:
                 raise Skip                                  # and all but the log is taken back
     except Skip:
         return 0, 0, reasons
-    except OSError as error:
-        fail(f"{path} could not be made ({error})")
     return out.written, texts, reasons
 
 
@@ -437,6 +458,11 @@ def convert(args: Namespace) -> None:
     """Writes every Shard of the chosen source that is not finished."""
     if getattr(args, "name", None):
         simple(args.name, "--name")
+    with ExitStack() as args.locks:             # those that a source holds until the end of the run
+        convert_shards(args)
+
+
+def convert_shards(args: Namespace) -> None:
     total = Counter()
     left_out = Counter()
     for shard in list(args.source(args)):       # all, so that a wrong layout ends the run at once
@@ -446,14 +472,18 @@ def convert(args: Namespace) -> None:
             print(f"{path}: already finished, left as it is (--force writes it again)")
             total["finished"] += 1
             continue
-        rows, texts, reasons = write_shard(shard, args)
+        with one_writer(args.out / f".{path.name}.lock", str(path)):
+            files = (path, args.out / f"{shard.name}.skipped.jsonl", *shard.beside)
+            remove_partials(args.out, *(glob.escape(file.name) for file in files))
+            rows, texts, reasons = write_shard(shard, args)
         total.update(files=int(rows > 0), rows=rows, texts=texts)
         left_out.update(reasons)
         print(f"{path}: {rows:,} {kind.rows}, {texts:,} {kind.things}{'' if rows else ', no file'}")
         if reasons:
             print(f"    {describe(reasons)} (each is named in {shard.name}.skipped.jsonl)")
     if not total["rows"] and not total["finished"]:
-        fail(f"{args.root}: no image could be used; {describe(left_out)}")
+        roots = args.root if isinstance(args.root, list) else [args.root]
+        fail(f"{' '.join(map(str, roots))}: no image could be used; {describe(left_out)}")
     print(f"{total['files']} files, {total['rows']:,} {kind.rows}, {total['texts']:,} "
           f"{kind.things} written to {args.out}; {total['finished']} files were there; "
           f"{describe(left_out)}")
