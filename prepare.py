@@ -14,7 +14,6 @@ is in NAME.skipped.jsonl beside each file.
 """
 
 import os
-import warnings
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
@@ -180,7 +179,6 @@ def main(arguments: list[str] | None = None) -> None:
     with disk.command("prepare.py", "finished files stay, the same command continues"):
         args = parser().parse_args(arguments)
         Image.init()                                        # once, before the threads
-        warnings.filterwarnings("ignore", module="PIL")     # what matters of them becomes a Skip
         args.run(args)
 
 

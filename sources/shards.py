@@ -22,16 +22,15 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import pyarrow as pa
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-from data import FORMATS, Captions, Questions, Statements, to_rgb
+from data import Captions, Questions, Statements, open_header, open_image, turn_of
 from disk import complete_file, one_writer, remove_partials, shortened
 from files import CAPTIONS, NLVR2, VQA
 
 # Half a character: JSON can hold it, the UTF-8 of Arrow cannot.
 SURROGATE = re.compile("[\ud800-\udfff]")
-EXIF_ORIENTATION = 0x0112
 LARGEST = 256 << 20                 # bytes of a picture's file; a larger one is left out
 
 
@@ -271,55 +270,34 @@ class Skip(Exception):
     """A picture cannot be used: "reason", or "reason: details"."""
 
 
-def decode(data: bytes | pa.Buffer, shorter: int | None = None, header_only: bool = False,
-           ) -> tuple[Image.Image, tuple[int, int]]:
-    """(The picture, decoded unless header_only; its width and height as stored). Raises Skip.
-
-    With `shorter` a JPEG may come out at 1/2, 1/4 or 1/8 of its size, which libjpeg does cheaply.
-    Its shorter side stays at least twice that long. Of several frames only the first is read.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        size = image.size
-        if size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{size[0]} x {size[1]} pixels, taken for a decompression bomb")
-        if shorter:
-            image.draft(None, (2 * shorter, 2 * shorter))
-        if not header_only:
-            image.load()
-    except Exception as error:  # Pillow's readers raise whatever broken bytes lead to
-        message = str(error).replace("\n", " ")[:120] or type(error).__name__
-        if "truncated" in message.lower():
-            raise Skip("truncated") from None
-        if "cannot identify" in message:
-            message = "not a picture we can read"
-        raise Skip(f"undecodable: {message}") from None
-    return image, size
-
-
 def encoded(data: bytes, shorter: int | None = None, quality: int = 90) -> bytes:
     """The bytes to store for a picture: `data` without `shorter`, otherwise a JPEG. Raises Skip.
 
     The JPEG is RGB and upright, its shorter side at most `shorter` pixels. A picture is never
     enlarged. One that already is such a JPEG keeps its bytes, to lose no quality.
     """
-    image, size = decode(data, shorter)
-    if not shorter:
-        return data
     try:
-        upright = image.getexif().get(EXIF_ORIENTATION, 1) == 1
-        if image.format == "JPEG" and image.mode == "RGB" and upright and min(size) <= shorter:
-            return data
-        image = to_rgb(ImageOps.exif_transpose(image))      # the new file has no EXIF to turn it
-        if min(size) > shorter:
-            longer = round(shorter * max(size) / min(size))
-            portrait = image.width < image.height
-            small = (shorter, longer) if portrait else (longer, shorter)
-            image = image.resize(small, Image.Resampling.BICUBIC)       # Pillow's is antialiased
-        image.info.clear()                                  # no comment or profile of the original
-        out = io.BytesIO()
+        header = open_header(data)
+        as_it_is = turn_of(header) is None and (header.format, header.mode) == ("JPEG", "RGB")
+        # libjpeg decodes at 1/2, 1/4 or 1/8 where the shorter side stays twice as long as needed.
+        least = (2 * shorter, 2 * shorter) if shorter else None
+        image = open_image(data, (lambda width, height: least) if shorter else None)
+    except Exception as error:      # Pillow's readers raise whatever broken bytes lead to
+        message = shortened(error, 120) or type(error).__name__
+        kind = "truncated" if "truncated" in message.lower() else f"undecodable: {message}"
+        raise Skip(kind) from None
+    if not shorter or (as_it_is and min(header.size) <= shorter):
+        return data
+    if min(header.size) > shorter:
+        longer = round(shorter * max(header.size) / min(header.size))
+        portrait = image.width < image.height
+        small = (shorter, longer) if portrait else (longer, shorter)
+        image = image.resize(small, Image.Resampling.BICUBIC)           # Pillow's is antialiased
+    image.info.clear()                                      # no comment or profile of the original
+    out = io.BytesIO()
+    try:
         image.save(out, "JPEG", quality=quality)
-    except Exception as error:                              # broken EXIF, longer than JPEG allows
+    except (OSError, ValueError) as error:                  # longer than JPEG allows
         raise Skip(f"cannot be re-encoded: {error}") from None
     return out.getvalue()
 
@@ -352,10 +330,9 @@ def with_pictures(record: Record, kind: Kind, shorter: int | None, quality: int)
     left_out = list(record.left_out)
     readable = True
     for column, image in record.images.items():
-        row[column] = b""
+        row[column] = b""               # what stands for a picture that cannot be used
         try:
-            row[column] = read_picture(image)
-            row[column] = encoded(row[column], shorter, quality)
+            row[column] = encoded(read_picture(image), shorter, quality)
         except Skip as error:
             readable = False
             which = f": {column}" if len(record.images) > 1 else ""

@@ -24,7 +24,7 @@ from conftest import (checked, jsonl, names_in, noise_picture, prepare_main, put
                       skipped, tar, texts)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 import prepare
 from sources import captions, shards
@@ -271,7 +271,7 @@ def test_shorter_is_the_length_of_the_shorter_side(size, limit, expected):
 
 def test_shorter_applies_the_cameras_orientation_and_plain_copies_keep_it():
     exif = Image.Exif()
-    exif[shards.EXIF_ORIENTATION] = 6       # turn by 90 degrees clockwise to see it upright
+    exif[ExifTags.Base.Orientation] = 6       # turn by 90 degrees clockwise to see it upright
     colours = Image.new("RGB", (80, 40), "red")
     colours.paste("blue", (40, 0, 80, 40))  # left red, right blue; upright: top red, bottom blue
     out = io.BytesIO()
