@@ -509,8 +509,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_commands(parser, COMMANDS)
-    args = parser.parse_args(argv)
     with machine.running("eval.py"):
+        args = parser.parse_args(argv)
         args.run(args)
 
 

@@ -341,8 +341,8 @@ def shard(model, precision: str):
 # The loop.
 
 def main(argv=None):
-    settings, config_flags = parse(argv)
     with machines.running("train.py"):
+        settings, config_flags = parse(argv)
         machine = machines.set_up(settings.device, settings.precision)
         settings = replace(settings, precision=machine.precision)
         check(settings, machine)
