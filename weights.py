@@ -164,7 +164,7 @@ def unpack_tokenizer(files: dict | None) -> tokenizer.BPE | tokenizer.WordPiece 
             for name, text in files.items():
                 (Path(directory) / Path(name).name).write_text(text, encoding="utf-8")
             return tokenizer.load(directory)
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, TypeError, ValueError, RecursionError) as error:
             what = str(error).replace(f"{directory}/", "").replace(directory, "")
             raise ValueError(f"its tokenizer: {what.lstrip(': ')}") from None
 
@@ -227,7 +227,8 @@ def open_ours(source: Source) -> None:
         raise ValueError(f"a damaged checkpoint of this project, without {', '.join(missing)}")
     for name, kind in PARTS.items():
         part = contents.get(name)
-        if part is not None and (not isinstance(part, kind) or isinstance(part, bool)):
+        needed = name in contents and name not in ("tokenizer", "answers")
+        if (needed or part is not None) and (not isinstance(part, kind) or isinstance(part, bool)):
             raise ValueError(f"its {name}: {kind.__name__} is expected, "
                              f"not {type(part).__name__}")
     contents["model"] = state
@@ -236,12 +237,14 @@ def open_ours(source: Source) -> None:
                           for name, value in plain_dict(contents.get(part)).items()}
     config = config_of(contents)
     layers = [value for name, value in contents["config"].items() if name.endswith("layers")]
-    if sum(layers) > len(state):
+    if sum(layers) > len(state):        # said before somebody waits for a billion layers
         raise ValueError(f"its config has {sum(layers):,} layers, its model {len(state)} tensors")
     own = outline_of(config).state_dict()
     check_fit(state, own, own, source.path, {})
     source.settings, source.answers = contents["settings"], contents.get("answers")
     source.tok = unpack_tokenizer(contents["tokenizer"])
+    if contents.get("step", 0) < 0:
+        raise ValueError(f"its step {contents['step']}: at least 0 is expected")
     if contents["task"] not in TASKS:
         raise ValueError(f"its task {contents['task']!r}: one of {', '.join(TASKS)} is expected")
     if source.answers and len(source.answers) != config.answers:

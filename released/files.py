@@ -29,7 +29,7 @@ from torch import _weights_only_unpickler as unpickler
 
 from disk import read_json, shortened
 from released.download import PUBLISHED, sha256_of
-from released.whole import Refused, verify
+from released.whole import CHECKSUM, Refused, verify
 
 
 def plain_dict(value: Any) -> dict:
@@ -186,7 +186,7 @@ def open_safetensors(path: Path) -> dict:
                 contents[name] = json.loads(text)
             except (ValueError, RecursionError):
                 contents[name] = text
-        contents.pop("checksum", None)
+        contents.pop(CHECKSUM, None)
         contents["model"] = {name: file.get_tensor(name) for name in file.keys()}
     return contents
 

@@ -30,8 +30,9 @@ import disk
 
 CHUNK = 2 ** 20
 LARGEST_HEADER = 100_000_000        # safetensors' own limit
-BLANK = b"0" * 64
-CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
+# In a safetensors file's metadata. One of the names is still there if a byte of the other changes.
+CHECKSUM, SHA256, BLANK = "flm-vilt-checksum", "flm-vilt-sha256:", "0" * 64
+STORED = re.compile(rf'"{CHECKSUM}":"{SHA256}([0-9a-f]{{64}})"'.encode())
 
 
 class Refused(Exception):
@@ -51,11 +52,10 @@ def write_safetensors(path: str | Path, tensors: dict, metadata: dict[str, str])
     """Writes a safetensors file with a checksum, whole or not at all."""
     state = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with disk.complete_file(path) as partial, system_errors():
-        safetensors.torch.save_file(state, partial, metadata | {"checksum": BLANK.decode()})
+        safetensors.torch.save_file(state, partial, metadata | {CHECKSUM: SHA256 + BLANK})
         with open(partial, "r+b") as file:
-            place = CHECKSUM.search(read_header(file)).start(1)
             checksum = checksum_of(file)
-            file.seek(place)
+            file.seek(STORED.search(read_header(file)).start(1))
             file.write(checksum)
 
 
@@ -89,7 +89,7 @@ def carried(path: str | Path) -> str:
         with zipfile.ZipFile(path) as archive:
             return f"{len(archive.infolist()):,} entries verified"
     with open(path, "rb") as file:
-        return "the whole file verified" if CHECKSUM.search(read_header(file)) else ""
+        return "the whole file verified" if STORED.search(read_header(file)) else ""
 
 
 def verify(path: str | Path) -> None:
@@ -98,8 +98,9 @@ def verify(path: str | Path) -> None:
         verify_zip(path)
         return
     with open(path, "rb") as file:
-        stored = CHECKSUM.search(read_header(file))
-        if stored and checksum_of(file) != stored[1]:
+        header = read_header(file)
+        has_checksum = CHECKSUM.encode() in header or SHA256.encode() in header
+        if has_checksum and checksum_of(file) != STORED.search(header)[1]:
             raise Refused("damaged: its bytes do not match its checksum")
 
 
@@ -141,8 +142,10 @@ def read_header(file: BinaryIO) -> bytes:
 def checksum_of(file: BinaryIO) -> bytes:
     """The SHA-256 of a safetensors file, as if its checksum were BLANK."""
     header = read_header(file)
-    place = CHECKSUM.search(header)
-    digest = hashlib.sha256(header[:place.start(1)] + BLANK + header[place.end(1):])
+    place = STORED.search(header)
+    if not place:
+        raise Refused("damaged: its checksum cannot be read")
+    digest = hashlib.sha256(header[:place.start(1)] + BLANK.encode() + header[place.end(1):])
     while chunk := file.read(CHUNK):
         digest.update(chunk)
     return digest.hexdigest().encode()
