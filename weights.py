@@ -8,8 +8,9 @@
     model = load("pretrain_4m.ckpt")    # in eval mode; has .task .tokenizer .answer_list .report
     print(start(model, vit="ViT-B-32.pt", text="roberta-base"))     # begins as the paper does
 
-No file runs code (released/files.py), and none is taken "more or less": every tensor is accounted
-for in a `names.Report`, and what cannot be is an error that names it.
+No file runs code (released/files.py), none is opened whose bytes do not match its checksums
+(released/whole.py), and none is taken "more or less": every tensor is accounted for in a
+`names.Report`, and what cannot be is an error that names it.
 
 Files are mapped, not read: until a weight is written to, it is a page of its file. So a file that
 is open must not be changed in place. `save` never does: it writes a new one under the old name.
@@ -34,8 +35,8 @@ import vilt
 from disk import read_json
 from released import begin, download, models, names
 from released.export import ARCHITECTURES, export  # noqa: F401 (others use both)
-from released.files import (check_tensors, one_sentence, open_file, open_folder,
-                            plain_dict, plain_tensors, read_config, tensors_in)
+from released.files import (check_tensors, one_sentence, open_file, open_folder, plain_dict,
+                            plain_tensors, read_config, tensors_in)
 from released.models import Source, Undrawn
 from released.names import Report
 from released.whole import carried, write_safetensors, write_torch
@@ -229,8 +230,7 @@ def open_ours(source: Source) -> None:
         part = contents.get(name)
         needed = name in contents and name not in ("tokenizer", "answers")
         if (needed or part is not None) and (not isinstance(part, kind) or isinstance(part, bool)):
-            raise ValueError(f"its {name}: {kind.__name__} is expected, "
-                             f"not {type(part).__name__}")
+            raise ValueError(f"its {name}: {kind.__name__} is expected, not {type(part).__name__}")
     contents["model"] = state
     for part in ("config", "settings"):
         contents[part] = {RENAMED.get(name, name): value
@@ -247,8 +247,9 @@ def open_ours(source: Source) -> None:
         raise ValueError(f"its step {contents['step']}: at least 0 is expected")
     if contents["task"] not in TASKS:
         raise ValueError(f"its task {contents['task']!r}: one of {', '.join(TASKS)} is expected")
-    if source.answers and len(source.answers) != config.answers:
-        raise ValueError(f"it lists {len(source.answers)} answers, its head has {config.answers}")
+    texts = [answer for answer in source.answers or [] if isinstance(answer, str)]
+    if source.answers and len(texts) != config.answers:
+        raise ValueError(f"it lists {len(texts)} answers as text, its head has {config.answers}")
 
 
 def load(path: str | Path, trust: bool = False, **overrides: Any) -> nn.Module:
@@ -357,8 +358,6 @@ def checkpoint_parts(source: Source, model: nn.Module, report: Report) -> tuple[
 
 # -- commands --------------------------------------------------------------------------------------
 
-NO_CHECKSUMS = "none in this kind of file"
-
 def summary(path: str | Path, trust: bool = False, verify: bool = False) -> str:
     """What a file is, in lines of text. verify: ValueError for a file that carries no checksums."""
     source = open_source(path, trust)
@@ -369,7 +368,7 @@ def summary(path: str | Path, trust: bool = False, verify: bool = False) -> str:
     if source.family.flag:
         count = sum(tensor.numel() for tensor in source.state.values())
         return (f"{path}\nwhose        {source.family.about}\nparameters   {count:,}\n"
-                f"checksums    {checksums or NO_CHECKSUMS}\nuse          {use(source)}")
+                f"checksums    {checksums or 'none in this kind of file'}\nuse          {use(source)}")
     model = model_in(source)
     c, tok, answers = model.config, model.tokenizer, model.answer_list
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -383,7 +382,7 @@ def summary(path: str | Path, trust: bool = False, verify: bool = False) -> str:
         "parameters": f"{count:,}",
         "config": ", ".join(f"{name}={value}" for name, value in asdict(c).items()),
         "tokenizer": f"{type(tok).__name__}, {len(tok):,} tokens" if tok else "none in the file",
-        "checksums": checksums or NO_CHECKSUMS,
+        "checksums": checksums or 'none in this kind of file',
     }
     if answers:
         rows["answers"] = f"{c.answers:,}: {', '.join(answers[:5])}, …"
