@@ -32,7 +32,6 @@ import disk
 import flm
 import tokenizer
 import vilt
-from disk import read_json
 from released import begin, download, models, names
 from released.export import ARCHITECTURES, export  # noqa: F401 (others use both)
 from released.files import (check_tensors, one_sentence, open_file, open_folder, plain_dict,
@@ -248,7 +247,7 @@ def open_ours(source: Source) -> None:
     if contents["task"] not in TASKS:
         raise ValueError(f"its task {contents['task']!r}: one of {', '.join(TASKS)} is expected")
     texts = [answer for answer in source.answers or [] if isinstance(answer, str)]
-    if source.answers and len(texts) != config.answers:
+    if source.answers and not len(texts) == len(source.answers) == config.answers:
         raise ValueError(f"it lists {len(texts)} answers as text, its head has {config.answers}")
 
 
@@ -363,12 +362,13 @@ def summary(path: str | Path, trust: bool = False, verify: bool = False) -> str:
     source = open_source(path, trust)
     checksums = ", ".join(filter(None, map(carried, source.files)))
     if verify and not checksums:
-        raise ValueError(f"{path}: this kind of file carries no checksums; weights.py convert "
-                         "writes a file that does")
+        raise ValueError(f"{path}: this kind of file carries no checksums; what weights.py convert "
+                         "writes does")
+    checksums = checksums or "none in this kind of file"
     if source.family.flag:
         count = sum(tensor.numel() for tensor in source.state.values())
         return (f"{path}\nwhose        {source.family.about}\nparameters   {count:,}\n"
-                f"checksums    {checksums or 'none in this kind of file'}\nuse          {use(source)}")
+                f"checksums    {checksums}\nuse          {use(source)}")
     model = model_in(source)
     c, tok, answers = model.config, model.tokenizer, model.answer_list
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -382,7 +382,7 @@ def summary(path: str | Path, trust: bool = False, verify: bool = False) -> str:
         "parameters": f"{count:,}",
         "config": ", ".join(f"{name}={value}" for name, value in asdict(c).items()),
         "tokenizer": f"{type(tok).__name__}, {len(tok):,} tokens" if tok else "none in the file",
-        "checksums": checksums or 'none in this kind of file',
+        "checksums": checksums,
     }
     if answers:
         rows["answers"] = f"{c.answers:,}: {', '.join(answers[:5])}, …"
@@ -395,7 +395,7 @@ def summary(path: str | Path, trust: bool = False, verify: bool = False) -> str:
 
 def read_answers(path: str | Path) -> list[str]:
     """A JSON list of answers, or a table {number: answer}."""
-    answers = read_json(path)
+    answers = disk.read_json(path)
     if isinstance(answers, dict):
         answers = [answers.get(str(i)) for i in range(len(answers))]
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
