@@ -16,7 +16,7 @@ FLAGS     ?=
 PROCESSES ?= 1
 
 .DEFAULT_GOAL := all
-.PHONY: all vqa nlvr2 caption retrieval vilt pictures masks test quick lint bench clean help
+.PHONY: all vqa nlvr2 caption retrieval vilt pictures masks test quick faults lint bench clean help
 
 all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (15 minutes)
 	@echo "pictures: docs/masks.png, $(RUN)/curves.png, $(RUN)/words.png"
@@ -120,6 +120,9 @@ test: .venv/.installed  ## set up, run all the tests
 
 quick: .venv/.installed  ## the part of the tests that takes under a minute
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 -m "not slow"
+
+faults: .venv/.installed  ## damage files, kill runs, and look what the commands do (10 minutes)
+	$(PY) -m tools.faults $(FLAGS)
 
 lint: .venv/.installed  ## what ruff says (pyproject.toml tells the rules)
 	$(PY) -m ruff check

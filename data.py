@@ -1,6 +1,6 @@
 """Arrow files -> samples -> batches: everything between the disk and the model.
 
-    table = Captions(files.find_files("data/toy", ["toy"], "train"))    # memory-mapped
+    table = Captions(find_files("data/toy", ["toy"], "train"))          # memory-mapped, checked
     dataset = CaptionDataset(table, tok, Square(64), max_tokens=50, train=True)
     sampler = GlobalBatches(token_lengths(table, tok), global_batch=64, seed=0)
     samples = [dataset[epoch, i] for epoch, i in next(sampler.micro_batches(0, 1, 64))]
@@ -12,94 +12,25 @@ Letters: B batch, L text length (tokens), H, W height and width of an image (pix
 
 import io
 import math
-import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+import files
+from disk import shortened
+from files import Table, nested, outermost, refuse, running_sum
+
 # -------------------------------------------------------------------------------------------------
 # Reading.
-
-class Table:
-    """Rows of any number of Arrow files as one sequence, memory-mapped.
-
-    `columns` must exist in each file. All files are mapped at once; a data worker maps them again
-    when it needs them. Only row numbers are kept in memory: no image is read before it is needed.
-    """
-
-    def __init__(self, paths, columns):
-        self.paths = [str(path) for path in paths]
-        self.files = {}                                 # path -> open reader, of this process
-        self.batches = []                               # (path, number of the record batch in it)
-        batch_rows = []
-        for path in self.paths:
-            reader = self._open(path)
-            missing = [name for name in columns if name not in reader.schema.names]
-            if missing:
-                raise ValueError(f"{path}: has no column {', '.join(missing)}; its columns are "
-                                 f"{reader.schema.names}")
-            for i in range(reader.num_record_batches):
-                self.batches.append((path, i))
-                batch_rows.append(reader.get_batch(i).num_rows)
-        self.starts = running_sum(batch_rows)           # first row of each batch
-
-    def _open(self, path: str):
-        if path not in self.files:
-            if not os.path.isfile(path):
-                raise FileNotFoundError(f"{path}: there is no such file")
-            try:
-                self.files[path] = pa.ipc.open_file(pa.memory_map(path))
-            except (pa.ArrowInvalid, OSError) as error:
-                raise ValueError(f"{path}: not a complete Arrow IPC file "
-                                 f"({str(error).splitlines()[0]})") from None
-        return self.files[path]
-
-    def __getstate__(self):                             # a worker maps the files itself
-        return self.__dict__ | {"files": {}}
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def batch(self, number: int) -> pa.RecordBatch:
-        path, i = self.batches[number]
-        return self._open(path).get_batch(i)
-
-    def batch_of(self, row: int) -> int:
-        """The number of the record batch that holds a row."""
-        return int(np.searchsorted(self.starts, row, side="right")) - 1
-
-    def cell(self, column: str, row: int) -> pa.Scalar:
-        """One value, as an Arrow scalar; nothing else of the row is read."""
-        number = self.batch_of(row)
-        return self.batch(number).column(column)[int(row - self.starts[number])]
-
-    def place(self, row: int) -> tuple[str, int]:
-        """Where a row stands: (path, row in that file)."""
-        path = self.batches[self.batch_of(row)][0]
-        first = next(i for i, (other, _) in enumerate(self.batches) if other == path)
-        return path, int(row - self.starts[first])
-
-    def rows_of_files(self) -> list[list]:
-        """[[file name, number of rows]]: what a run must find again when it resumes."""
-        rows = dict.fromkeys(self.paths, 0)
-        for (path, _), count in zip(self.batches, np.diff(self.starts), strict=True):
-            rows[path] += int(count)
-        return [[Path(path).name, count] for path, count in rows.items()]
-
-
-def running_sum(counts) -> np.ndarray:
-    """0, c0, c0 + c1, …: where each of some runs starts, and where the last one ends, int64."""
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
-
 
 class Captions(Table):
     """Image-caption pairs: `len(table.row_of)` captions of `len(table)` images.
@@ -107,27 +38,31 @@ class Captions(Table):
     row_of (captions,): the row of each caption's image. It comes from Arrow's offset buffers: no
     caption becomes a Python string before it is used.
     """
+    SCHEMA = files.CAPTIONS
     IMAGES: tuple = ("image",)          # columns of encoded images
     TEXT = "caption"                    # the column of texts, a list for each row
     MORE: tuple = ()                    # columns that belong to the texts
+    OPTIONAL: tuple = ("image_id",)     # read where it is there
 
     def __init__(self, paths):
-        super().__init__(paths, [*self.IMAGES, self.TEXT, *self.MORE])
-        rows, first_value = [], []
-        for number, (path, _) in enumerate(self.batches):
-            column = self.batch(number).column(self.TEXT)
-            kind = column.type
-            if not pa.types.is_list(kind) or not pa.types.is_string(kind.value_type):
-                raise ValueError(f"{path}: column {self.TEXT} is {kind}, list<string> expected")
-            offsets = column.offsets.to_numpy()                                     # (rows + 1,)
-            first_value.append(int(offsets[0]))
-            row = np.arange(len(column)) + self.starts[number]
-            rows.append(np.repeat(row, np.diff(offsets)))
-        self.first_value = first_value      # of each batch: where its texts begin in Arrow's values
-        self.text_starts = running_sum([len(some) for some in rows])    # first text of each batch
-        self.row_of = np.concatenate(rows) if rows else np.empty(0, np.int64)
+        self.first_value = []           # of each batch: where its texts begin in Arrow's values
+        self.counts = []                # of each batch: the number of texts of each row
+        types = {field.name: field.type for field in self.SCHEMA}
+        needed = (*self.IMAGES, self.TEXT, *self.MORE)
+        super().__init__(paths, {name: types[name] for name in needed},
+                         {name: types[name] for name in self.OPTIONAL})
+        # The first text of each batch.
+        self.text_starts = running_sum([some.sum() for some in self.counts])
+        counts = np.concatenate([np.empty(0, np.int64), *self.counts])
+        self.row_of = np.repeat(np.arange(len(self)), counts)
+        del self.counts
         if not len(self.row_of):
-            raise ValueError(f"{', '.join(self.paths) or 'no file'}: no captions in it")
+            raise ValueError(f"{self.named()}: no captions in it")
+
+    def take(self, path: str, first_row: int, batch: pa.RecordBatch) -> None:
+        offsets = batch.column(self.TEXT).offsets.to_numpy()                        # (rows + 1,)
+        self.first_value.append(int(offsets[0]))
+        self.counts.append(np.diff(offsets))
 
     def text(self, i: int) -> str:
         """Text i of all."""
@@ -156,22 +91,63 @@ class Captions(Table):
 
 class Questions(Captions):
     """Questions about images; answers are labels of the answer list with scores (tests: none)."""
-    TEXT, MORE = "questions", ("answer_labels", "answer_scores", "question_id")
+    SCHEMA, TEXT = files.VQA, "questions"
+    MORE = ("answer_labels", "answer_scores", "question_id")
+
+    def __init__(self, paths):
+        self.largest_label, self.largest_place = -1, ""     # of all; and where it is: "FILE row 3"
+        super().__init__(paths)
+
+    def take(self, path, first_row, batch):
+        super().take(path, first_row, batch)
+        asked = self.counts[-1]                                                     # (rows,)
+        labels, label_lists = nested(batch.column("answer_labels"))
+        scores, score_lists = nested(batch.column("answer_scores"))
+        labels, scores = labels.to_numpy(False), scores.to_numpy(False)
+        _, (ids, *_) = nested(batch.column("question_id"))
+
+        def check(bad, what, lengths=()):
+            refuse(path, first_row, bad, what, lengths)
+
+        check(ids != asked, "not one question_id for each question")
+        # ViLT's test files have an empty list in each row, ours an empty list for each question.
+        check((label_lists[0] != asked) & (label_lists[0] != 0),
+              "not one list of answer_labels for each question")
+        for level, (of_labels, of_scores) in enumerate(zip(label_lists, score_lists, strict=False)):
+            check(of_labels != of_scores, "not one of answer_scores for each of answer_labels",
+                  label_lists[:level])
+        check(labels < 0, "a label below 0", label_lists)
+        check(~((scores > 0) & (scores <= 1)), "a score that is not above 0 and at most 1",
+              score_lists)
+        if len(labels) and labels.max() > self.largest_label:
+            self.largest_label = int(labels.max())
+            row = first_row + outermost(int(labels.argmax()), label_lists)
+            self.largest_place = f"{path} row {row}"
 
     def details(self, i: int) -> dict:
         row = int(self.row_of[i])
         place = i - self.first_of(row)
         found = []
         for name in self.MORE:
-            cell = self.cell(name, row)                     # ViLT's test files have empty lists
-            found.append(cell[place].as_py() if len(cell) else None)
+            cell = self.cell(name, row)
+            found.append(cell[place].as_py() if len(cell) else [])
         labels, scores, question_id = found
-        return {"labels": labels or [], "scores": scores or [], "question_id": question_id}
+        return {"labels": labels, "scores": scores, "question_id": question_id}
 
 
 class Statements(Captions):
     """Statements about two images, true or false."""
-    IMAGES, TEXT, MORE = ("image_0", "image_1"), "questions", ("answers", "identifier")
+    SCHEMA, IMAGES, TEXT = files.NLVR2, ("image_0", "image_1"), "questions"
+    MORE, OPTIONAL = ("answers", "identifier"), ()
+
+    def take(self, path, first_row, batch):
+        super().take(path, first_row, batch)
+        answers, (counts, *_) = nested(batch.column("answers"))
+        refuse(path, first_row, counts != self.counts[-1], "not one answer for each statement")
+        if len(answers) and not pa.types.is_boolean(answers.type):
+            known = pc.is_in(answers, pa.array(["True", "False"], answers.type))
+            refuse(path, first_row, ~known.to_numpy(False),
+                   'an answer that is neither "True" nor "False"', [counts])
 
     def details(self, i: int) -> dict:
         row = int(self.row_of[i])
@@ -180,8 +156,8 @@ class Statements(Captions):
         if count > 1 or identifier.count("-") < 3:
             # ViLT's files name only the pair. The statement's number is then its place in the row.
             identifier = f"{identifier}-{place}"
-        label = int(self.cell("answers", row)[place].as_py() == "True")
-        return {"label": label, "identifier": identifier}
+        answer = self.cell("answers", row)[place].as_py()           # "True", or a boolean
+        return {"label": int(str(answer) == "True"), "identifier": identifier}
 
 
 def token_lengths(table: Captions, tok, numbers=None) -> np.ndarray:
@@ -245,13 +221,73 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 # What is opened at all. Pillow knows more formats, but some of its readers start programs (EPS).
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
+# A picture may be this many times as long as wide. Resized by its shorter side, 60,000 x 1 pixels
+# would become 34 million x 576.
+LONGEST = 100
+# EXIF's orientation -> what makes the picture upright.
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
+# Pillow warns of many pixels, which open_header refuses, and of tags that nobody here reads.
+warnings.filterwarnings("ignore", module="PIL")
+
+
+def open_image(encoded, draft: Callable[[int, int], tuple[int, int]] | None = None) -> Image.Image:
+    """Encoded bytes -> the upright picture, RGB. Of several frames it is the first.
+
+    draft: (width, height) as stored -> the size that is needed at least. libjpeg then decodes a
+    JPEG at 1/2, 1/4 or 1/8 where that still has the pixels.
+    Raises whatever Pillow's readers raise for what is no picture; ValueError for one too large.
+    """
+    image = open_header(encoded)
+    if draft and image.format == "JPEG":
+        image.draft("RGB", draft(*image.size))
+    image.load()
+    turn = turn_of(image)
+    image = to_rgb(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def open_header(encoded) -> Image.Image:
+    """Encoded bytes -> a picture of which nothing is decoded yet. ValueError for one too large."""
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"in none of the formats {', '.join(FORMATS)}") from None
+    width, height = image.size
+    if width * height > Image.MAX_IMAGE_PIXELS or max(image.size) > LONGEST * min(image.size):
+        raise ValueError(f"{width} x {height} pixels; at most {Image.MAX_IMAGE_PIXELS:,} pixels, "
+                         f"and {LONGEST} times as long as wide, are opened")
+    return image
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What makes a picture upright that is loaded; None where EXIF does not say."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:           # Pillow raises whatever broken EXIF leads to; the picture is fine
+        return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB. Sixteen bits are scaled to eight; Pillow alone would clip them, to white."""
-    if image.mode.startswith("I"):
+    """Any mode to RGB. Pillow alone would clip numbers of more than 8 bits, to white or black.
+
+    Sixteen bits are scaled to eight. Wider numbers do not say what white is. It is 1 (of floats),
+    255 or 65535, the first that no pixel is more than twice as much; else it is the largest pixel.
+    NaN is black.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         eight_bits = np.asarray(image).clip(0, 65535) >> 8
         image = Image.fromarray(eight_bits.astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        pixels = np.array(image, np.float32)
+        largest = pixels.max(where=np.isfinite(pixels), initial=0)
+        whites = (1, 255, 65535, largest) if image.mode == "F" else (255, 65535, largest)
+        white = next(white for white in whites if largest <= 2 * white)
+        np.nan_to_num(pixels, copy=False, nan=0, posinf=white, neginf=0)
+        pixels = pixels.clip(0, white, out=pixels) * np.float32(255 / white)
+        image = Image.fromarray(pixels.astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -261,19 +297,13 @@ def decode(encoded, shape, fast: bool = False, augment=None) -> Tensor:
     fast, for training: libjpeg decodes at 1/2, 1/4 or 1/8 where that still has the pixels, and
     torch resizes instead of Pillow: 2.3 times as fast, and equal to within 2 grey levels.
     augment: a PIL -> PIL function, applied before the resize, as the originals' fine-tuning does.
-    Raises whatever Pillow's readers raise for what is no image.
+    Raises whatever open_image raises.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-        except UnidentifiedImageError:
-            raise ValueError(f"in none of the formats {', '.join(FORMATS)}") from None
-        if fast and image.format == "JPEG":
-            scale = min(shape(*image.size)[0]) / min(image.size)
-            needed = [int(np.ceil(side * scale)) for side in image.size]
-            image.draft("RGB", tuple(needed))
-        image = to_rgb(image)
+    def needed(width, height):
+        scale = min(shape(width, height)[0]) / min(width, height)
+        return math.ceil(width * scale), math.ceil(height * scale)
+
+    image = open_image(encoded, needed if fast else None)
     if augment is not None:
         image = augment(image)
     (width, height), (kept_width, kept_height) = shape(*image.size)
@@ -344,11 +374,12 @@ class CaptionDataset(torch.utils.data.Dataset):
         """The images of a row, and a line for each that cannot be decoded and is black."""
         pictures, wrong = [], []
         for which in range(len(self.table.IMAGES)):
+            encoded = self.table.image(row, which)
             try:
-                pictures.append(self.decode(self.table.image(row, which), rng))
+                pictures.append(self.decode(encoded, rng))
             except Exception as error:      # Pillow's readers raise whatever broken bytes lead to
                 path, place = self.table.place(row)
-                wrong.append(f"{path} row {place}: {error or type(error).__name__}")
+                wrong.append(f"{path} row {place}: {shortened(error) or type(error).__name__}")
                 width, height = self.shape(1, 1)[1]
                 pictures.append(torch.zeros(3, height, width, dtype=torch.uint8))
         return pictures, wrong

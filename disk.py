@@ -10,6 +10,7 @@
 """
 
 import errno
+import io
 import json
 import os
 import secrets
@@ -195,8 +196,12 @@ def sentence_of(error: Exception) -> str:
 def command(name: str, when_stopped: str = "") -> Iterator[None]:
     """Ends the program with one sentence for what users can mend; Ctrl-C ends it with one too.
 
-    With DEBUG set in the environment the traceback comes instead.
+    With DEBUG set in the environment the traceback comes instead. A character that the terminal
+    does not know is printed as its number.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:

@@ -97,7 +97,8 @@ class Evaluation:
         batches = batches[place.rank::place.world]
         loader = DataLoader(self.task.dataset(self.table, train=False), batch_sampler=batches,
                             collate_fn=self.task.collate,
-                            num_workers=machine.loader_workers(-1, place.device))
+                            num_workers=machine.loader_workers(-1, place.device),
+                            worker_init_fn=machine.ignore_signals)
         bar = tqdm(loader, title, unit="batch", leave=False, disable=place.rank > 0)
         found, unreadable, cut = {}, [], 0
         for keys, (batch, notes) in zip(batches, bar, strict=True):
@@ -302,7 +303,7 @@ def caption(args):
     run = Evaluation(args, "caption")
     row_of = run.table.row_of
     firsts = np.flatnonzero(np.diff(row_of, prepend=-1)).tolist()       # of each image one caption
-    names = [run.table.cell("image_id", int(row_of[number])).as_py() for number in firsts]
+    names = [str(run.table.cell("image_id", int(row_of[number])).as_py()) for number in firsts]
     names = run.unique([int(name) if name.isdecimal() else name for name in names], "image ids")
     ids = dict(zip(firsts, names, strict=True))
     references = [{"image_id": ids[run.table.first_of(row)], "caption": run.table.text(number)}
@@ -508,8 +509,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_commands(parser, COMMANDS)
-    args = parser.parse_args(argv)
     with machine.running("eval.py"):
+        args = parser.parse_args(argv)
         args.run(args)
 
 

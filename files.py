@@ -1,25 +1,44 @@
-"""The Arrow files: what is in them, what they are called, and which files make a dataset.
+"""The Arrow files: what is in them, what they are called, and the one door that opens them.
 
     find_files("data/4m", ["coco", "vg"], "train")      # the files of two datasets' training split
     known_datasets("data/4m")                           # what there is in a directory
+    table = Table(paths, {"image": IMAGE})              # their rows as one sequence, all checked
 
 Schemas and names are ViLT's, so that files made for ViLT, METER or FLM open as they are. One row
 per image. data.py reads them, sources/shards.py writes them.
+
+Training, evaluation and `prepare.py check` open files through Table. It checks all that they will
+read but the pictures, so nothing behind it checks again: a damaged file would otherwise be read out
+of bounds, which ends the interpreter or shows other memory as a caption.
 """
 
 import fnmatch
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
-CAPTIONS = pa.schema([("image", pa.binary()), ("caption", pa.list_(pa.string())),
+from disk import naming, shortened
+
+try:
+    import resource
+except ImportError:             # Windows: no limit to ask for
+    resource = None
+
+IMAGE = pa.binary()             # the type of a column of encoded pictures
+CAPTIONS = pa.schema([("image", IMAGE), ("caption", pa.list_(pa.string())),
                       ("image_id", pa.string()), ("split", pa.string())])
-VQA = pa.schema([("image", pa.binary()), ("questions", pa.list_(pa.string())),
+VQA = pa.schema([("image", IMAGE), ("questions", pa.list_(pa.string())),
                  ("answers", pa.list_(pa.list_(pa.string()))),
                  ("answer_labels", pa.list_(pa.list_(pa.int64()))),
                  ("answer_scores", pa.list_(pa.list_(pa.float64()))), ("image_id", pa.int64()),
                  ("question_id", pa.list_(pa.int64())), ("split", pa.string())])
-NLVR2 = pa.schema([("image_0", pa.binary()), ("image_1", pa.binary()),
+NLVR2 = pa.schema([("image_0", IMAGE), ("image_1", IMAGE),
                    ("questions", pa.list_(pa.string())), ("answers", pa.list_(pa.string())),
                    ("identifier", pa.string())])
 
@@ -132,3 +151,304 @@ def known_datasets(directory, kind: str = "caption") -> list[str]:
         raise FileNotFoundError(f"{directory}: no {kind} files here (such as "
                                 f"NAME_{kind}_train.arrow); prepare.py and tools/toy.py write them")
     return [name for name in splits if "train" in splits[name]] or list(splits)
+
+
+# -------------------------------------------------------------------------------------------------
+# The door, 1: the file. It is complete, and its record batches can be read in place.
+
+MOST_OPEN = 256         # of one table; a reader takes about 100 kB, opening one a tenth of a ms
+
+
+def most_open_files() -> int:
+    """How many files a table keeps open: at most a quarter of what the process may."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else -1
+    return MOST_OPEN if limit < 0 else max(1, min(MOST_OPEN, limit // 4))
+
+
+def open_arrow(path: str, known: tuple | None = None) -> tuple[pa.RecordBatchFileReader, tuple]:
+    """(An Arrow file, memory-mapped; its size and time of change).
+
+    known: that size and time, when the file has been checked before. ValueError if it is not a
+    whole Arrow file, or has changed. The system's errors (too many open files, …) come out as such.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no file")
+        # Arrow's own memory_map would ask the system to read a whole record batch ahead for each
+        # row: 150 microseconds for a batch of 40 MB in memory, against 9.
+        with open(path, "rb") as file, naming(Path(path)):
+            found = os.fstat(file.fileno())
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        reader = pa.ipc.open_file(pa.py_buffer(mapped))
+        if known is None:
+            check_layout(mapped)
+            str([reader.schema.names, reader.schema.types])     # an error if one is not UTF-8
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: there is no such file") from None
+    except (OSError, ValueError, struct.error, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(f"{path}: not a complete, uncompressed Arrow IPC file "
+                         f"({reason(error)})") from None
+    identity = (found.st_size, found.st_mtime_ns)
+    if known not in (None, identity):
+        raise ValueError(f"{path}: has changed since it was opened first; start again")
+    return reader, identity
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return shortened(str(error).partition("\n")[0] or type(error).__name__)
+
+
+def check_layout(file: mmap.mmap) -> None:
+    """ValueError for record batches that are compressed, or that lie on top of each other.
+
+    Either way a small file could ask for any amount of memory or time. And of a compressed batch,
+    the whole batch would be unpacked for each picture. Arrow has no function that tells, so this
+    reads the flatbuffers: `Footer`, `Message` and `RecordBatch` of Arrow's File.fbs, Message.fbs.
+    """
+    length = int_at(file, "<i", len(file) - 10)         # then comes ARROW1, the end
+    start = len(file) - 10 - length
+    footer = pointed_at(file, start)
+    total = 0
+    for field, header_type in ((2, "dictionary"), (3, "batch")):
+        vector = field_of(file, footer, field)
+        if not vector:
+            continue
+        vector = pointed_at(file, vector)
+        for i in range(int_at(file, "<I", vector)):
+            offset, metadata, body = struct.unpack_from("<qi4xq", file, vector + 4 + 24 * i)
+            total += metadata + body
+            if min(offset, metadata, body) < 0 or total > len(file):
+                raise ValueError("its record batches overlap, or lie outside of it")
+            if metadata and is_compressed(file, offset, header_type):
+                raise ValueError("its record batches are compressed; write it without compression")
+
+
+def is_compressed(file: mmap.mmap, offset: int, header_type: str) -> bool:
+    """Whether the message at an offset, a record batch or a dictionary, is compressed."""
+    is_new = int_at(file, "<i", offset) == -1           # since Arrow 0.15; before, no such mark
+    message = pointed_at(file, offset + (8 if is_new else 4))
+    header = field_of(file, message, 2)
+    batch = pointed_at(file, header) if header else 0
+    if batch and header_type == "dictionary":
+        data = field_of(file, batch, 1)
+        batch = pointed_at(file, data) if data else 0
+    return bool(batch and field_of(file, batch, 3))
+
+
+def int_at(file: mmap.mmap, kind: str, place: int) -> int:
+    return struct.unpack_from(kind, file, place)[0]
+
+
+def pointed_at(file: mmap.mmap, place: int) -> int:
+    """Where a flatbuffer's pointer leads to."""
+    return place + int_at(file, "<I", place)
+
+
+def field_of(file: mmap.mmap, table: int, number: int) -> int:
+    """Where a field of a flatbuffer's table lies; 0 if the table does not have it."""
+    vtable = table - int_at(file, "<i", table)
+    entry = 4 + 2 * number
+    if entry >= int_at(file, "<H", vtable):
+        return 0
+    offset = int_at(file, "<H", vtable + entry)
+    return table + offset if offset else 0
+
+
+# -------------------------------------------------------------------------------------------------
+# The door, 2: the columns. They have the schema's types, are intact, and hold no nulls.
+
+# What may stand where the schema has a type.
+SAME = {IMAGE: (pa.types.is_binary, pa.types.is_large_binary),
+        pa.string(): (pa.types.is_string, pa.types.is_large_string),
+        pa.int64(): (pa.types.is_integer,), pa.float64(): (pa.types.is_floating,),
+        pa.bool_(): (pa.types.is_boolean,)}
+# What a column may also be: ids of images as numbers or strings, NLVR2's answers as booleans.
+ALSO = {"image_id": (pa.string(), pa.int64()), "answers": (pa.list_(pa.bool_()),)}
+
+
+def is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def fits(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether a column of one type can be read as another.   A list may have no type: all empty."""
+    if is_list(wanted):
+        return is_list(found) and (pa.types.is_null(found.value_type)
+                                   or fits(found.value_type, wanted.value_type))
+    return any(is_same(found) for is_same in SAME[wanted])
+
+
+def check_columns(path: str, schema: pa.Schema, columns: Mapping[str, pa.DataType]) -> None:
+    """ValueError if a file lacks one of the columns, or has it twice or with another type."""
+    for name, wanted in columns.items():
+        count = schema.names.count(name)
+        if count != 1:
+            has = "has no" if count == 0 else "has more than one"
+            raise ValueError(f"{path}: {has} column {name}; its columns are "
+                             f"{shortened(', '.join(schema.names))}")
+        found = schema.field(name).type
+        if not any(fits(found, kind) for kind in (wanted, *ALSO.get(name, ()))):
+            raise ValueError(f"{path}: column {name} is {simple_name(found)}, "
+                             f"{simple_name(wanted)} expected")
+
+
+def simple_name(kind: pa.DataType) -> str:
+    """A type's name, such as list<string>."""
+    return shortened(str(kind).replace("item: ", ""))
+
+
+def nested(column: pa.Array) -> tuple[pa.Array, list[np.ndarray]]:
+    """The innermost values of a column of lists, and the lengths of the lists at each level.
+
+    >>> values, lengths = nested(pa.array([[[3], []], [[4, 5]]]))
+    >>> values.to_pylist(), [some.tolist() for some in lengths]
+    ([3, 4, 5], [[2, 1], [1, 0, 2]])
+    """
+    lengths = []
+    while is_list(column.type):
+        lengths.append(np.diff(column.offsets.to_numpy()))
+        column = column.flatten()
+    return column, lengths
+
+
+def outermost(place: int, lengths: Sequence[np.ndarray]) -> int:
+    """The row that a value stands in. place: its place among all values; lengths: see nested.
+
+    >>> outermost(2, [np.array([2, 1]), np.array([1, 0, 2])])
+    1
+    """
+    for some in reversed(lengths):
+        place = int(np.searchsorted(np.cumsum(some), place, side="right"))
+    return place
+
+
+def refuse(path: str, first_row: int, bad: np.ndarray, what: str,
+           lengths: Sequence[np.ndarray] = ()) -> None:
+    """ValueError names the file's first row that `bad` marks, if it marks one.
+
+    first_row: of the record batch. bad: a bool for each row; or, with the lengths of the lists
+    around them (see nested), for each list or value in the rows.
+    """
+    if not bad.any():
+        return
+    row = first_row + outermost(int(bad.argmax()), lengths)
+    raise ValueError(f"{path} row {row}: {what}")
+
+
+def valid_batch(path: str, reader: pa.RecordBatchFileReader, number: int, first_row: int,
+                columns: Iterable[str]) -> pa.RecordBatch:
+    """These columns of a record batch, read from end to end, but for the pictures' bytes."""
+    try:
+        batch = reader.get_batch(number).select(list(columns))
+        batch.validate(full=True)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: record batch {number} is damaged ({reason(error)})") from None
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if any(is_same(column.type) for is_same in SAME[IMAGE]):
+            continue                            # no picture: as one that cannot be decoded
+        lengths = []
+        while True:
+            if column.null_count:
+                refuse(path, first_row, column.is_null().to_numpy(False), f"null in {name}",
+                       lengths)
+            if not is_list(column.type):
+                break
+            lengths.append(np.diff(column.offsets.to_numpy()))
+            column = column.flatten()
+    return batch
+
+
+# -------------------------------------------------------------------------------------------------
+# The rows.
+
+class Table:
+    """Rows of any number of Arrow files as one sequence, memory-mapped; all are checked at once.
+
+    columns: {name: type} of what is read. optional: of what is read where a file has it. Few files
+    are open at a time, and a data worker opens them again when it needs them. Only row numbers are
+    kept in memory: no image is read before it is needed.
+    """
+
+    def __init__(self, paths, columns: Mapping[str, pa.DataType],
+                 optional: Mapping[str, pa.DataType] | None = None):
+        self.paths = [str(path) for path in paths]
+        self.files = {}             # path -> open reader, of this process; the last used is last
+        self.known = {}             # path -> size and time of the file that was checked
+        self.batches = []           # (path, number of the record batch in it)
+        batch_rows, file_rows = [], []
+        for path in self.paths:
+            reader = self._open(path)
+            there = {name: kind for name, kind in (optional or {}).items()
+                     if name in reader.schema.names}
+            check_columns(path, reader.schema, columns | there)
+            rows = 0
+            for i in range(reader.num_record_batches):
+                batch = valid_batch(path, reader, i, rows, columns | there)
+                self.take(path, rows, batch)
+                self.batches.append((path, i))
+                batch_rows.append(batch.num_rows)
+                rows += batch.num_rows
+            file_rows.append(rows)
+        self.starts = running_sum(batch_rows)           # first row of each batch
+        self.file_starts = running_sum(file_rows)       # first row of each file
+
+    def take(self, path: str, first_row: int, batch: pa.RecordBatch) -> None:
+        """Called for each record batch in turn, to check and remember more.
+
+        first_row: the batch's first row in its file.
+        """
+
+    def _open(self, path: str) -> pa.RecordBatchFileReader:
+        reader = self.files.pop(path, None)
+        if reader is None:
+            while len(self.files) >= most_open_files():
+                del self.files[next(iter(self.files))]          # that was used longest ago
+            reader, self.known[path] = open_arrow(path, self.known.get(path))
+        self.files[path] = reader
+        return reader
+
+    def __getstate__(self):                             # a worker maps the files itself
+        return self.__dict__ | {"files": {}}
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def batch(self, number: int) -> pa.RecordBatch:
+        path, i = self.batches[number]
+        return self._open(path).get_batch(i)
+
+    def batch_of(self, row: int) -> int:
+        """The number of the record batch that holds a row."""
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+    def cell(self, column: str, row: int) -> pa.Scalar:
+        """One value, as an Arrow scalar; nothing else of the row is read."""
+        number = self.batch_of(row)
+        batch = self.batch(number)
+        if column not in batch.schema.names:
+            raise ValueError(f"{self.batches[number][0]}: has no column {column}")
+        return batch.column(column)[int(row - self.starts[number])]
+
+    def place(self, row: int) -> tuple[str, int]:
+        """Where a row stands: (path, row in that file)."""
+        file = int(np.searchsorted(self.file_starts, row, side="right")) - 1
+        return self.paths[file], int(row - self.file_starts[file])
+
+    def rows_of_files(self) -> list[list]:
+        """[[file name, number of rows]]: what a run must find again when it resumes."""
+        counts = np.diff(self.file_starts).tolist()
+        return [[Path(path).name, count] for path, count in zip(self.paths, counts, strict=True)]
+
+    def named(self) -> str:
+        """The files, as errors name them."""
+        first = self.paths[0] if self.paths else "no file"
+        more = len(self.paths) - 1
+        return f"{first} and {more:,} more files" if more > 0 else first
+
+
+def running_sum(counts) -> np.ndarray:
+    """0, c0, c0 + c1, …: where each of some runs starts, and where the last one ends, int64."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)

@@ -35,7 +35,9 @@ LAUNCHERS = {
     "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 }
 
-# How long processes wait for each other. One of them may count the tokens of 60 million captions
+# How long processes wait for each other to start.
+MEETING = timedelta(minutes=10)
+# How long they wait for each other then. One of them may count the tokens of 60 million captions
 # before training starts, which takes longer than the ten minutes that NCCL would wait.
 TIMEOUT = timedelta(hours=2)
 
@@ -142,8 +144,9 @@ def set_up(device: str = "", precision: str = "") -> Machine:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
         on_gpu = device.type == "cuda"
+        store, *_ = next(dist.rendezvous("env://", rank, world, timeout=MEETING))
         dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world,
-                                timeout=TIMEOUT, device_id=device if on_gpu else None)
+                                store=store, timeout=TIMEOUT, device_id=device if on_gpu else None)
     messages = dist.new_group(backend="gloo", timeout=TIMEOUT) if world > 1 else None
     return Machine(rank, world, device, precision, messages)
 
@@ -191,23 +194,17 @@ def lost_processes(patience: float = 5.0) -> str:
     return f"process{'es' if len(others) > 1 else ''} {ranks} of 0 … {world - 1}"
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop, and it has saved its state."""
-
-    def __init__(self, number: int):
-        self.number = number
-
-
 class Signals:
-    """Notes the first signal that asks to stop, so that the loop can finish its step and save.
+    """What asks a run to stop: SIGTERM (pre-emption), SIGUSR1 (SLURM's warning), SIGINT (Ctrl-C).
 
-    SIGTERM (pre-emption), SIGUSR1 (SLURM's warning before the time is up), SIGINT (Ctrl-C). A
-    second one stops at once, if it comes a second later: launchers repeat the first one.
+    Before training has begun it stops at once. Then, with `training` set, the first signal is only
+    noted in `asked`, so that the loop can finish its step and save. A second one stops at once, if
+    it comes a second later: launchers repeat the first one.
     """
     WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __enter__(self) -> "Signals":
-        self.asked, self.since = 0, 0.0
+        self.training, self.asked, self.since = False, 0, 0.0
         self.before = {}
         for number in self.WATCHED:
             try:
@@ -221,6 +218,10 @@ class Signals:
             signal.signal(number, handler)
 
     def note(self, number: int, frame):
+        if not self.training:
+            print(f"stopped by {signal.Signals(number).name} before training began",
+                  file=sys.stderr)
+            sys.exit(128 + number)
         if not self.asked:
             self.asked, self.since = number, time.monotonic()
             return

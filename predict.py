@@ -139,10 +139,11 @@ def open_picture(path: str | Path, config) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such picture")
+    encoded = path.read_bytes()
     try:
-        return decode(path.read_bytes(), shape_of(config))
+        return decode(encoded, shape_of(config))
     except Exception as error:              # Pillow's readers raise whatever broken bytes lead to
-        reason = error or type(error).__name__
+        reason = disk.shortened(error) or type(error).__name__
         raise ValueError(f"{path}: not a picture that can be read ({reason})") from None
 
 

@@ -14,7 +14,6 @@ is in NAME.skipped.jsonl beside each file.
 """
 
 import os
-import warnings
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
@@ -166,9 +165,10 @@ def parser() -> ArgumentParser:
     commands.choices["vqav2"].set_defaults(at_least=9)
     about = ("reads finished files back: schema, texts, every picture; "
              "the exit status is 1 if something is wrong")
-    sub = commands.add_parser("check", usage="prepare.py check FILE.arrow … [flags]",
+    sub = commands.add_parser("check", usage="prepare.py check FILE.arrow or FOLDER … [flags]",
                               help=about, description=about)
-    sub.add_argument("files", type=Path, nargs="+", metavar="FILE.arrow", help="what to read")
+    sub.add_argument("files", type=Path, nargs="+", metavar="FILE.arrow",
+                     help="what to read; of a folder, all *.arrow files in it")
     for flag in ("--fast", "--workers"):
         sub.add_argument(flag, **FLAGS[flag])
     sub.set_defaults(run=check)
@@ -176,10 +176,9 @@ def parser() -> ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parser().parse_args(arguments)
-    Image.init()                                        # once, before the threads
-    warnings.filterwarnings("ignore", module="PIL")     # what matters of them becomes a Skip
     with disk.command("prepare.py", "finished files stay, the same command continues"):
+        args = parser().parse_args(arguments)
+        Image.init()                                        # once, before the threads
         args.run(args)
 
 

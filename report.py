@@ -21,6 +21,11 @@ from machine import memory_gb
 from tasks import to_device
 
 
+# What a run counts from its first step to its last; checkpoints keep it.
+COUNTERS = {"samples": 0, "unreadable": 0, "cut": 0, "tokens": 0, "padded_tokens": 0, "skipped": 0,
+            "seconds": 0.0}
+
+
 class Halt(ValueError):
     """The run stops itself; the message says why."""
 
@@ -62,7 +67,7 @@ class Log:
     Losses and accuracies are those of all processes. The other counts are those of this process:
     metrics.jsonl has the first one's. Every process names the images that it could not decode in
     unreadable_RANK.txt. A resumed run first drops the lines that the interrupted one wrote after
-    its last checkpoint, an incomplete one included.
+    its last checkpoint, an incomplete one included. Then it writes what an undisturbed run would.
     """
 
     def __init__(self, run, state):
@@ -70,24 +75,68 @@ class Log:
         self.sums = Sums(run.config.loss_weights, run.machine.device)
         self.path = run.out / "metrics.jsonl"
         self.unreadable_path = run.out / f"unreadable_{run.machine.rank}.txt"
-        if run.machine.rank == 0 and self.path.exists():
-            self.drop_lines_after(state.step)
+        self.losses = []                # of all reports
+        self.spikes = 0                 # reports whose loss was far above those before (is_spike)
+        self.validated = -1             # step of the last validation
+        self.best = None                # best value of --keep-best
+        known = {"lines": self.lines_until(state.step)} if run.machine.rank == 0 else {}
+        for metrics in run.machine.union(known)["lines"]:
+            self.remember(metrics)
+        if run.saved:
+            self.take_sums(run.saved.get("sums", []))
         self.start_window()
+
+    def lines_until(self, step: int) -> list[dict]:
+        """Drops what metrics.jsonl says of later steps -> what is left of it."""
+        if not self.path.exists():
+            return []
+        lines = map(parse_line, self.path.read_text().splitlines()) if step else []
+        kept = [line for line in lines if line and line["step"] <= step]
+        disk.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        return kept
+
+    def remember(self, metrics: dict) -> bool:
+        """Keeps what later reports need of a line -> whether it is the best of --keep-best."""
+        if "val_loss" not in metrics:
+            self.spikes += is_spike(metrics["loss"], self.losses[-10:])
+            self.losses.append(metrics["loss"])
+            return False
+        self.validated = metrics["step"]
+        name = self.run.settings.keep_best
+        value = metrics.get(name)
+        short = not self.run.due(self.run.settings.eval_every, self.validated)
+        if value is None or short:
+            return False
+        lower_is_better = name.endswith("loss")
+        better = self.best is None or (value < self.best if lower_is_better else value > self.best)
+        if better:
+            self.best = value
+        return better
+
+    def sums_of_all(self) -> list[torch.Tensor]:
+        """The sums since the last report of each process: a checkpoint keeps them."""
+        machine = self.run.machine
+        parts = machine.union({machine.rank: self.sums.values.cpu()})
+        return [parts[rank] for rank in range(machine.world)]
+
+    def take_sums(self, sums: list[torch.Tensor]):
+        """What sums_of_all gave. With another number of processes the first one takes them all."""
+        rank, world = self.run.machine.rank, self.run.machine.world
+        if len(sums) == world:
+            self.sums.values += sums[rank].to(self.sums.values.device)
+        elif rank == 0:
+            for one in sums:
+                self.sums.values += one.to(self.sums.values.device)
 
     def start_window(self):
         self.began = time.perf_counter()
         self.samples, self.waiting = 0, 0.0
 
-    def drop_lines_after(self, step: int):
-        kept = [line for line in self.path.read_text().splitlines() if step_of(line) <= step]
-        if step == 0:
-            kept = []
-        disk.write_text(self.path, "".join(line + "\n" for line in kept))
-
-    def write(self, metrics: dict):
+    def write(self, metrics: dict) -> bool:
         if self.run.machine.rank == 0:
-            with open(self.path, "a") as file:
+            with disk.naming(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(metrics) + "\n")
+        return self.remember(metrics)
 
     @contextlib.contextmanager
     def waiting_for_data(self):
@@ -110,7 +159,7 @@ class Log:
         if not notes["unreadable"]:
             return
         self.counters["unreadable"] += len(notes["unreadable"])
-        with open(self.unreadable_path, "a") as file:
+        with disk.naming(self.unreadable_path), open(self.unreadable_path, "a") as file:
             file.writelines(line + "\n" for line in notes["unreadable"])
         bad, seen = self.counters["unreadable"], self.counters["samples"]
         limit = self.run.settings.max_unreadable
@@ -122,9 +171,15 @@ class Log:
         self.rate, self.norm = rate, norm
         self.samples += self.run.settings.global_batch
 
-    def validation(self, metrics: dict, step: int):
-        self.write({"step": step, **metrics})
-        self.run.machine.say(f"step {step:>6} | validation {losses_line(metrics, 'val_')}")
+    def validation(self, metrics: dict, step: int) -> bool:
+        """Prints and writes a validation -> whether it is the best of --keep-best."""
+        name = self.run.settings.keep_best
+        if name and name not in metrics:
+            raise Halt(f"--keep-best {name}: a validation of this run has {', '.join(metrics)}")
+        best = self.write({"step": step, **metrics})
+        self.run.machine.say(f"step {step:>6} | validation {losses_line(metrics, 'val_')}"
+                             f"{' | the best' if best else ''}")
+        return best
 
     def report(self, state):
         """Prints and writes the means since the last report; Halt if gradients stay non-finite."""
@@ -157,12 +212,18 @@ class Log:
         self.start_window()
 
 
-def step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for one that was cut off by a crash."""
+def parse_line(line: str) -> dict | None:
+    """A line of metrics.jsonl; None for one that was cut off by a crash."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
+        metrics = json.loads(line)
+        return metrics if isinstance(metrics["step"], int) and metrics else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def is_spike(loss: float, before: list[float]) -> bool:
+    """Whether a report's loss is more than a quarter above the mean of the reports before it."""
+    return len(before) >= 3 and loss > 1.25 * sum(before) / len(before)
 
 
 def losses_line(metrics: dict, prefix: str = "") -> str:
@@ -198,6 +259,9 @@ def describe(run, model, step: int):
                 f"recipe {s.recipe or 'none'} | model {s.load or s.model}, "
                 f"{count_parameters(model) / 1e6:.1f} M parameters | {machine.precision} on "
                 f"{device_name(machine.device)}")
+    if not s.hold_out and run.tables["val"]:
+        machine.say("training takes the validation split too, so what validation says is no test "
+                    "(--hold-out keeps it apart)")
     machine.say(f"{len(table.row_of):,} {texts} of {len(table):,} images | global batch "
                 f"{s.global_batch} = {machine.world} processes x {run.accumulation} x "
                 f"{run.micro_batch} | {s.steps} steps from step {step} = {epochs:.1f} epochs")
@@ -207,7 +271,6 @@ def write_config(run, model):
     """Writes OUT/config.json: a run directory explains itself."""
     if run.machine.rank > 0:
         return
-    run.out.mkdir(parents=True, exist_ok=True)
     described = {
         "command": " ".join(sys.argv), "settings": asdict(run.settings),
         "config": asdict(run.config), "precision": run.machine.precision,
@@ -216,7 +279,7 @@ def write_config(run, model):
         "parameters": count_parameters(model),
         "files": {split: table.paths for split, table in run.tables.items() if table},
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-    (run.out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    disk.write_text(run.out / "config.json", json.dumps(described, indent=2) + "\n")
 
 
 def count_parameters(model) -> int:

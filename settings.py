@@ -16,6 +16,8 @@ from pathlib import Path
 
 import flm
 import vilt
+from disk import shortened
+from machine import Machine
 from tasks import MODELS, RECIPES, TASKS
 from weights import backbone_of
 
@@ -43,7 +45,8 @@ class Settings:
     steps: int = 10_000             # optimizer steps
     epochs: float = 0.0             # number of epochs; overrides --steps
     global_batch: int = 256         # pairs per optimizer step, over all processes
-    micro_batch: int = 0          # pairs per forward pass of one process; 0: its share of the batch
+    micro_batch: int = 0            # at most so many pairs per forward pass of one process, a
+                                    # divisor of its share; 0: its share, on a CPU at most 32
     lr: float = 1e-4                # peak learning rate of the group "base"
     head_lr_scale: float = 5.0      # multiple of lr: vocabulary and task heads
     fusion_lr_scale: float = 5.0  # multiple of lr: fusion layers, reconstructor, what leads to them
@@ -54,6 +57,8 @@ class Settings:
     clip: float = 0.0               # largest norm of the gradient; 0: not clipped
     max_skipped: int = 10           # non-finite gradients in a row that stop the run at a report
     # data
+    hold_out: bool = True           # keep the validation split out of training; some published
+                                    # numbers come from training on it too
     max_tokens: int = 50            # tokens of a caption with <s> and </s>; longer ones are cut
     false_captions: int = 15        # retrieval: false captions beside each image's own
     bucket: int = 1                 # global batches sorted by length together; more: less padding
@@ -69,21 +74,28 @@ class Settings:
     compile: bool = False           # compile the model with torch.compile
     shard: bool = False             # fully sharded parameters (FSDP2) instead of DDP
     # reporting
-    log_every: int = 50             # steps between two reports
-    eval_every: int = 1000          # steps between two validations; 0: never
+    log_every: int = 50             # steps between two reports; the first comes after step 1
+    eval_every: int = 1000          # steps between two validations, after a short one at step 10;
+                                    # 0: never
     eval_samples: int = 5000        # captions of the validation split, evenly spread; 0: all
     save_every: int = 1000          # steps between two checkpoints, OUT/last.pt
     keep: int = 0                   # steps between two checkpoints kept as OUT/step_N.pt; 0: none
+    keep_best: str = ""             # a number of the validation, such as val_loss: the checkpoint
+                                    # that is best by it is kept as OUT/best.pt
     dry_run: bool = False           # print what would run, with its memory, and stop; OUT gets the
                                     # token counts and a newly trained tokenizer
 
 
 # What may differ between a run and its resumption. The order of the data and the mean gradient
 # stay the same. (A new micro_batch changes what dropout draws, and the wrong images of matching.)
-FREE_TO_CHANGE = {"resume", "out", "data", "micro_batch", "workers", "device", "compile", "shard",
-                  "log_every", "eval_every", "eval_samples", "pad_to", "save_every", "keep",
-                  "max_unreadable", "max_skipped", "tokenizer", "trust", "dry_run"}
+FREE_TO_CHANGE = {"resume", "out", "data", "epochs", "micro_batch", "workers", "device", "compile",
+                  "shard", "log_every", "eval_every", "eval_samples", "pad_to", "save_every",
+                  "keep", "keep_best", "max_unreadable", "max_skipped", "tokenizer", "trust",
+                  "dry_run"}
 
+
+# A CPU gains nothing from larger micro-batches, and its memory is needed for other things.
+LARGEST_ON_A_CPU = 32
 
 # Fields of the models' Configs that the task and the tokenizer decide: they are no flags.
 SET_BY_TASK = {"head", "answers", "pooler", "cls_id", "pad_id", "sep_id", "mask_id"}
@@ -195,41 +207,46 @@ def list_recipes():
     for task, recipes in RECIPES.items():
         print(task)
         for name, row in recipes.items():
-            settings = " ".join(f"{key}={value}" for key, value in row.items())
-            print(f"  {name:<13} {settings}")
+            splits = "train" if row.get("hold_out", Settings.hold_out) else "train+val"
+            settings = " ".join(f"{key}={value}" for key, value in row.items() if key != "hold_out")
+            print(f"  {name:<13} splits={splits} {settings}")
 
 
 # -------------------------------------------------------------------------------------------------
 # Checks.
 
-def check(settings: Settings, world: int):
+def check(settings: Settings, machine: Machine):
     """ValueError or FileNotFoundError for settings that do not go together."""
     s = settings
     for flag in ("vit", "text", "load"):
         path = getattr(s, flag)
         if path and not Path(path).exists():
             raise FileNotFoundError(f"--{flag} {path}: there is no such file")
-    checkpoint = Path(s.out) / "last.pt"
-    if checkpoint.exists() and not (s.resume or s.dry_run):
-        raise ValueError(f"{checkpoint} exists: --resume goes on from it; for a new run choose "
-                         "another --out")
+    for checkpoint in (Path(s.out) / "last.pt", Path(s.out) / "previous.pt"):
+        if checkpoint.exists() and not (s.resume or s.dry_run):
+            raise ValueError(f"{checkpoint} exists: --resume goes on from it; for a new run choose "
+                             "another --out")
     if s.seed < 0:
         raise ValueError(f"--seed {s.seed}: at least 0 is expected")
-    if s.shard and world == 1:
+    if s.shard and machine.world == 1:
         raise ValueError("--shard needs several processes: start with torchrun")
     if s.task == "retrieval" and s.false_captions < 1:
         raise ValueError(f"--false-captions {s.false_captions}: at least 1 is expected, or there "
                          "is no choice")
-    split_batch(s, world)
+    split_batch(s, machine)
 
 
-def split_batch(settings: Settings, world: int) -> tuple[int, int]:
-    """The global batch -> (micro-batch, micro-batches that one process accumulates per step)."""
-    share, rest = divmod(settings.global_batch, world)
-    micro = settings.micro_batch or share
-    if rest or micro < 1 or share % micro:
-        raise ValueError(f"global batch {settings.global_batch} does not divide into {world} "
-                         f"processes x micro-batches of {micro}")
+def split_batch(settings: Settings, machine: Machine) -> tuple[int, int]:
+    """The global batch -> (micro-batch, micro-batches that one process accumulates per step).
+
+    A process's share is cut into equal micro-batches of at most --micro-batch pairs.
+    """
+    share, rest = divmod(settings.global_batch, machine.world)
+    most = settings.micro_batch or (LARGEST_ON_A_CPU if machine.device.type == "cpu" else share)
+    if rest or share < 1 or most < 1:
+        raise ValueError(f"--global-batch {settings.global_batch} --micro-batch "
+                         f"{settings.micro_batch}: {machine.world} processes cannot share it")
+    micro = max(size for size in range(1, min(most, share) + 1) if share % size == 0)
     return micro, share // micro
 
 
@@ -267,7 +284,7 @@ def check_same_run(path, saved: dict, settings: Settings, config, files: list):
     """ValueError unless a run resumes with the settings and the data that it was started with.
 
     (The answer list of vqa is compared in train.open_run.)
-    Settings added since the checkpoint was written count as their defaults.
+    Settings added since the checkpoint was written count as their defaults. More steps are allowed.
     files: [[name, rows]] of the training data.
     """
     ours = asdict(settings) | asdict(config)
@@ -275,12 +292,12 @@ def check_same_run(path, saved: dict, settings: Settings, config, files: list):
     ours["datasets"], theirs["datasets"] = list(ours["datasets"]), list(theirs["datasets"])
     differ = [f"{name} {theirs.get(name)!r} -> {value!r}" for name, value in ours.items()
               if name not in FREE_TO_CHANGE and theirs.get(name) != value]
+    if type(theirs["steps"]) is int and theirs["steps"] < settings.steps:
+        differ = [text for text in differ if not text.startswith("steps ")]
     if differ:
         raise ValueError(f"{path}: --resume with other settings than the run's: "
                          f"{', '.join(differ)}")
-    before = [list(pair) for pair in saved.get("files", files)]
+    before = saved.get("files", files)
     if before != files:
-        described = [", ".join(f"{name} ({rows:,} rows)" for name, rows in some)
-                     for some in (before, files)]
-        raise ValueError(f"{path}: --resume with other data than the run's: "
-                         f"{described[0]} -> {described[1]}")
+        raise ValueError(f"{path}: --resume with other data than the run's, [file, rows]: "
+                         f"{shortened(before)} -> {shortened(files)}")

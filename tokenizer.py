@@ -22,7 +22,7 @@ import json
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import groupby, pairwise
 from operator import index, itemgetter
 from pathlib import Path
@@ -30,9 +30,11 @@ from pathlib import Path
 import regex
 from tqdm import tqdm
 
-import disk
+from disk import command, complete_file, read_json, shortened
 
 CACHED_WORDS = 65_536       # words whose ids are remembered: about 16 MB in each data worker
+LONGEST_WORD = 1_000        # letters; a longer one is neither remembered nor learned from
+TABLES = ("merges.txt", "vocab.txt", "vocab.json", "added_tokens.json")
 
 
 class Tokenizer:
@@ -53,9 +55,10 @@ class Tokenizer:
     def __init__(self, vocab: dict[str, int], added: dict[str, int] | None = None):
         self.added = dict(added or {})
         self.ids = vocab | self.added
-        if set(self.ids.values()) != set(range(len(self.ids))):
-            raise ValueError(f"the ids of its {len(self.ids)} tokens are not 0, 1, 2, ...: "
-                             "a token or an id occurs twice, or one is missing")
+        if set(self.ids.values()) != set(range(len(self.ids))) or "" in self.added:
+            raise ValueError(f"the ids of its {len(self.ids)} tokens are not 0, 1, 2, ...: a token "
+                             "or an id occurs twice, or one is missing or empty")
+        "".join(self.ids).encode()      # ValueError for what no file in UTF-8 can hold
         self.vocab = dict(sorted(vocab.items(), key=itemgetter(1)))
         self.tokens = sorted(self.ids, key=self.ids.get)
         names = (*self.NAMED, *self.added)
@@ -131,7 +134,7 @@ class Tokenizer:
 
     def _remembered_ids(self, word):
         ids = self._word_ids(word)
-        if len(self._cache) < CACHED_WORDS:
+        if len(self._cache) < CACHED_WORDS and len(word) <= LONGEST_WORD:
             self._cache[word] = ids
         return ids
 
@@ -142,37 +145,41 @@ class Tokenizer:
             ids = [i for i in ids if i not in self.special_ids]
         return self._join(ids)
 
+    def files(self) -> dict[str, str]:
+        """{name: text} of the files that `load` and transformers read."""
+        added = {"added_tokens.json": json.dumps(self.added, ensure_ascii=False)}
+        return self._files() | (added if self.added else {})
+
     def save(self, directory: str | Path) -> None:
-        """Write the files that `load` and transformers read."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        Path(directory, "added_tokens.json").unlink(missing_ok=True)    # one of an older table
-        files = self._files()
-        if self.added:
-            files["added_tokens.json"] = json.dumps(self.added, ensure_ascii=False)
-        for name, text in files.items():
-            Path(directory, name).write_text(text, encoding="utf-8")
+        """Write `files`. A run that is killed never leaves those of two tokenizers mixed."""
+        with ExitStack() as stack:      # the file that is entered first gets its name last
+            for name, text in self.files().items():
+                partial = stack.enter_context(complete_file(Path(directory, name)))
+                partial.write_text(text, encoding="utf-8")
+            for name in TABLES:         # of an older tokenizer
+                Path(directory, name).unlink(missing_ok=True)
 
 
 @contextmanager
-def _named(path):
-    """Put the file's name in front of the message of any ValueError."""
+def _named(*paths):
+    """Put the names of files in front of the message of any ValueError."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{' and '.join(map(str, paths))}: {error}") from None
 
 
 def _read_ids(path):
-    with _named(path):
-        ids = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(ids, dict) or any(type(i) is not int for i in ids.values()):
-            raise ValueError("expected a JSON object of token: id")
-        return ids
+    ids = read_json(path)
+    if not isinstance(ids, dict) or any(type(i) is not int for i in ids.values()):
+        raise ValueError(f"{path}: expected a JSON object of token: id")
+    return ids
 
 
 def _read_added(table):
-    path = Path(table).with_name("added_tokens.json")       # beside the table
-    return _read_ids(path) if path.exists() else {}
+    """The added tokens of the file beside a table; the paths of both, for messages."""
+    path = Path(table).with_name("added_tokens.json")
+    return (_read_ids(path), [table, path]) if path.exists() else ({}, [table])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,6 +228,9 @@ class BPE(Tokenizer):
                  added: dict[str, int] | None = None):
         """merges: pairs of tokens, in the order in which they were learned."""
         super().__init__(vocab, added)
+        ordinary = "".join(token for token, i in self.ids.items() if i not in self.special_ids)
+        if not LATIN.keys() >= set(map(ord, ordinary)):
+            raise ValueError("not byte-level BPE: a token has characters that stand for no byte")
         self.merges = [tuple(pair) for pair in merges]
         self._byte_ids = [self.token_to_id(CHAR_OF_BYTE[byte]) for byte in range(256)]
         self._merges = {}       # (left id, right id) -> (rank, id of both together)
@@ -232,7 +242,8 @@ class BPE(Tokenizer):
     @classmethod
     def load(cls, vocab_json: str | Path, merges_txt: str | Path) -> "BPE":
         """Read the two files, and added_tokens.json if it is beside them."""
-        vocab, added = _read_ids(vocab_json), _read_added(vocab_json)
+        vocab = _read_ids(vocab_json)
+        added, tables = _read_added(vocab_json)
         merges = []
         with _named(merges_txt):
             lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
@@ -242,15 +253,15 @@ class BPE(Tokenizer):
                 pair = line.split(" ")
                 if len(pair) != 2 or not vocab.keys() >= {*pair, "".join(pair)}:
                     raise ValueError(f"line {number}: expected two tokens that together make a "
-                                     f"token of {vocab_json}, got {line!r}")
+                                     f"token of {vocab_json}, got {shortened(repr(line))}")
                 merges.append(pair)
-        with _named(vocab_json):
+        with _named(*tables):
             return cls(vocab, merges, added)
 
     def _files(self):
         lines = [f"{left} {right}\n" for left, right in self.merges]
-        return {"vocab.json": json.dumps(self.vocab, ensure_ascii=False, separators=(",", ":")),
-                "merges.txt": "#version: 0.2\n" + "".join(lines)}
+        return {"merges.txt": "#version: 0.2\n" + "".join(lines),
+                "vocab.json": json.dumps(self.vocab, ensure_ascii=False, separators=(",", ":"))}
 
     def _split(self, text):
         return WORDS.findall(text)
@@ -258,34 +269,33 @@ class BPE(Tokenizer):
     def _word_ids(self, word):
         """The ids of one word. The pair of the lowest rank is merged first, the leftmost of equals.
 
-        With a heap, a word of n bytes takes n log n steps: the web has "words" of 100,000 letters.
+        With a heap, n bytes take n log n steps: the web has "words" of a million letters.
         """
+        merges = self._merges
         parts = [self._byte_ids[byte] for byte in word.encode()]
         end = len(parts)
         parts.append(None)                  # found at position `end` and at -1; in no known pair
         before = list(range(-1, end))       # the positions of each part's neighbours
-        after = list(range(1, end + 2))
-        heap = []                           # (rank, position of the left part)
-
-        def push(left, right):
-            merge = self._merges.get((parts[left], parts[right]))
-            if merge:
-                heapq.heappush(heap, (merge[0], left))
-
-        for left in range(end - 1):
-            push(left, left + 1)
+        after = [*range(1, end + 1), end]
+        heap = []                           # rank * end + position of the left part
+        for left, pair in enumerate(pairwise(parts)):
+            if pair in merges:
+                heap.append(merges[pair][0] * end + left)
+        heapq.heapify(heap)
         while heap:
-            rank, left = heapq.heappop(heap)
+            rank, left = divmod(heapq.heappop(heap), end)
             right = after[left]
-            merge = self._merges.get((parts[left], parts[right]))
+            merge = merges.get((parts[left], parts[right]))
             if not merge or merge[0] != rank:
                 continue                    # one of the two has been merged with another part
             parts[left] = merge[1]
             parts[right] = None             # now a part of the left one
             after[left] = after[right]
             before[after[left]] = left
-            push(before[left], left)
-            push(left, after[left])
+            for place in (before[left], left):              # the two new pairs
+                merge = merges.get((parts[place], parts[after[place]]))
+                if merge:
+                    heapq.heappush(heap, merge[0] * end + place)
         return [part for part in parts if part is not None]
 
     def _join(self, ids):
@@ -330,7 +340,7 @@ class BPE(Tokenizer):
         Each step merges the most frequent pair of neighbours; of equally frequent ones, the pair
         with the lowest ids. Training ends at `vocab_size` tokens, or when no pair occurs
         `min_frequency` times. The result is that of `tokenizers.ByteLevelBPETokenizer`, except
-        that no merge may spell a special token.
+        that no merge may spell a special token, and that words over LONGEST_WORD are left out.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be an iterable of str, one per text, not a single str")
@@ -344,6 +354,7 @@ class BPE(Tokenizer):
         frequency = Counter()
         for text in tqdm(texts, desc="words", disable=None):
             frequency.update(WORDS.findall(text))
+        frequency = {word: n for word, n in frequency.items() if len(word) <= LONGEST_WORD}
         times = list(frequency.values())
         words = []                          # words[w] occurs times[w] times
         for word in frequency:
@@ -454,12 +465,13 @@ class WordPiece(Tokenizer):
         super().__init__(vocab, added)
         self._unknown = [self.unk_id]
         self._pieces = {token: i for token, i in self.vocab.items() if i not in self.special_ids}
+        self._longest = max(map(len, self.vocab))
 
     @classmethod
     def load(cls, vocab_txt: str | Path) -> "WordPiece":
         """Read vocab.txt, one token a line, and added_tokens.json if it is beside it."""
-        added = _read_added(vocab_txt)
-        with _named(vocab_txt):
+        added, tables = _read_added(vocab_txt)
+        with _named(*tables):
             tokens = Path(vocab_txt).read_text(encoding="utf-8").removesuffix("\n").split("\n")
             return cls({token: i for i, token in enumerate(tokens)}, added)
 
@@ -477,7 +489,7 @@ class WordPiece(Tokenizer):
         start = 0
         while start < len(word):
             prefix = "##" if start > 0 else ""
-            end = len(word)
+            end = min(len(word), start + self._longest)
             while end > start and prefix + word[start:end] not in self._pieces:
                 end -= 1
             if end == start:
@@ -523,16 +535,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                        help="number of tokens, with the 256 bytes and 5 special tokens")
     train.add_argument("--min-frequency", type=int, default=2, metavar="N",
                        help="merge only pairs that occur at least N times (default: 2)")
-    train.add_argument("--out", required=True, metavar="DIR",
-                       help="directory to write vocab.json and merges.txt to")
+    train.add_argument("--out", required=True, metavar="DIR", help="directory for its files")
     encode = commands.add_parser("encode", help="print the ids and the tokens of a text")
-    encode.add_argument("directory", metavar="DIR",
-                        help="directory with vocab.json and merges.txt, or with vocab.txt")
+    encode.add_argument("directory", metavar="DIR", help="directory of a tokenizer's files")
     encode.add_argument("text", help="the text to encode")
     encode.add_argument("--specials", action="store_true",
                         help='read "<mask>" and the like as special tokens (default: as text)')
-    args = parser.parse_args(argv)
-    with disk.command("tokenizer.py"):
+    with command("tokenizer.py"):
+        args = parser.parse_args(argv)
         if args.command == "train":
             texts = _lines(args.files)
             tok = BPE.train(texts, args.vocab_size, min_frequency=args.min_frequency)

@@ -4,30 +4,36 @@
     torchrun --nproc_per_node 8 train.py --task pretrain --recipe flm-b32 --data DIR \
         --tokenizer DIR --out runs/flm
     python train.py … --resume          # goes on where the run stopped
+    python train.py … --resume --steps 20000    # goes on past its end
     python train.py … --dry-run         # prints what would run, with its memory, and stops
 
 The global batch is split over the processes and into micro-batches, which are accumulated. The
 gradient is that of the mean over the global batch, however it was split. (The split only changes
 which random numbers dropout draws, and which images are the wrong ones of image-text matching.)
 A step is an optimizer step, everywhere.
+
+SIGTERM, SIGUSR1 or Ctrl-C let the step end; then the state is saved, and --resume goes on from it.
 """
 
 import contextlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+import signal
+import sys
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+import checkpoints
 import disk
 import machine as machines
 import tokenizer
@@ -35,7 +41,7 @@ import vilt
 import weights
 from data import GlobalBatches, evaluation_batches, token_lengths
 from machine import Machine, loader_workers
-from report import Log, Sums, clock, describe, dry_run, write_config
+from report import COUNTERS, Log, Sums, clock, describe, dry_run, write_config
 from settings import Settings, check, check_model, check_same_run, check_task, parse, split_batch
 from tasks import MODELS, Task, task_of, to_device
 
@@ -90,6 +96,11 @@ def rate_at(step: int, settings: Settings) -> float:
     return max(0.0, (settings.steps - step) / max(1, settings.steps - warmup))
 
 
+# A short validation comes early: (its step, its number of captions). What is wrong with the
+# validation split shows in the first minute, not after the first thousand steps.
+FIRST_LOOK = (10, 200)
+
+
 # -------------------------------------------------------------------------------------------------
 # A run: what stays the same (Run), and what changes and is saved (State).
 
@@ -105,7 +116,6 @@ class Run:
     micro_batch: int
     accumulation: int               # micro-batches of one process per step
     answers: list | None            # vqa: the answer list
-    resumed: bool                   # it goes on from a checkpoint
     saved: dict | None              # that checkpoint; None once the model has its weights
     source: object                  # the model of --load; None once ours has its weights
 
@@ -129,35 +139,44 @@ class Run:
         return DataLoader(self.task.dataset(self.tables["train"], train=True),
                           batch_sampler=numbers, collate_fn=self.task.collate,
                           num_workers=loader_workers(s.workers, m.device),
+                          worker_init_fn=machines.ignore_signals,
                           pin_memory=m.device.type == "cuda")
 
     def due(self, every: int, step: int) -> bool:
         """Whether something that is done every so many steps, and at the end, is done now."""
-        return bool(every) and (step % every == 0 or step == self.settings.steps)
+        return bool(every) and step > 0 and (step % every == 0 or step == self.settings.steps)
+
+    def validation_due(self, step: int) -> int:
+        """On how many captions of the validation split the model is tried now; 0: on none."""
+        every, table = self.settings.eval_every, self.tables["val"]
+        if not table or not every:
+            return 0
+        samples = min(self.settings.eval_samples or len(table.row_of), len(table.row_of))
+        if self.due(every, step):
+            return samples
+        return min(FIRST_LOOK[1], samples) if step == FIRST_LOOK[0] else 0
 
 
 @dataclass
 class State:
-    """What changes with every step; a checkpoint holds all but `skipped_in_a_row`."""
+    """What changes with every step; a checkpoint holds all but the last one."""
     model: torch.nn.Module          # as it is called: the bare model, or DDP around it
     bare: torch.nn.Module           # the model itself
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # does nothing but for fp16
     step: int
+    saved_step: int | None          # that of OUT/last.pt
     counters: dict                  # of the whole run; each process counts its own share
     skipped: torch.Tensor           # non-finite gradients, counted on the device …
     skipped_in_a_row: torch.Tensor  # … since the loop never waits for it
 
 
-def open_run(settings: Settings, config_flags: dict) -> Run:
+def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
     """Opens data, tokenizer and checkpoint, and checks that all of it goes together."""
-    machine = machines.set_up(settings.device, settings.precision)
-    settings = replace(settings, precision=machine.precision)
-    check(settings, machine.world)
-    micro_batch, accumulation = split_batch(settings, machine.world)
-    checkpoint = Path(settings.out) / "last.pt"
-    saved = weights.read(checkpoint) if settings.resume and checkpoint.exists() else None
-    source = None
+    micro_batch, accumulation = split_batch(settings, machine)
+    checkpoint, saved, source = None, None, None
+    if settings.resume:
+        checkpoint, saved = checkpoints.open_saved(Path(settings.out))
     if settings.load and not saved:
         source = weights.load(settings.load, trust=settings.trust)
     if saved:
@@ -174,6 +193,8 @@ def open_run(settings: Settings, config_flags: dict) -> Run:
     config = fit_config(config, config_flags, tok, task_class, settings)
     check_task(settings, config_flags, config, micro_batch)
     answers = task_class.answers(settings) if config.head == "vqa" else None
+    if settings.keep_best and not (tables["val"] and settings.eval_every):
+        raise ValueError(f"--keep-best {settings.keep_best}: this run has no validation")
     if saved and answers != saved.get("answers"):
         raise ValueError(f"{checkpoint}: --resume with another answer list in {settings.data} "
                          "than the run's")
@@ -186,10 +207,21 @@ def open_run(settings: Settings, config_flags: dict) -> Run:
     if settings.epochs:
         settings = replace(settings, steps=round(settings.epochs * sampler.steps_per_epoch))
     run = Run(settings, machine, config, task, tables, sampler, micro_batch, accumulation, answers,
-              saved is not None, saved, source)
+              saved, source)
     if saved:
         check_same_run(checkpoint, saved, settings, config, run.files)
+        checkpoints.check_saved(checkpoint, saved, run)
+        say_new_schedule(run)
     return run
+
+
+def say_new_schedule(run: Run):
+    """Says what becomes of the rate where a run resumes with more steps than it had."""
+    s, step, steps = run.settings, run.saved["step"], run.saved["settings"].get("steps", 0)
+    if s.steps > steps > 0:
+        before, after = s.lr * rate_at(step, replace(s, steps=steps)), s.lr * rate_at(step, s)
+        run.machine.say(f"{steps:,} steps become {s.steps:,}: the schedule stretches, and the rate "
+                        f"at step {step:,} goes from {before:.1e} to {after:.1e}")
 
 
 def fit_config(config, config_flags: dict, tok, task_class, settings: Settings):
@@ -262,22 +294,17 @@ def build_state(run: Run) -> State:
         bare.compile(dynamic=True)          # lengths and numbers of targets differ between batches
     optimizer = torch.optim.AdamW(parameter_groups(bare, s), lr=s.lr, betas=(s.beta1, s.beta2),
                                   eps=1e-8, fused=True)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
-    step, counters = 0, dict(samples=0, unreadable=0, cut=0, tokens=0, padded_tokens=0, skipped=0,
-                             seconds=0.0)
+    none = torch.tensor(0.0, device=machine.device)
+    state = State(bare, bare, optimizer, checkpoints.new_scaler(machine), 0, None, dict(COUNTERS),
+                  none, none)
     if saved:
-        set_state_dict(bare, optimizer, model_state_dict=saved["model"],
-                       optim_state_dict=saved["optimizer"],
-                       options=StateDictOptions(full_state_dict=True))
-        scaler.load_state_dict(saved["scaler"])
-        step, counters = saved["step"], saved["counters"]
-    model = bare
+        checkpoints.restore(run, state)
+        state.skipped = none + state.counters["skipped"]
     if machine.world > 1 and not s.shard:
         on_gpu = machine.device.type == "cuda"
-        model = DistributedDataParallel(bare, device_ids=[machine.device.index] if on_gpu else None)
-    run.saved = run.source = None           # they would hold the weights a second time
-    skipped = torch.tensor(float(counters["skipped"]), device=machine.device)
-    return State(model, bare, optimizer, scaler, step, counters, skipped, torch.zeros_like(skipped))
+        state.model = DistributedDataParallel(
+            bare, device_ids=[machine.device.index] if on_gpu else None)
+    return state
 
 
 def start_from_files(run: Run, model):
@@ -314,46 +341,86 @@ def shard(model, precision: str):
 # The loop.
 
 def main(argv=None):
-    settings, config_flags = parse(argv)
     with machines.running("train.py"):
-        run = open_run(settings, config_flags)
-        if settings.dry_run:
-            dry_run(run)
-        else:
-            train(run)
+        settings, config_flags = parse(argv)
+        machine = machines.set_up(settings.device, settings.precision)
+        settings = replace(settings, precision=machine.precision)
+        check(settings, machine)
+        with the_only_writer(settings, machine), machines.Signals() as signals:
+            run = open_run(settings, config_flags, machine)
+            if settings.dry_run:
+                dry_run(run)
+            else:
+                train(run, signals)
 
 
-def train(run: Run):
-    """Validates, saves, steps and reports, each when it is due, until the last step is done.
+@contextlib.contextmanager
+def the_only_writer(settings: Settings, machine: Machine):
+    """Holds OUT during the block, so that no other run writes there, and removes torn files."""
+    if machine.rank > 0 or settings.dry_run:
+        yield
+        return
+    out = Path(settings.out)
+    with disk.one_writer(out / ".lock", settings.out):
+        disk.remove_partials(out, "*.pt", "*.json", "*.jsonl", "*.npy")
+        yield
 
-    Halt from log.report: the last max_skipped gradients were not finite. Halt from log.micro_batch:
-    more than 10 images, and more than max_unreadable of those seen, cannot be decoded.
-    """
-    s, state = run.settings, build_state(run)
+
+def train(run: Run, signals):
+    """Trains until the last step is done, or until a signal asks to stop (then SystemExit)."""
+    state = build_state(run)
     describe(run, state.bare, state.step)
     write_config(run, state.bare)
     log = Log(run, state)
+    run.saved = run.source = None           # they would hold the weights a second time
+    signals.training = True
+    try:
+        stopped_by = loop(run, state, log, signals)
+    except OSError as error:
+        if error.errno and state.saved_step:
+            error.strerror += f" ({run.checkpoint} of step {state.saved_step} is whole)"
+        raise
+    if stopped_by:
+        run.machine.say(f"train.py: stopped by {stopped_by.name} after step {state.step}: "
+                        f"--resume goes on from {run.checkpoint}", file=sys.stderr)
+        sys.exit(128 + stopped_by)
+    run.machine.say(f"done after {clock(state.counters['seconds'])} of training: {run.checkpoint} "
+                    f"| {int(state.skipped)} steps skipped | {log.spikes} loss spikes")
+
+
+def loop(run: Run, state: State, log: Log, signals) -> signal.Signals | None:
+    """Saves, validates, steps and reports, each when it is due -> the signal that stopped it.
+
+    A checkpoint is written before the validation of the same step: a crash there loses nothing.
+    Halt from log.report: the last max_skipped gradients were not finite. Halt from log.micro_batch:
+    more than 10 images, and more than max_unreadable of those seen, cannot be decoded.
+    """
+    s = run.settings
     batches = iter(run.loader(state.step))
-    first_step = state.step
     state.model.train()
     while True:
-        finished = state.step == s.steps
-        new = state.step > first_step       # not what the checkpoint knew already
-        if run.tables["val"] and run.due(s.eval_every, state.step) and (new or not run.resumed):
-            with log.paused():
-                metrics = evaluate(run, state)
-            log.validation(metrics, state.step)
+        finished, new = state.step == s.steps, state.step > (state.saved_step or 0)
         keep = run.due(s.keep, state.step)
         if new and (finished or keep or run.due(s.save_every, state.step)):
-            save(run, state, keep)
+            checkpoints.save(run, state, log, keep)
+        samples = run.validation_due(state.step)
+        if samples and log.validated < state.step:
+            with log.paused():
+                metrics = evaluate(run, state, samples, signals)
+            if metrics and log.validation(metrics, state.step):
+                checkpoints.save_best(run, state, log)
+        asked = run.machine.largest(signals.asked)      # all processes stop after the same step
+        if asked:
+            if state.step > (state.saved_step or 0):
+                checkpoints.save(run, state, log)
+            return signal.Signals(asked)
         if finished:
-            break
+            return None
         with log.waiting_for_data():
             micro_batches = [next(batches) for _ in range(run.accumulation)]
         train_step(run, state, micro_batches, log)
-        if run.due(s.log_every, state.step):
+        if state.step == 1 or run.due(s.log_every, state.step):
             log.report(state)
-    run.machine.say(f"done after {clock(state.counters['seconds'])} of training: {run.checkpoint}")
 
 
 def train_step(run: Run, state: State, micro_batches: list, log: Log):
@@ -427,29 +494,16 @@ def update(run: Run, state: State) -> torch.Tensor:
     return norm
 
 
-def save(run: Run, state: State, keep: bool):
-    """Writes OUT/last.pt, whole or not at all. keep: OUT/step_N.pt too."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    model, optimizer = get_state_dict(state.bare, state.optimizer, options=options)
-    if run.machine.rank > 0:
-        return
-    contents = dict(
-        model=model, config=run.config, task=run.settings.task, answers=run.answers,
-        tokenizer_files=weights.pack_tokenizer(run.task.tok), optimizer=optimizer,
-        scaler=state.scaler.state_dict(), step=state.step, settings=asdict(run.settings),
-        counters=state.counters | {"skipped": int(state.skipped)}, files=run.files)
-    weights.save(run.checkpoint, **contents)
-    if keep:
-        weights.save(run.out / f"step_{state.step}.pt", **contents)
-
-
 @torch.no_grad()
-def evaluate(run: Run, state: State) -> dict:
-    """Losses and accuracies on validation captions, each counted once by all processes."""
+def evaluate(run: Run, state: State, samples: int, signals) -> dict | None:
+    """Losses and accuracies on captions of the validation split, evenly spread.
+
+    Each is counted once by all processes.
+    None where a signal asks to stop: a resumed run validates again.
+    """
     s, machine, table = run.settings, run.machine, run.tables["val"]
     count = len(table.row_of)
-    some = min(s.eval_samples or count, count)
-    chosen = [i * count // some for i in range(some)]
+    chosen = [i * count // samples for i in range(samples)]
     lengths = token_lengths(table, run.task.tok, chosen)
     batches = evaluation_batches(lengths, chosen, run.micro_batch)
     # A process that has nothing left repeats the first batch, uncounted: shards run in step.
@@ -459,11 +513,17 @@ def evaluate(run: Run, state: State) -> dict:
     loader = DataLoader(run.task.dataset(table, train=False), batch_sampler=mine,
                         collate_fn=run.task.collate,
                         num_workers=loader_workers(s.workers, machine.device),
+                        worker_init_fn=machines.ignore_signals,
                         pin_memory=machine.device.type == "cuda")
     model = state.model if s.shard else state.bare
     sums = Sums(run.config.loss_weights, machine.device)
     model.eval()
-    for k, (batch, notes) in zip(places, loader, strict=True):
+    bar = tqdm(loader, "validation", unit=" batches", leave=False, delay=5,
+               disable=machine.rank > 0)
+    for k, (batch, notes) in zip(places, bar, strict=True):
+        if machine.largest(signals.asked):
+            model.train()
+            return None
         with machine.autocast():
             results = model(to_device(batch, machine.device, run.config))
         if k < len(batches):

@@ -472,8 +472,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
     with disk.command("weights.py"):
+        args = parse(argv)
         args.run(args)
 
 

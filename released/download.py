@@ -21,6 +21,8 @@ from urllib.request import Request, build_opener
 
 from tqdm import tqdm
 
+from disk import one_writer, sync_folder
+
 CLIP = "https://openaipublic.azureedge.net/clip/models"        # /SHA-256/NAME
 FLM = "https://github.com/TencentARC/FLM/releases/download/checkpoints"
 VILT = "https://github.com/dandelin/ViLT/releases/download/200k"
@@ -131,6 +133,7 @@ def fetch_from_hub(file: str, folder: Path) -> None:
 # -- one plain download that resumes ---------------------------------------------------------------
 
 NETWORK_ERRORS = (URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
+LATER = (408, 429)      # refusals for now: it took too long, there are too many requests
 
 
 def fetch_address(address: str, target: Path, sha256: str = "", tries: int = 5,
@@ -147,14 +150,24 @@ def fetch_address(address: str, target: Path, sha256: str = "", tries: int = 5,
         print(f"{target}: its SHA-256 is {found}, {sha256} is published; fetching it again",
               file=sys.stderr)
     partial = target.with_name(target.name + ".partial")
+    try:
+        with one_writer(target.with_name(f".{target.name}.lock"), str(target)):
+            download(address, target, partial, sha256, tries, timeout)
+    except OSError as error:
+        raise ValueError(f"{error.filename or partial}: {error.strerror or error}") from None
+
+
+def download(address: str, target: Path, partial: Path, sha256: str, tries: int,
+             timeout: float) -> None:
+    """fetch_address, when no other process writes to the target."""
     failures, before = 0, length(partial)
     while True:
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
             receive(address, partial, timeout)
             break
         except NETWORK_ERRORS as error:
-            refused = isinstance(error, HTTPError) and error.code in range(400, 500)
+            code = error.code if isinstance(error, HTTPError) else 0
+            refused = 400 <= code < 500 and code not in LATER
             failures = 1 if length(partial) > before else failures + 1
             before = length(partial)
             if refused or failures >= tries:
@@ -163,14 +176,15 @@ def fetch_address(address: str, target: Path, sha256: str = "", tries: int = 5,
             seconds = 2 ** (failures - 1)
             print(f"{address}: {error}; trying again in {seconds} s", file=sys.stderr)
             time.sleep(seconds)
-        except OSError as error:
-            raise ValueError(f"{partial}: {error.strerror or error}") from None
     found = sha256_of(partial) if sha256 else ""
     if found != sha256:
         partial.unlink()
         raise ValueError(f"{address}: the SHA-256 of what came is {found}, expected {sha256}; "
                          f"the bytes are removed")
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
     os.replace(partial, target)
+    sync_folder(target.parent)
     version_file(partial).unlink(missing_ok=True)
 
 

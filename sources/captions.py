@@ -14,12 +14,16 @@ from functools import partial
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import BinaryIO
 
-from sources.shards import (Record, Shard, expecting, fail, first_existing, inside, json_lines,
-                            read_entries, simple, split_shards, strings, unusable)
+from disk import shortened
+from sources.shards import (LARGEST, Record, Shard, expecting, fail, first_existing, inside,
+                            json_lines, on_disk, read_entries, simple, split_shards, strings,
+                            unusable)
 
 SHARD_ROWS = 100_000                                # ViLT cuts SBU and Conceptual Captions so
 PICTURES = ("jpg", "jpeg", "png", "webp")           # members of a tar, in order of preference
+LARGEST_HEADER = 1 << 20                            # bytes of what describes a member of a tar
 
 
 def captioned(key: str, image: Path | bytes | None, captions: Iterable[str], split: str,
@@ -65,8 +69,8 @@ def karpathy(args: Namespace, json_name: str = "dataset.json",
 
     def records(split):
         for key, file, captions in splits[split]:
-            paths = [args.root / folder / key for folder in folders]
-            path = next((path for path in paths if path.exists()), paths[0])
+            paths = [on_disk(args.root / folder / key) for folder in folders]
+            path = next((path for path in paths if os.path.exists(path)), paths[0])
             yield captioned(key, path, captions, split, key if ambiguous else file)
 
     for split, listed in splits.items():
@@ -163,30 +167,59 @@ cc12m = partial(annotated, files={"val_annot.json": ("val", "conceptual_caption1
 # --------------------------------------------------------------------------------------------------
 # Tars in the layout of WebDataset, as img2dataset writes them.
 
+class Headers:
+    """What tarfile reads of a tar: the headers, one after the other.
+
+    ReadError for a header that leads back (it would be read for ever), or past the end.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.tell = file.tell
+        self.size = os.fstat(file.fileno()).st_size
+
+    def read(self, count: int) -> bytes:
+        if not 0 <= count <= LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {count:,} bytes at byte {self.tell():,}")
+        return self.file.read(count)
+
+    def seek(self, place: int) -> None:
+        if not self.tell() <= place <= self.size:
+            raise tarfile.ReadError(f"byte {self.tell():,} of {self.size:,} leads to {place:,}")
+        self.file.seek(place)
+
+
 def tar_members(path: Path) -> Iterator[tuple[str, str, bytes | None]]:
     """Yields (key, extension, bytes) of each file of a tar; None for files of no use.
 
-    The tar is read once, from front to back, and not unpacked.
+    Those are files of other extensions, links, devices, files with holes and too large ones. The
+    tar is read once, from front to back, and not unpacked.
     """
     wanted = {*PICTURES, "txt", "json"}
     try:
-        with tarfile.open(path, "r:") as tar:
+        with (open(path, "rb") as file,
+              tarfile.open(path, "r:", fileobj=Headers(file), encoding="utf-8") as tar):
             for member in iter(tar.next, None):
                 tar.members.clear()                         # else tarfile keeps every header
-                if not member.isreg():
+                tar.pax_headers.clear()
+                if member.isdir():
                     continue
                 folder, base = os.path.split(inside(member.name, path))
                 stem, _, extension = base.partition(".")    # WebDataset: keys end at the first dot
                 extension = extension.lower()
-                data = tar.extractfile(member).read() if extension in wanted else None
+                plain = member.isreg() and not member.issparse() and 0 <= member.size <= LARGEST
+                data = None
+                if plain and extension in wanted:
+                    file.seek(member.offset_data)
+                    data = file.read(member.size)
                 yield os.path.join(folder, stem), extension, data
             # tarfile takes a damaged header for the end; the true end is a block of zeros.
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512):
+            file.seek(tar.offset)
+            if file.read(512) != bytes(512):
                 fail(f"{path} is cut off or damaged at byte {tar.offset}; "
                      "expected a complete .tar, download it again")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        fail(f"{path} is not a complete .tar file ({error}); download it again")
+    except Exception as error:      # tarfile raises whatever false headers lead to
+        fail(f"{path} is not a complete .tar file ({shortened(error)}); download it again")
 
 
 def tar_captions(files: dict[str, bytes]) -> list[str]:
@@ -210,7 +243,7 @@ def img2dataset(args: Namespace) -> Iterator[Shard]:
     paths = []
     for root in args.root:
         found = root.iterdir() if root.is_dir() else map(Path, glob.glob(str(root)))
-        paths += [path for path in found if path.suffix == ".tar"]
+        paths += [path for path in found if path.suffix == ".tar" and path.is_file()]
     paths.sort()
     if not paths:
         fail(f"{' '.join(map(str, args.root))} names no .tar file; "
@@ -240,10 +273,13 @@ def jsonl(args: Namespace) -> Iterator[Shard]:
     def lines():
         for where, entry in json_lines(args.root):
             with expecting(where, '{"image": path, "caption": text}, '
-                                  'or "captions": [text, …] instead'):
+                                  'or "captions": [text, …] instead; '
+                                  '"image_id" is text or a whole number'):
                 image = inside(entry["image"], where)
                 captions = strings(entry.get("captions") or [entry.get("caption")])
-            image_id = entry.get("image_id")
+                image_id = entry.get("image_id")
+                if not isinstance(image_id, str | int | None):
+                    raise TypeError
             image_id = image if image_id is None else str(image_id)
             split = simple(entry.get("split") or "train", where)
             yield (split, image, image_id), captions

@@ -1,21 +1,32 @@
-"""Reading finished Arrow files back, as training opens them: `prepare.py check`."""
+"""Reading finished Arrow files back, as training opens them: `prepare.py check`.
+
+Opening a table is most of the check (files.py): it refuses what training cannot use. What is left
+is to look into the texts, to decode the pictures, and to say what there is.
+"""
 
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median_low
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from data import Captions, Table
-from sources.shards import KINDS, Kind, Skip, bar, decode, fail, in_order
+from data import Captions, open_header, open_image
+from disk import sentence_of, shortened
+from files import arrow_files, nested, open_arrow
+from sources.shards import KINDS, Kind, bar, fail, in_order
+
+MISSING = "missing"
+REPEATED = {"question_id": "question ids that an earlier question has",
+            "identifier": "identifiers that an earlier row has"}
 
 
 def open_table(path: Path) -> tuple[Kind, Captions]:
     """The file as training opens it; OSError or ValueError if training cannot."""
-    columns = Table([path], []).files[str(path)].schema.names
+    columns = open_arrow(str(path))[0].schema.names
     kind = KINDS["captions"]
     if "image_0" in columns:
         kind = KINDS["NLVR2"]
@@ -24,59 +35,31 @@ def open_table(path: Path) -> tuple[Kind, Captions]:
     return kind, kind.table([path])
 
 
-def row_problems(row: dict, kind: Kind, seen: set) -> Iterator[str]:
-    """What is wrong with a row besides its pictures and texts. seen: the ids of earlier rows."""
-    count = len(row[kind.table.TEXT] or [])
-    if kind is KINDS["VQA"]:
-        ids = row["question_id"] or []
-        if len(ids) != count:
-            yield "rows with another number of question ids than of questions"
-        for question_id in ids:
-            if question_id in seen:
-                yield "question ids that an earlier question has"
-            seen.add(question_id)
-        columns = [row.get(name) or [] for name in ("answers", "answer_labels", "answer_scores")]
-        # ViLT's test files have one empty list in a row; ours have one for each question.
-        lengths = [{len(one or []) for one in lists} for lists in zip(*columns, strict=False)]
-        if (any(len(column) not in (0, count) for column in columns)
-                or any(len(different) > 1 for different in lengths)):
-            yield "rows whose answers, labels and scores do not belong together"
-        for scores in columns[-1]:
-            for score in scores or []:
-                if not 0 < score <= 1:
-                    yield "scores outside 0 to 1"
-    if kind is KINDS["NLVR2"]:
-        answers = row["answers"] or []
-        if len(answers) != count or not set(answers) <= {"True", "False"}:
-            yield 'rows without one answer, "True" or "False", for each statement'
-        if row["identifier"] in seen:
-            yield "identifiers that an earlier row has"
-        seen.add(row["identifier"])
+def all_values(table: Captions, column: str) -> pa.ChunkedArray:
+    """The values of a column, out of their lists; ArrowInvalid if they are damaged."""
+    parts = [table.batch(number).column(column) for number in range(len(table.batches))]
+    for part in parts:
+        part.validate(full=True)                        # `split` is none of the table's columns
+    return pa.chunked_array([nested(part)[0] for part in parts])
 
 
 def check_texts(kind: Kind, table: Captions) -> list[str]:
     """Prints what a file holds besides its pictures. Returns what is wrong with it."""
     names = table.batch(0).schema.names
-    columns = [name for name in kind.schema.names if name in names and name not in table.IMAGES]
+    texts_per_row = Counter(np.bincount(table.row_of, minlength=len(table)).tolist())
+    words_per_text = Counter(len(text.split()) for text in table.texts())
+    wrong = Counter()
+    for column in REPEATED.keys() & kind.table.MORE:
+        values = all_values(table, column)
+        wrong[REPEATED[column]] = len(values) - pc.count_distinct(values).as_py()
     thing = kind.things[:-1]
-    texts_per_row, words_per_text, splits, wrong = Counter(), Counter(), Counter(), Counter()
-    seen = set()
-    for number in range(len(table.batches)):
-        batch = table.batch(number)
-        batch.validate(full=True)
-        rows = pa.Table.from_batches([batch.select(columns)])
-        for part in rows.to_batches(max_chunksize=1000):    # ViLT's files have one batch each
-            for row in part.to_pylist():
-                texts = row[table.TEXT] or []
-                texts_per_row[len(texts)] += 1
-                words_per_text.update(len((text or "").split()) for text in texts)
-                splits[row.get("split")] += 1
-                wrong.update(row_problems(row, kind, seen))
     wrong[f"rows without a {thing}"] = texts_per_row.pop(0, 0)
     wrong[f"empty {kind.things}"] = words_per_text.pop(0, 0)
-    print(f"    columns: {', '.join(names)}")
-    if "split" in columns:
-        print(f"    splits: {', '.join(f'{name} {count:,}' for name, count in splits.items())}")
+    print(f"    columns: {shortened(', '.join(names))}")
+    if "split" in names:
+        splits = Counter(all_values(table, "split").to_pylist())
+        counts = ", ".join(f"{name} {count:,}" for name, count in splits.items())
+        print(f"    splits: {shortened(counts)}")
     print(f"    {len(table):,} {kind.rows}, {len(table.row_of):,} {kind.things}; "
           f"for each: {spread(texts_per_row)}")
     if words_per_text:
@@ -93,52 +76,81 @@ def spread(counts: Counter) -> str:
     return f"{min(counts)} to {max(counts)}, median {median_low(counts.elements())}"
 
 
-def shorter_side(data: pa.Buffer | None, fast: bool) -> int | str:
+def shorter_side(encoded: pa.Buffer | None, fast: bool) -> int | str:
     """The shorter side of a picture in pixels, or why it cannot be read."""
-    if data is None:
-        return "null instead of a picture"
+    if encoded is None or len(encoded) == 0:
+        return MISSING
     try:
-        _, size = decode(data, header_only=fast)
-    except Skip as reason:
-        return str(reason)
-    return min(size)
+        return min((open_header if fast else open_image)(encoded).size)
+    except Exception as error:          # Pillow's readers raise whatever broken bytes lead to
+        return f"undecodable: {shortened(error) or type(error).__name__}"
 
 
-def check_pictures(table: Captions, name: str, fast: bool, workers: int) -> list[str]:
+def is_training(kind: Kind, table: Captions, row: int) -> bool:
+    """Whether a row is trained on. prepare.py keeps others without their pictures on purpose."""
+    if kind is KINDS["captions"]:
+        return True
+    names = table.batch(0).schema.names
+    column = "identifier" if kind is KINDS["NLVR2"] else "split"
+    return column not in names or str(table.cell(column, row).as_py()).startswith("train")
+
+
+def check_pictures(kind: Kind, table: Captions, name: str, fast: bool, workers: int) -> list[str]:
     """Prints the sizes of the pictures. Returns how many cannot be read, and names the first."""
     each = len(table.IMAGES)
     pictures = (table.image(row, which) for row in range(len(table)) for which in range(each))
     results = in_order(partial(shorter_side, fast=fast), pictures, workers)
     sides = Counter()
-    bad = []
+    undecodable, missing, kept = [], [], 0
     progress = bar(iterable=results, total=len(table) * each, desc=name, leave=False,
                    unit=" pictures")
     for i, result in enumerate(progress):
+        row = i // each
         if isinstance(result, int):
             sides[result] += 1
+        elif result != MISSING:
+            undecodable.append(f"row {row}: {result}")
+        elif is_training(kind, table, row):
+            missing.append(f"row {row}: {result}")
         else:
-            bad.append(f"row {i // each}: {result}")
+            kept += 1
     if sides:
         note = " (by the headers; nothing was decoded)" if fast else ""
         print(f"    pixels of the shorter side: {spread(sides)}{note}")
-    return [f"{len(bad):,} pictures that cannot be read", *bad[:10]] if bad else []
+    if kept:
+        print(f"    {kept:,} missing pictures; their {kind.things} were kept for evaluation")
+    problems = []
+    for bad, what in ((undecodable, "cannot be read"), (missing, "are missing")):
+        if bad:
+            problems += [f"{len(bad):,} pictures that {what}", *bad[:10]]
+    return problems
 
 
 def check_file(path: Path, fast: bool, workers: int) -> list[str]:
     """Prints what an Arrow file holds. Returns one sentence for each thing that is wrong."""
     try:
         kind, table = open_table(path)
-        return check_texts(kind, table) + check_pictures(table, path.name, fast, workers)
-    # A TypeError comes from a column of another type, such as numbers in place of lists.
-    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-        first_line, *_ = str(error).split("\n")
-        return [f"cannot be read: {first_line}"]
+        texts = check_texts(kind, table)
+        return texts + check_pictures(kind, table, path.name, fast, workers)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        return [f"cannot be read: {sentence_of(error)}"]
+
+
+def files_in(path: Path) -> list[Path]:
+    """All Arrow files of a folder; a file is itself. ValueError for a folder that has none."""
+    if not path.is_dir():
+        return [path]
+    names = arrow_files(path)
+    if not names:
+        raise ValueError(f"{path}: no .arrow files are in this folder")
+    return [path / name for name in names]
 
 
 def check(args: Namespace) -> None:
-    """Prints what each file holds and what is wrong with it."""
+    """Prints what each file holds and what is wrong with it. Of a folder, each file is checked."""
+    paths = [file for path in args.files for file in files_in(path)]
     faulty = 0
-    for path in args.files:
+    for path in paths:
         print(f"{path}:")
         problems = check_file(path, args.fast, args.workers)
         for problem in problems:
@@ -148,4 +160,4 @@ def check(args: Namespace) -> None:
         else:
             print("    good")
     if faulty:
-        fail(f"{faulty} of {len(args.files)} files have something wrong")
+        fail(f"{faulty} of {len(paths)} files have something wrong")

@@ -14,6 +14,7 @@ both, since the official score counts every question. (ViLT drops the first ther
 a picture that cannot be read, they hold what bytes there are.
 """
 
+import os
 import re
 import sys
 from argparse import Namespace
@@ -23,7 +24,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from disk import read_json
+from disk import one_writer, read_json, remove_partials, shortened
 from metrics import normalize_answer, soft_score
 from sources.shards import (SURROGATE, Record, Shard, expecting, fail, first_existing, inside,
                             json_lines, json_list, read_entries, simple, split_shards, strings,
@@ -127,6 +128,8 @@ def choose_answers(prefix: str, splits: dict[str, Split], args: Namespace) -> li
             fail(f"{args.root}: no answer is the majority's at least {args.at_least} times; "
                  "--at-least lowers that")
     path = args.out / f"{prefix}_answers.json"
+    args.locks.enter_context(one_writer(args.out / f".{path.name}.lock", str(path)))
+    remove_partials(args.out, path.name)
     finished = sorted(args.out.glob(f"{prefix}_*.arrow"))
     if finished and not args.force and not (path.exists() and read_answers(path) == answers):
         fail(f"{path} is not the answer list of this run, and {finished[0].name} was made with it; "
@@ -234,8 +237,8 @@ def official_annotations(path: Path) -> dict[int, Annotation]:
             majority, *answers = strings([entry["multiple_choice_answer"], *entry["answers"]])
             if not answers:
                 raise ValueError
-            annotation = Annotation(majority, answers, entry.get("answer_type", "other"),
-                                    entry.get("question_type", ""))
+            types = strings([entry.get("answer_type", "other"), entry.get("question_type")])
+            annotation = Annotation(majority, answers, *types)
             found.setdefault(whole(entry["question_id"]), annotation)
     return found
 
@@ -315,8 +318,8 @@ def own_annotation(entry: dict, answers: list[str]) -> Annotation:
     answer_type = "number" if majority.isdecimal() else "other"
     if majority in ("yes", "no"):
         answer_type = "yes/no"
-    return Annotation(majority, kept, entry.get("answer_type") or answer_type,
-                      entry.get("question_type") or "")
+    given, question_type = strings([entry.get("answer_type"), entry.get("question_type")])
+    return Annotation(majority, kept, given or answer_type, question_type)
 
 
 def vqa_jsonl(args: Namespace) -> Iterator[Shard]:
@@ -337,10 +340,10 @@ def vqa_jsonl(args: Namespace) -> Iterator[Shard]:
             image_id = whole(image_id)
             question_id = entry.get("question_id")
             question_id = line if question_id is None else whole(question_id)
+            annotation = own_annotation(entry, answers) if answers else None
         if paths.setdefault(image_id, image) != image:
             fail(f"{where}: image_id {image_id} is {image} here, "
                  f"and {paths[image_id]} in an earlier line")
-        annotation = own_annotation(entry, answers) if answers else None
         empty = any(not answer.strip() for answer in answers)
         note = "empty answer (question kept)" if empty else ""
         split = splits[simple(entry.get("split") or "train", where)]
@@ -362,7 +365,7 @@ def statement_record(where: str, entry: dict, split: str, identifier: str, names
         text = entry["sentence"].strip()
         answer = {"true": "True", "false": "False"}[str(entry["label"]).lower()]
     if identifier.count("-") != 3:
-        fail(f"{where}: the identifier {identifier!r} is not of the form "
+        fail(f"{where}: the identifier {shortened(repr(identifier))} is not of the form "
              "split-set-pair-sentence, such as dev-850-0-1")
     reason = unusable(text, "statement")
     row = {"questions": [] if reason else [text], "answers": [answer], "identifier": identifier}
@@ -382,7 +385,8 @@ def nlvr2_records(path: Path, split: str, folder: Path, subsets: dict) -> Iterat
         pair = inside(identifier, where).rpartition("-")[0]
         names = [f"{pair}-img0.png", f"{pair}-img1.png"]
         nested = folder / inside(str(entry.get("directory") or "."), where)
-        paths = [nested / name if (nested / name).exists() else folder / name for name in names]
+        paths = [nested / name if os.path.exists(nested / name) else folder / name
+                 for name in names]
         own = [file for file, identifiers in subsets.items() if identifier in identifiers]
         yield statement_record(where, entry, split, identifier, names, paths, own)
 

@@ -5,9 +5,12 @@ Threads read and decode the pictures; the rows keep the order of the source. Wha
 counted, and named in NAME.skipped.jsonl.
 """
 
+import glob
 import io
 import json
+import os
 import re
+import stat
 import sys
 from argparse import Namespace
 from collections import Counter, deque
@@ -19,20 +22,20 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import pyarrow as pa
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-from data import FORMATS, Captions, Questions, Statements, to_rgb
-from disk import complete_file
+from data import Captions, Questions, Statements, open_header, open_image, turn_of
+from disk import complete_file, one_writer, remove_partials, shortened
 from files import CAPTIONS, NLVR2, VQA
 
 # Half a character: JSON can hold it, the UTF-8 of Arrow cannot.
 SURROGATE = re.compile("[\ud800-\udfff]")
-EXIF_ORIENTATION = 0x0112
+LARGEST = 256 << 20                 # bytes of a picture's file; a larger one is left out
 
 
 def fail(sentence: str) -> NoReturn:
-    raise SystemExit(f"prepare.py: {sentence}")
+    raise SystemExit(f"prepare.py: {shortened(sentence, 2000)}")
 
 
 class Kind(NamedTuple):
@@ -80,8 +83,8 @@ class Writer:
         with Writer("toy_caption_train.arrow", CAPTIONS) as out:
             out.write({"image": jpeg, "caption": ["a dog"], "image_id": "0", "split": "train"})
 
-    Memory stays flat: a record batch is written after `batch_rows` rows or `batch_bytes` bytes of
-    pictures. After an error nothing has changed on the disk.
+    Memory stays flat: a record batch is written after `batch_rows` rows, `batch_bytes` bytes of
+    pictures or as many letters of texts. After an error nothing has changed on the disk.
     """
 
     def __init__(self, path: Path | str, schema: pa.Schema, batch_rows: int = 1000,
@@ -89,14 +92,16 @@ class Writer:
         self.path, self.schema = Path(path), schema
         self.batch_rows, self.batch_bytes = batch_rows, batch_bytes
         self.images = [field.name for field in schema if field.type == pa.binary()]
+        self.texts = [field.name for field in schema if field.type == pa.list_(pa.string())]
         self.rows = []                                      # not written yet
         self.bytes = 0                                      # of their pictures
+        self.letters = 0                                    # of their texts
         self.written = 0                                    # all rows so far
         self.stack = ExitStack()
 
     def __enter__(self) -> "Writer":
         partial_path = self.stack.enter_context(complete_file(self.path))
-        file = self.stack.enter_context(pa.OSFile(str(partial_path), "wb"))
+        file = self.stack.enter_context(open(partial_path, "wb"))
         self.stream = self.stack.enter_context(pa.ipc.new_file(file, self.schema))
         return self
 
@@ -108,14 +113,15 @@ class Writer:
         self.rows.append(row)
         self.written += 1
         self.bytes += sum(len(row[name]) for name in self.images)
-        if len(self.rows) >= self.batch_rows or self.bytes >= self.batch_bytes:
+        self.letters += sum(len(text) for name in self.texts for text in row[name])
+        if len(self.rows) >= self.batch_rows or max(self.bytes, self.letters) >= self.batch_bytes:
             self.flush()
 
     def flush(self) -> None:
         if self.rows:
             self.stream.write_batch(pa.RecordBatch.from_pylist(self.rows, schema=self.schema))
         self.rows = []
-        self.bytes = 0
+        self.bytes = self.letters = 0
 
     def __exit__(self, error, *details):
         if error:
@@ -159,17 +165,28 @@ def inside(name: str, where: str | Path) -> str:
     """
     parts = re.split(r"[/\\]", name)
     if ".." in parts or parts[0] == "" or re.match("[A-Za-z]:", name):
-        fail(f"{where}: the path {name!r} leaves the folder of the data set; "
+        fail(f"{where}: the path {shortened(repr(name))} leaves the folder of the data set; "
              "expected a relative path without '..'")
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def simple(name: object, where: str | Path) -> str:
     """`name`, if it can be a part of a file name; otherwise it is refused."""
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
-        fail(f"{where}: {name!r} becomes part of a file name; "
-             "expected letters, digits, '_', '-' and '.'")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{,99}", name):
+        fail(f"{where}: {shortened(repr(name))} becomes part of a file name; "
+             "expected at most 100 letters, digits, '_', '-' and '.'")
     return name
+
+
+def on_disk(path: Path) -> Path:
+    """A path that a file of the data set names, in Python's spelling of the names on the disk.
+
+    The two differ where the system's encoding is not UTF-8, as in the locale C.
+    """
+    try:
+        return Path(os.fsdecode(str(path).encode("utf-8", errors="surrogateescape")))
+    except UnicodeEncodeError:              # half a character: there is no such file
+        return path
 
 
 def first_existing(*paths: Path) -> Path:
@@ -185,8 +202,9 @@ def expecting(where: str | Path, what: str) -> Iterator[None]:
     """Ends the run with one sentence if the block does not find what it looks for."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        details = f" ({error})" if str(error) else ""
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError,
+            ArithmeticError) as error:
+        details = f" ({shortened(error)})" if str(error) else ""
         fail(f"{where}: expected {what}{details}")
 
 
@@ -252,55 +270,34 @@ class Skip(Exception):
     """A picture cannot be used: "reason", or "reason: details"."""
 
 
-def decode(data: bytes | pa.Buffer, shorter: int | None = None, header_only: bool = False,
-           ) -> tuple[Image.Image, tuple[int, int]]:
-    """(The picture, decoded unless header_only; its width and height as stored). Raises Skip.
-
-    With `shorter` a JPEG may come out at 1/2, 1/4 or 1/8 of its size, which libjpeg does cheaply.
-    Its shorter side stays at least twice that long. Of several frames only the first is read.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        size = image.size
-        if size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{size[0]} x {size[1]} pixels, taken for a decompression bomb")
-        if shorter:
-            image.draft(None, (2 * shorter, 2 * shorter))
-        if not header_only:
-            image.load()
-    except Exception as error:  # Pillow's readers raise whatever broken bytes lead to
-        message = str(error).replace("\n", " ")[:120] or type(error).__name__
-        if "truncated" in message.lower():
-            raise Skip("truncated") from None
-        if "cannot identify" in message:
-            message = "not a picture we can read"
-        raise Skip(f"undecodable: {message}") from None
-    return image, size
-
-
 def encoded(data: bytes, shorter: int | None = None, quality: int = 90) -> bytes:
     """The bytes to store for a picture: `data` without `shorter`, otherwise a JPEG. Raises Skip.
 
     The JPEG is RGB and upright, its shorter side at most `shorter` pixels. A picture is never
     enlarged. One that already is such a JPEG keeps its bytes, to lose no quality.
     """
-    image, size = decode(data, shorter)
-    if not shorter:
-        return data
     try:
-        upright = image.getexif().get(EXIF_ORIENTATION, 1) == 1
-        if image.format == "JPEG" and image.mode == "RGB" and upright and min(size) <= shorter:
-            return data
-        image = to_rgb(ImageOps.exif_transpose(image))      # the new file has no EXIF to turn it
-        if min(size) > shorter:
-            longer = round(shorter * max(size) / min(size))
-            portrait = image.width < image.height
-            small = (shorter, longer) if portrait else (longer, shorter)
-            image = image.resize(small, Image.Resampling.BICUBIC)       # Pillow's is antialiased
-        image.info.clear()                                  # no comment or profile of the original
-        out = io.BytesIO()
+        header = open_header(data)
+        as_it_is = turn_of(header) is None and (header.format, header.mode) == ("JPEG", "RGB")
+        # libjpeg decodes at 1/2, 1/4 or 1/8 where the shorter side stays twice as long as needed.
+        least = (2 * shorter, 2 * shorter) if shorter else None
+        image = open_image(data, (lambda width, height: least) if shorter else None)
+    except Exception as error:      # Pillow's readers raise whatever broken bytes lead to
+        message = shortened(error, 120) or type(error).__name__
+        kind = "truncated" if "truncated" in message.lower() else f"undecodable: {message}"
+        raise Skip(kind) from None
+    if not shorter or (as_it_is and min(header.size) <= shorter):
+        return data
+    if min(header.size) > shorter:
+        longer = round(shorter * max(header.size) / min(header.size))
+        portrait = image.width < image.height
+        small = (shorter, longer) if portrait else (longer, shorter)
+        image = image.resize(small, Image.Resampling.BICUBIC)           # Pillow's is antialiased
+    image.info.clear()                                      # no comment or profile of the original
+    out = io.BytesIO()
+    try:
         image.save(out, "JPEG", quality=quality)
-    except Exception as error:                              # broken EXIF, longer than JPEG allows
+    except (OSError, ValueError) as error:                  # longer than JPEG allows
         raise Skip(f"cannot be re-encoded: {error}") from None
     return out.getvalue()
 
@@ -311,12 +308,16 @@ def read_picture(image: Path | bytes | None) -> bytes:
         raise Skip("missing file: no picture of this key")
     if isinstance(image, bytes):
         return image
+    path = on_disk(image)
     try:
-        return image.read_bytes()
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:      # a device never ends
+            raise ValueError(f"not a file of at most {LARGEST >> 20} MB")
+        return path.read_bytes()
     except FileNotFoundError:
         raise Skip("missing file") from None
     except (OSError, ValueError) as error:
-        raise Skip(f"unreadable file: {error}") from None
+        raise Skip(f"unreadable file: {shortened(error)}") from None
 
 
 def with_pictures(record: Record, kind: Kind, shorter: int | None, quality: int) -> Record:
@@ -329,10 +330,9 @@ def with_pictures(record: Record, kind: Kind, shorter: int | None, quality: int)
     left_out = list(record.left_out)
     readable = True
     for column, image in record.images.items():
-        row[column] = b""
+        row[column] = b""               # what stands for a picture that cannot be used
         try:
-            row[column] = read_picture(image)
-            row[column] = encoded(row[column], shorter, quality)
+            row[column] = encoded(read_picture(image), shorter, quality)
         except Skip as error:
             readable = False
             which = f": {column}" if len(record.images) > 1 else ""
@@ -428,8 +428,6 @@ def write_shard(shard: Shard, args: Namespace) -> tuple[int, int, Counter]:
                 raise Skip                                  # and all but the log is taken back
     except Skip:
         return 0, 0, reasons
-    except OSError as error:
-        fail(f"{path} could not be made ({error})")
     return out.written, texts, reasons
 
 
@@ -437,6 +435,11 @@ def convert(args: Namespace) -> None:
     """Writes every Shard of the chosen source that is not finished."""
     if getattr(args, "name", None):
         simple(args.name, "--name")
+    with ExitStack() as args.locks:             # those that a source holds until the end of the run
+        convert_shards(args)
+
+
+def convert_shards(args: Namespace) -> None:
     total = Counter()
     left_out = Counter()
     for shard in list(args.source(args)):       # all, so that a wrong layout ends the run at once
@@ -446,14 +449,18 @@ def convert(args: Namespace) -> None:
             print(f"{path}: already finished, left as it is (--force writes it again)")
             total["finished"] += 1
             continue
-        rows, texts, reasons = write_shard(shard, args)
+        with one_writer(args.out / f".{path.name}.lock", str(path)):
+            files = (path, args.out / f"{shard.name}.skipped.jsonl", *shard.beside)
+            remove_partials(args.out, *(glob.escape(file.name) for file in files))
+            rows, texts, reasons = write_shard(shard, args)
         total.update(files=int(rows > 0), rows=rows, texts=texts)
         left_out.update(reasons)
         print(f"{path}: {rows:,} {kind.rows}, {texts:,} {kind.things}{'' if rows else ', no file'}")
         if reasons:
             print(f"    {describe(reasons)} (each is named in {shard.name}.skipped.jsonl)")
     if not total["rows"] and not total["finished"]:
-        fail(f"{args.root}: no image could be used; {describe(left_out)}")
+        roots = args.root if isinstance(args.root, list) else [args.root]
+        fail(f"{' '.join(map(str, roots))}: no image could be used; {describe(left_out)}")
     print(f"{total['files']} files, {total['rows']:,} {kind.rows}, {total['texts']:,} "
           f"{kind.things} written to {args.out}; {total['finished']} files were there; "
           f"{describe(left_out)}")

@@ -29,7 +29,8 @@ from tokenizer import BPE
 
 torch.set_num_threads(1)        # tiny models: a second thread only waits, and on a busy machine it waits long
 
-SHARED = Path(os.environ.get("FLM_SHARED") or Path(__file__).resolve().parents[1].parent / "shared")
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("FLM_SHARED") or ROOT.parent / "shared")
 
 
 @pytest.fixture(scope="session")
@@ -199,13 +200,60 @@ def original(name, folder):
 
 def two_processes(script, *arguments):
     """Runs a script of the root on two processes, on a free port -> what it printed."""
-    root = Path(__file__).resolve().parents[1]
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(root / script), *map(str, arguments)],
+         str(ROOT / script), *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     return run.stdout
+
+
+# -- runs of train.py -------------------------------------------------------------------------------
+
+TRAIN_FLM = ("--image-size 16 --patch-size 8 --vit-width 16 --vit-layers 1 --vit-heads 2 --text-width 16 --text-layers 1 "
+         "--text-heads 2 --width 16 --heads 2 --fusion-layers 2 --reconstructor-text-layers 1 --max-positions 66 "
+         "--reconstructor-fusion-layers 2 --model toy --precision fp32 --device cpu --workers 0").split()
+TRAIN_VILT = ("--model vilt-toy --image-size 16 --patch-size 8 --width 16 --layers 2 --heads 2 --mlp-width 40 --max-positions 40 "
+        "--max-patches 5 --mpp --precision fp32 --device cpu --workers 0").split()
+
+
+def write_caption_world(root):
+    """A folder of caption files and a tokenizer."""
+    write_captions(root / "mine_caption_train.arrow", 60, sizes=((40, 32), (24, 48), (30, 30)))
+    write_captions(root / "mine_caption_val.arrow", 13, seed=1)
+    BPE.train([" ".join(WORDS)] * 3, 330).save(root / "tok")
+    return root
+
+
+def train_command(world, out, *more, sizes=TRAIN_FLM):
+    return [*sizes, "--data", str(world), "--tokenizer", str(world / "tok"), "--out", str(out), *map(str, more)]
+
+
+TRAIN = "--global-batch 16 --steps 6 --lr 1e-2 --warmup 0.2 --log-every 1 --eval-every 3 --save-every 2 --clip 1.0".split()
+
+
+def train_outcome(out):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    losses = [{k: v for k, v in line.items() if k.endswith(("loss", "accuracy", "step", "norm", "lr"))} for line in lines]
+    return losses, weights.read(Path(out) / "last.pt")["model"]
+
+
+def assert_same(a, b, tolerance):
+    (losses_a, model_a), (losses_b, model_b) = a, b
+    assert len(losses_a) == len(losses_b) and model_a.keys() == model_b.keys()
+    for x, y in zip(losses_a, losses_b):
+        assert x == pytest.approx(y, abs=tolerance)
+    for name, ours in model_a.items():
+        theirs = model_b[name]
+        if name.endswith("kv.bias") and tolerance:      # a softmax ignores the keys' bias: its gradient is pure rounding
+            ours, theirs = ours.chunk(2)[1], theirs.chunk(2)[1]
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0, msg=name)
+
+
+def torchrun(processes, arguments):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                             str(processes), str(ROOT / "train.py"), *arguments],
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 # -- raw downloads for prepare.py ------------------------------------------------------------------

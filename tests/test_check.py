@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 import pytest
-from conftest import arrow, checked, jsonl, noise_picture, prepare_main, put
+from conftest import arrow, checked, jsonl, noise_picture, prepare_main, put, sentence
 
 pytestmark = pytest.mark.slow       # nothing else imports it, so `make quick` leaves it out
 
@@ -65,7 +65,8 @@ def test_check_names_files_that_are_cut_foreign_or_missing(tmp_path, finished, c
                                     "caption": pa.array([], pa.list_(pa.string()))})
     for name, part in (("cut", "complete"), ("text", "complete"), ("empty", "complete"),
                        ("gone", "no such file"), ("vqa", "no column"), ("flat", "list<string>"),
-                       ("none", "no captions"), ("ids", "cannot be read")):
+                       ("none", "no captions"),
+                       ("ids", "answer_labels is list<int64>, list<list<int64>> expected")):
         capsys.readouterr()
         status, printed = checked(capsys, tmp_path / f"{name}.arrow", finished)
         assert status == 1 and f"{name}.arrow" in printed and part in printed
@@ -75,35 +76,59 @@ def test_check_names_files_that_are_cut_foreign_or_missing(tmp_path, finished, c
 def test_check_finds_wrong_captions_and_pictures(tmp_path, capsys):
     good = noise_picture(1, size=(300, 300))
     path = tmp_path / "x.arrow"
-    arrow(path, {"image": [good, good[:len(good) // 2], b"", None],
-                 "caption": [["ok"], [], ["fine", " "], ["x"]], "split": ["val"] * 4})
+    arrow(path, {"image": [good, good[:len(good) // 2], b"", None, b"text"],
+                 "caption": [["ok"], [], ["fine", " "], ["x"], ["y"]], "split": ["val"] * 5})
     check_finds(capsys, path, "1 rows without a caption", "1 empty captions",
-                "3 pictures that cannot be read", "row 1: truncated", "row 2: undecodable",
-                "row 3: null")
-    assert "2 pictures that cannot be read" in checked(capsys, path, "--fast")[1]
+                "2 pictures that cannot be read", "row 1: undecodable: image file is truncated",
+                "row 4: undecodable: in none of the formats",
+                "2 pictures that are missing", "row 2: missing", "row 3: missing")
+    assert "1 pictures that cannot be read" in checked(capsys, path, "--fast")[1]
+
+
+QUESTIONS = {"image": [noise_picture()] * 2, "questions": [["a", "b"], ["c"]],
+             "question_id": [[1, 2], [3]], "answer_labels": [[[0], []], [[0]]],
+             "answer_scores": [[[0.3], []], [[1.0]]]}
 
 
 def test_check_finds_wrong_questions(tmp_path, capsys):
-    arrow(tmp_path / "x.arrow", {
-        "image": [noise_picture()] * 4,
-        "questions": [["a", "b"], ["c"], ["d"], [" "]],
-        "question_id": [[1, 2], [2], [3, 4], [5]],
-        "answers": [[["x"], []], [["x"]], [[]], [[]]],
-        "answer_labels": [[[0], []], [[0, 1]], [[]], [[]]],
-        "answer_scores": [[[1.5], []], [[0.3]], [[]], [[]]]})
-    check_finds(capsys, tmp_path / "x.arrow", "1 empty questions",
-                "1 rows with another number of question ids", "1 question ids that an earlier",
-                "1 rows whose answers, labels and scores", "1 scores outside")
+    path = tmp_path / "x.arrow"
+    arrow(path, QUESTIONS | {"questions": [["a", "b"], [" "]], "question_id": [[1, 2], [2]]})
+    check_finds(capsys, path, "1 empty questions", "1 question ids that an earlier")
+    for wrong, part in (({"question_id": [[1, 2], []]}, "row 1: not one question_id"),
+                        ({"answer_labels": [[[-1], []], [[0]]]}, "row 0: a label below 0"),
+                        ({"answer_scores": [[[1.5], []], [[1.0]]]}, "row 0: a score that")):
+        arrow(path, QUESTIONS | wrong)
+        check_finds(capsys, path, f"cannot be read: {path} {part}")
 
 
 def test_check_finds_wrong_statements(tmp_path, capsys):
-    good = noise_picture()
-    arrow(tmp_path / "x.arrow", {
-        "image_0": [good, good, good],
-        "image_1": [good, b"broken", good],
-        "questions": [["a"], ["b"], ["c"]],
-        "answers": [["True"], ["true"], []],
-        "identifier": ["dev-1-0-0", "dev-1-0-0", "dev-1-0-1"]})
-    check_finds(capsys, tmp_path / "x.arrow", "row 1: undecodable",
-                "1 pictures that cannot be read", "2 rows without one answer",
+    good, path = noise_picture(), tmp_path / "x.arrow"
+    columns = {"image_0": [good] * 3, "image_1": [good, b"broken", good],
+               "questions": [["a"], ["b"], ["c"]], "answers": [["True"], ["False"], ["True"]],
+               "identifier": ["dev-1-0-0", "dev-1-0-0", "dev-1-0-1"]}
+    arrow(path, columns)
+    check_finds(capsys, path, "row 1: undecodable", "1 pictures that cannot be read",
                 "1 identifiers that an earlier")
+    arrow(path, columns | {"answers": [["True"], ["true"], ["True"]]})
+    check_finds(capsys, path, "row 1: an answer that is neither")
+
+
+def test_pictures_that_are_missing_are_wrong_in_training_and_counted_in_evaluation(tmp_path, capsys):
+    path = tmp_path / "x.arrow"
+    for split, status in (("val", 0), ("trainable_val", 1)):
+        arrow(path, QUESTIONS | {"image": [b"", noise_picture()], "split": [split] * 2})
+        assert checked(capsys, path)[0] == status
+    for name, status in (("dev", 0), ("train", 1)):
+        arrow(path, {"image_0": [b""], "image_1": [noise_picture()], "questions": [["a"]],
+                     "answers": [["True"]], "identifier": [f"{name}-1-0-0"]})
+        status_found, printed = checked(capsys, path)
+        assert status_found == status
+        assert ("1 missing pictures; their statements were kept" in printed) == (status == 0)
+
+
+def test_check_takes_folders(tmp_path, finished, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.arrow").write_text("hello")
+    status, printed = checked(capsys, tmp_path)
+    assert status == 1 and "five_caption_train.arrow" in printed and "bad.arrow" in printed
+    assert "no .arrow files are in this folder" in sentence(capsys, "check", tmp_path / "empty")

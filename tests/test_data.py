@@ -1,20 +1,26 @@
 """Arrow files, pictures, masking and the order of the batches."""
 
+import errno
 import io
 import json
+import os
 import pickle
+import resource
+import struct
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import WORDS, picture, write_captions
+from conftest import WORDS, arrow, picture, write_captions, write_questions, write_statements
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import data
 import disk
 import files
-from data import CaptionDataset, Captions, GlobalBatches, evaluation_batches, mask_words, pad_texts
+from data import CaptionDataset, Captions, GlobalBatches, Questions, Statements, evaluation_batches, mask_words, pad_texts
 from files import CAPTIONS
 from sources.shards import Writer
 from tokenizer import BPE
@@ -78,13 +84,13 @@ def broken_files(tmp_path):
     (tmp_path / "empty.arrow").write_bytes(b"")
     for name, table in (("column", pa.table({"image": [b"x"], "text": ["a"]})),
                         ("type", pa.table({"image": [b"x"], "caption": ["a"]})),
-                        ("none", pa.Table.from_pylist([{"image": b"x", "caption": []}], schema=CAPTIONS))):
+                        ("none", pa.table({"image": [b"x"], "caption": pa.array([[]], pa.list_(pa.string()))}))):
         with pa.OSFile(str(tmp_path / f"{name}.arrow"), "wb") as f, pa.ipc.new_file(f, table.schema) as out:
             out.write_table(table)
 
 
 @pytest.mark.parametrize("name, message", [
-    ("absent", "no such file"), ("cut", "not a complete Arrow"), ("text", "not a complete Arrow"), ("empty", "not a complete"),
+    ("absent", "no such file"), ("cut", "not a complete"), ("text", "not a complete"), ("empty", "not a complete"),
     ("column", "no column caption"), ("type", "list<string> expected"), ("none", "no captions")])
 def test_bad_files_are_named_in_one_sentence(tmp_path, name, message):
     broken_files(tmp_path)
@@ -92,6 +98,209 @@ def test_bad_files_are_named_in_one_sentence(tmp_path, name, message):
         Captions([tmp_path / f"{name}.arrow"])
     assert f"{name}.arrow" in str(error.value) and "\n" not in str(error.value)
 
+
+def in_a_child(function):
+    """Runs a function in a forked process, which it may kill -> (its exit status, its peak memory in MB)."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+            os._exit(0)
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+            os._exit(1)
+    _, status, usage = os.wait4(pid, 0)
+    return status, usage.ru_maxrss >> 10
+
+
+KINDS = {"c": (Captions, write_captions), "q": (Questions, write_questions), "s": (Statements, write_statements)}
+
+
+def read_all_of(table):
+    list(table.texts())
+    for i, row in enumerate(table.row_of):
+        table.text(i), table.details(i), table.place(row)
+        for which in range(len(table.IMAGES)):
+            bytes(table.image(row, which) or b"")
+
+
+def test_a_damaged_file_neither_ends_the_interpreter_nor_takes_gigabytes(tmp_path):
+    """It is refused in one sentence with its name, or every cell can be read."""
+    rng = np.random.default_rng(0)
+    whole = {}
+    for name, (_, write) in KINDS.items():
+        write(tmp_path / name, 12, 1)
+        table = pa.ipc.open_file(str(tmp_path / name)).read_all()           # its pictures would hide what matters
+        for i, column in enumerate(table.column_names):
+            if column.startswith("image") and column != "image_id":
+                table = table.set_column(i, column, pa.array([b"x"] * len(table)))
+        arrow(tmp_path / name, {column: table[column].combine_chunks() for column in table.column_names})
+        whole[name] = (tmp_path / name).read_bytes()
+
+    def read_damaged():
+        for k in range(200):
+            name = "cqs"[k % 3]
+            damaged, path = bytearray(whole[name]), tmp_path / "x"
+            for _ in range(rng.integers(1, 4)):
+                place = int(rng.integers(len(damaged) - 8))
+                if rng.random() < 0.5:
+                    damaged[place] = rng.choice([0, 1, 2, 127, 128, 255])
+                else:
+                    struct.pack_into("<q", damaged, place & ~7, int(rng.choice([-1, 2 ** 31, 2 ** 40, -2 ** 63])))
+            path.write_bytes(damaged[:len(damaged) - int(rng.integers(0, 9) == 0)])
+            try:
+                read_all_of(KINDS[name][0]([path]))
+            except ValueError as error:
+                assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 600
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    status, peak = in_a_child(read_damaged)
+    assert status == 0 and peak < before + 500
+
+
+def test_compressed_batches_are_refused_before_they_are_unpacked(tmp_path):
+    """Ten kilobytes of zeros that would become a gigabyte."""
+    table = pa.table({"image": [b""] * 2, "caption": [["a"], ["\0" * (1 << 24)]]})
+    for codec in ("lz4", "zstd"):
+        path = tmp_path / codec
+        with pa.ipc.new_file(str(path), table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as out:
+            out.write_table(table)
+        with pytest.raises(ValueError, match=f"{codec}: not a complete.* are compressed; write it without"):
+            Captions([path])
+    grey = pa.table({"image": [b""], "caption": [["a"]], "split": pa.array(["train"]).dictionary_encode()})
+    with pa.ipc.new_file(str(path), grey.schema) as out:
+        out.write_table(grey)
+    assert Captions([path]).text(0) == "a"                                  # dictionaries elsewhere do not matter
+
+
+TEXTS = pa.array([["a", "b"], ["c"]])
+IMAGES = pa.array([b"x", b"y"])
+
+
+@pytest.mark.parametrize("columns", [
+    {"image": IMAGES.cast(pa.large_binary())}, {"caption": TEXTS.cast(pa.large_list(pa.large_string()))},
+    {"caption": TEXTS.cast(pa.list_(pa.large_string()))}, {"image_id": pa.array([1, 2], pa.uint8())},
+    {"image_id": pa.array(["1", "2"], pa.large_string())}, {"image": pa.array([None, b"y"])}])
+def test_wide_types_are_read_as_the_schemas(tmp_path, columns):
+    arrow(tmp_path / "x", {"image": IMAGES, "caption": TEXTS} | columns)
+    table = Captions([tmp_path / "x"])
+    assert list(table.texts()) == [table.text(i) for i in range(3)] == ["a", "b", "c"]
+    assert table.row_of.tolist() == [0, 0, 1] and bytes(table.image(1)) == b"y"
+
+
+@pytest.mark.parametrize("name, values, sentence", [
+    ("image", IMAGES.dictionary_encode(), "image is dictionary.*, binary expected"),
+    ("image", IMAGES.cast(pa.binary_view()), "image is binary_view, binary expected"),
+    ("image", IMAGES.cast(pa.binary(1)), r"image is fixed_size_binary\[1\], binary expected"),
+    ("image", pa.array(["x", "y"]), "image is string, binary expected"),
+    ("caption", pa.array(["a", "b"]), "caption is string, list<string> expected"),
+    ("caption", pa.array([[b"a"], [b"b"]]), "caption is list<binary>, list<string> expected"),
+    ("caption", pa.array([["a"], ["b"]], pa.list_(pa.string(), 1)), "caption is fixed_size_list.*, list<string> expected"),
+    ("caption", pa.array([["a"], ["b"]], pa.list_view(pa.string())), "caption is list_view<string>, list<string> expected"),
+    ("image_id", pa.array([1.0, 2.0]), "image_id is double, string expected"),
+    ("caption", pa.array([["a"], None]), "row 1: null in caption"),
+    ("caption", pa.array([["a"], ["b", None]]), "row 1: null in caption"),
+    ("image_id", pa.array(["1", None]), "row 1: null in image_id")])
+def test_other_types_and_nulls_are_refused_in_one_sentence(tmp_path, name, values, sentence):
+    arrow(tmp_path / "x", {"image": IMAGES, "caption": TEXTS} | {name: values})
+    with pytest.raises(ValueError, match=f"x.*{sentence}"):
+        Captions([tmp_path / "x"])
+
+
+def test_a_hundred_files_are_read_with_sixty_four_descriptors(tmp_path):
+    paths = [tmp_path / f"{i:03}" for i in range(100)]
+    for i, path in enumerate(paths):
+        arrow(path, {"image": [b"x"], "caption": [[str(i)]]})
+
+    def read():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        table = Captions(paths)
+        assert [table.text(i) for i in range(100)] == [str(i) for i in range(100)] == list(table.texts())
+        assert len(table.files) == 16 and table.place(99) == (str(paths[99]), 0)
+        assert table.rows_of_files() == [[path.name, 1] for path in paths]
+        table.files.clear()
+        with pytest.raises(OSError) as error:
+            taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(65 - len(os.listdir("/proc/self/fd")))]
+            table.text(0), taken
+        assert (error.value.errno, error.value.filename) == (errno.EMFILE, str(paths[0]))
+
+    assert in_a_child(read)[0] == 0
+
+
+def test_the_systems_errors_are_not_taken_for_damage(tmp_path, monkeypatch):
+    def forbidden(path, mode):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    path = write_captions(tmp_path / "x.arrow", 1)
+    monkeypatch.setattr(files, "open", forbidden, raising=False)
+    with pytest.raises(PermissionError) as error:
+        Captions([path])
+    assert disk.sentence_of(error.value).startswith(f"{path}: Permission denied")
+    with pytest.raises(ValueError, match="it is no file"):
+        Captions([tmp_path])
+
+
+def test_a_file_that_was_replaced_is_not_read_unchecked(tmp_path):
+    table = Captions([write_captions(tmp_path / "x.arrow", 3)])
+    write_captions(tmp_path / "x.arrow", 4)
+    with pytest.raises(ValueError, match="x.arrow: has changed since it was opened first"):
+        pickle.loads(pickle.dumps(table)).text(0)
+
+
+# -- labels ------------------------------------------------------------------------------------------------------------
+
+VQA_COLUMNS = {"image": [b"x", b"y"], "questions": [["a", "b"], ["c"]], "question_id": [[1, 2], [3]],
+               "answer_labels": [[[0, 7], []], [[1]]], "answer_scores": [[[0.3, 1.0], []], [[0.9]]]}
+
+
+@pytest.mark.parametrize("columns, sentence", [
+    ({"answer_labels": [[[0, 7], []], [[-1]]]}, "row 1: a label below 0"),
+    ({"answer_scores": [[[0.3, 1.0], []], [[float("nan")]]]}, "row 1: a score that is not"),
+    ({"answer_scores": [[[0.3, 1e30], []], [[0.9]]]}, "row 0: a score that is not"),
+    ({"answer_scores": [[[0.3, 0.0], []], [[0.9]]]}, "row 0: a score that is not"),
+    ({"answer_scores": [[[0.3, 1.0], []], [[0.9, 1.0]]]}, "row 1: not one of answer_scores for each"),
+    ({"answer_scores": [[[0.3], [1.0]], [[0.9]]]}, "row 0: not one of answer_scores for each"),
+    ({"answer_scores": [[], [[0.9]]]}, "row 0: not one of answer_scores for each"),
+    ({"answer_labels": [[[0, 7]], [[1]]], "answer_scores": [[[0.3, 1.0]], [[0.9]]]}, "row 0: not one list of answer_labels"),
+    ({"question_id": [[1, 2], []]}, "row 1: not one question_id for each question"),
+    ({"question_id": [[1, None], [3]]}, "row 0: null in question_id"),
+    ({"answer_labels": [[[0, 7], []], [[None]]]}, "row 1: null in answer_labels"),
+    ({"answer_labels": [[[0, 7], None], [[1]]]}, "row 0: null in answer_labels"),
+    ({"answer_labels": [[["a", "b"], []], [["c"]]]}, "answer_labels is list<list<string>>, list<list<int64>> expected")])
+def test_wrong_labels_of_questions_are_refused_with_their_row(tmp_path, columns, sentence):
+    arrow(tmp_path / "x", VQA_COLUMNS)
+    table = Questions([tmp_path / "x"])
+    assert (table.largest_label, table.largest_place) == (7, f"{tmp_path / 'x'} row 0")
+    assert table.details(2) == {"labels": [1], "scores": [0.9], "question_id": 3}
+    arrow(tmp_path / "x", VQA_COLUMNS | columns)
+    with pytest.raises(ValueError, match=sentence):
+        Questions([tmp_path / "x"])
+
+
+@pytest.mark.parametrize("empty", [[[], []], [[[], []], [[]]]])
+def test_questions_without_answers_are_those_of_tests(tmp_path, empty):
+    arrow(tmp_path / "x", VQA_COLUMNS | {"answer_labels": empty, "answer_scores": empty})
+    table = Questions([tmp_path / "x"])
+    assert table.largest_label == -1
+    assert table.details(1) == {"labels": [], "scores": [], "question_id": 2}
+
+
+@pytest.mark.parametrize("answers, sentence", [
+    ([["True"], ["true"]], "row 1: an answer that is neither"), ([["yes"], ["True"]], "row 0: an answer that is neither"),
+    ([["True"], [None]], "row 1: null in answers"), ([["True"], []], "row 1: not one answer for each statement"),
+    ([[1], [0]], "answers is list<int64>, list<string> expected"), ([["True"], ["False"]], ""), ([[True], [False]], "")])
+def test_statements_are_true_or_false_and_nothing_else(tmp_path, answers, sentence):
+    arrow(tmp_path / "x", {"image_0": [b"", b""], "image_1": [b"", b""], "questions": [["a"], ["b"]],
+                           "identifier": ["dev-0-0-0", "dev-1-0-0"], "answers": answers})
+    if sentence:
+        with pytest.raises(ValueError, match=sentence):
+            Statements([tmp_path / "x"])
+    else:
+        table = Statements([tmp_path / "x"])
+        assert [table.details(i)["label"] for i in range(2)] == [1, 0]
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
 
 def test_dataset_names_find_vilts_files(tmp_path):
     names = ["coco_caption_karpathy_train.arrow", "coco_caption_karpathy_restval.arrow", "coco_caption_karpathy_val.arrow",
@@ -156,6 +365,57 @@ def test_any_colour_mode_becomes_rgb(mode):
     image.save(out, "JPEG" if mode == "CMYK" else "PNG")
     decoded = data.decode(out.getvalue(), data.Square(16))
     assert decoded.shape == (3, 16, 16) and decoded.float().std() > 5
+
+
+def encoded(image, format="PNG", **more):
+    image.save(out := io.BytesIO(), format, **more)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_every_orientation_of_a_camera_is_turned_upright(format, turn):
+    upright = Image.open(io.BytesIO(picture(4, (48, 32)))).resize((24, 16))
+    stored = {turn: upright.transpose(back) for turn, back in {
+        2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.items()} | {1: upright}      # the inverse of what TURNS does
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    more = {"lossless": True} if format == "WEBP" else {"quality": 100, "subsampling": 0} if format == "JPEG" else {}
+    found = data.open_image(encoded(stored[turn], format, exif=exif, **more))
+    assert found.size == (24, 16) and np.abs(np.asarray(found, int) - np.asarray(upright, int)).max() < 16
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=40, deadline=None)
+@given(st.binary(max_size=60))
+def test_broken_exif_does_not_make_a_picture_unreadable(tags):
+    image = Image.new("RGB", (8, 8), (9, 200, 30))
+    assert data.open_image(encoded(image, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08" + tags)).getpixel((3, 3))[1] > 180
+
+
+@pytest.mark.parametrize("dtype, values, expected", [
+    (np.int32, [200, 100, 0], [200, 100, 0]), (np.int32, [65535, 25700, 0], [255, 100, 0]),
+    (np.int32, [2 ** 31 - 1, 2 ** 30, -5], [255, 127, 0]), (np.uint16, [65535, 25600, 0], [255, 100, 0]),
+    (np.float32, [1, 0.5, 0], [255, 127, 0]), (np.float32, [1.1, 0.5, -0.1], [255, 127, 0]),
+    (np.float32, [200, 100, np.nan], [200, 100, 0]), (np.float32, [np.inf, 0.5, -np.inf], [255, 127, 0]),
+    (np.float32, [1e30, 5e29, 0], [255, 127, 0]), (np.float32, [np.nan, 0, 0], [0, 0, 0])])
+def test_wide_numbers_are_scaled_and_neither_black_nor_white(dtype, values, expected):
+    image = data.open_image(encoded(Image.fromarray(np.array([values], dtype)), "TIFF"))
+    assert np.abs(np.asarray(image)[0, :, 0].astype(int) - expected).max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("size, fine", [((60_000, 1), False), ((1, 60_000), False), ((101, 1), False), ((100, 1), True),
+                                        ((9500, 9500), False)])
+def test_a_picture_too_long_or_too_large_counts_as_undecodable_before_it_is_decoded(size, fine):
+    bomb = encoded(Image.new("1", size))
+    for read in (data.open_image, data.open_header, lambda b: data.decode(b, data.Square(64)),
+                 lambda b: data.decode(b, data.Whole(64, 16), fast=True)):
+        if fine:
+            read(bomb)
+        else:
+            with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels; at most"):
+                read(bomb)
 
 
 def test_normalisation_is_clips():

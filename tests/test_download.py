@@ -6,9 +6,11 @@ import http.server
 import os
 import re
 import socket
+import subprocess
 import sys
 import threading
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from released.download import FILES, fetch, fetch_address, published_sha256
 DATA = np.random.default_rng(0).bytes(300_000)
 OTHER = np.random.default_rng(1).bytes(300_000)
 HALF = 120_000
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -240,6 +243,41 @@ def test_a_refusal_is_final_and_a_failing_server_is_asked_again(server, get, tmp
     assert get.pauses == [] and left(tmp_path) == []
     assert get().read_bytes() == DATA
     assert get.pauses == [1, 2]
+
+
+@pytest.mark.parametrize("code", [408, 429, 500, 502, 503, 504])
+def test_a_server_that_is_busy_is_asked_again_and_the_half_that_came_is_kept(server, get, code):
+    server.steps = [breaks, fails(code)]
+    assert get(sha256(DATA)).read_bytes() == DATA
+    assert server.sent == [HALF, 0, len(DATA) - HALF] and get.pauses == [1, 2]
+
+
+def test_two_downloads_of_one_file_do_not_mix_their_bytes(server, get, tmp_path):
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from disk import one_writer
+        with one_writer(Path(sys.argv[1]), ""):
+            print(flush=True)
+            sys.stdin.read()"""
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / ".x.ckpt.lock"], cwd=ROOT,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(ValueError, match=f"x.ckpt: process {other.pid} on .* is writing there"):
+        get()
+    assert server.asked == []
+    other.communicate()
+    assert get().read_bytes() == DATA and left(tmp_path) == ["x.ckpt"]
+
+
+def test_the_bytes_are_on_the_disk_before_they_get_the_files_name(get, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *arguments, real=real, name=name: (
+            done.append(name), real(*arguments)))
+    get()
+    assert done[:2] == ["fsync", "replace"]
 
 
 def test_silence_is_a_timeout_and_a_closed_port_is_named(server, get):

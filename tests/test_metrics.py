@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -95,8 +96,29 @@ def test_scores_of_nothing_are_refused():
                 score([], nothing)
 
 
+@pytest.mark.parametrize("change", [
+    {"question_id": []}, {"question_id": None}, {"answers": []}, {"answers": None},
+    {"answers": [{"answer": 5}]}, {"answers": [{"reply": "a"}]}, {"answers": ["a"]},
+    {"answer_type": {}}, {"answer_type": None}])
+def test_annotations_of_other_types_are_one_sentence_and_no_traceback(change):
+    wrong = annotations(["a"] * 10)
+    wrong["annotations"][0] |= change
+    with pytest.raises(ValueError, match="the official layout is expected") as error:
+        metrics.vqa_accuracy(answered("a"), wrong)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
 def test_soft_scores_of_training_targets():
     assert [metrics.soft_score(n) for n in range(12)] == [0, 0.3, 0.6, 0.9] + [1] * 8
+
+
+@pytest.mark.parametrize("text, count", [("cat " * 50_000, 50_000), ("c" * 200_000, 1),
+                                         ("a__" * 15_000, 30_000), ("http://,." * 20_000, 1)])
+def test_a_caption_of_a_megabyte_is_cut_into_words_in_a_second(text, count):
+    """A fifth of one here. Rules that look ahead to the end, for each word again, take minutes."""
+    begun = time.process_time()
+    assert len(ptb_tokens(text)) == count
+    assert time.process_time() - begun < 5
 
 
 # -- NLVR2 ---------------------------------------------------------------------------------------

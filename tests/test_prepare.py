@@ -4,6 +4,7 @@ All pictures are drawn here, except for the test that reads ../shared/data/coco_
 """
 
 import io
+import itertools
 import json
 import os
 import shlex
@@ -11,7 +12,9 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -19,7 +22,9 @@ import numpy as np
 import pytest
 from conftest import (checked, jsonl, names_in, noise_picture, prepare_main, put, rows, sentence,
                       skipped, tar, texts)
-from PIL import Image
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
 
 import prepare
 from sources import captions, shards
@@ -198,9 +203,12 @@ def test_broken_pictures_and_empty_captions_are_left_out_counted_and_named(tmp_p
     for name, data in files.items():
         put(tmp_path / name, data)
     (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
     captions = {"blank.jpg": [" \n", None], "half.jpg": ["", "kept"],
                 "odd.jpg": ["\ud800 half a character"]}
-    keys = [*files, "folder.jpg", "gone.jpg", "nul\0.jpg"]
+    long = "x" * 5000
+    keys = [*files, "folder.jpg", "pipe.jpg", "endless.jpg", "gone.jpg", "nul\0.jpg", long]
     jsonl(tmp_path / "x.jsonl", *({"image": key, "captions": captions.get(key, ["text"])}
                                   for key in keys))
     prepare_main("jsonl", tmp_path / "x.jsonl", "--out", tmp_path / "out")
@@ -211,7 +219,8 @@ def test_broken_pictures_and_empty_captions_are_left_out_counted_and_named(tmp_p
         "cut.jpg": "truncated", "cut.png": "truncated", "text.jpg": "undecodable",
         "empty.jpg": "undecodable", "bomb.png": "undecodable", "blank.jpg": "empty caption",
         "half.jpg": "empty caption (image kept)", "odd.jpg": "caption is not Unicode",
-        "folder.jpg": "unreadable file", "gone.jpg": "missing file", "nul\0.jpg": "unreadable file"}
+        "folder.jpg": "unreadable file", "pipe.jpg": "unreadable file",
+        "endless.jpg": "unreadable file", long: "unreadable file", "gone.jpg": "missing file", "nul\0.jpg": "unreadable file"}
     assert "bomb" in left["bomb.png"]
     printed = capsys.readouterr().out
     assert "2 images, 2 captions" in printed and "3 undecodable, 2 truncated" in printed
@@ -262,7 +271,7 @@ def test_shorter_is_the_length_of_the_shorter_side(size, limit, expected):
 
 def test_shorter_applies_the_cameras_orientation_and_plain_copies_keep_it():
     exif = Image.Exif()
-    exif[shards.EXIF_ORIENTATION] = 6       # turn by 90 degrees clockwise to see it upright
+    exif[ExifTags.Base.Orientation] = 6       # turn by 90 degrees clockwise to see it upright
     colours = Image.new("RGB", (80, 40), "red")
     colours.paste("blue", (40, 0, 80, 40))  # left red, right blue; upright: top red, bottom blue
     out = io.BytesIO()
@@ -302,7 +311,8 @@ def test_the_order_and_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path
 def test_a_second_run_leaves_finished_files_alone_and_force_redoes_them(tmp_path, capsys):
     source, out = many(tmp_path, 3), tmp_path / "out"
     put(tmp_path / "1.jpg", b"broken")
-    put(out / "many_caption_train.arrow.partial", "left over")
+    for name in ("many_caption_train.arrow", "many_caption_train.skipped.jsonl"):
+        put(out / f"{name}.0123abcd.partial", "left over")
     prepare_main("jsonl", source, "--out", out)
     assert names_in(out) == ["many_caption_train.arrow", "many_caption_train.skipped.jsonl"]
     put(tmp_path / "1.jpg", noise_picture(1))
@@ -324,25 +334,88 @@ def test_force_on_lost_pictures_does_not_destroy_the_finished_file(tmp_path, cap
     assert len(rows(out / "many_caption_train.arrow")) == 2
 
 
-def test_a_killed_run_leaves_no_finished_file_and_can_be_repeated(tmp_path):
-    os.mkfifo(tmp_path / "stuck.jpg")       # reading it blocks for ever: the run cannot finish
+# prepare.py with a picture that is read for ever: the run cannot finish.
+STUCK = """if True:
+    import sys, time
+    import prepare
+    from sources import shards
+    read = shards.read_picture
+    shards.read_picture = lambda path: time.sleep(60) if path.name == "stuck.jpg" else read(path)
+    prepare.main(sys.argv[1:])"""
+
+
+def test_a_running_and_a_killed_run_are_in_nobodys_way(tmp_path, capsys):
+    """The second is told who writes the same file; other files are written; nothing is left."""
     source, out = many(tmp_path, 20), tmp_path / "out"
     lines = source.read_text()
     put(source, lines + json.dumps({"image": "stuck.jpg", "caption": "never"}))
-    process = subprocess.Popen([sys.executable, ROOT / "prepare.py", "jsonl", source, "--out", out],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    partial = out / "many_caption_train.arrow.partial"
-    for _ in range(600):
-        if partial.exists():
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert partial.exists() and not (out / "many_caption_train.arrow").exists()
-    put(source, lines)
+    process = subprocess.Popen([sys.executable, "-c", STUCK, "jsonl", source, "--out", out],
+                               cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if list(out.glob("many_caption_train.arrow.*.partial")):
+                break
+            time.sleep(0.05)
+        put(source, lines)
+        message = sentence(capsys, "jsonl", source, "--out", out)
+        assert f"many_caption_train.arrow: process {process.pid} on " in message
+        prepare_main("jsonl", source, "--out", out, "--name", "other")
+        assert len(rows(out / "other_caption_train.arrow")) == 20
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    left = set(names_in(out)) - {"other_caption_train.arrow"}
+    assert len(left) == 3 and "many_caption_train.arrow" not in left        # two partials, the lock
     prepare_main("jsonl", source, "--out", out)
     assert len(rows(out / "many_caption_train.arrow")) == 20
+    assert names_in(out) == ["many_caption_train.arrow", "other_caption_train.arrow"]
+
+
+def test_a_disk_without_room_is_one_sentence_and_the_finished_file_stays(tmp_path):
+    source, out = many(tmp_path, 20), tmp_path / "out"
+    prepare_main("jsonl", source, "--out", out)
+    before = (out / "many_caption_train.arrow").read_bytes()
+    code = """if True:
+        import resource, sys, prepare
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        prepare.main(sys.argv[1:])"""
+    run = subprocess.run([sys.executable, "-c", code, "jsonl", source, "--out", out, "--force"],
+                         cwd=ROOT, capture_output=True, text=True)
+    said = run.stderr.splitlines()[-1]
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert f"{out / 'many_caption_train.arrow'}: File too large; a limit" in said
     assert names_in(out) == ["many_caption_train.arrow"]
+    assert (out / "many_caption_train.arrow").read_bytes() == before
+
+
+def test_a_file_where_the_folder_should_be_is_named(tmp_path, capsys):
+    source = many(tmp_path, 1)
+    put(tmp_path / "file", "x")
+    for out in ("file", "file/below"):
+        message = sentence(capsys, "jsonl", source, "--out", tmp_path / out)
+        assert str(tmp_path / "file") in message and "a file stands where" in message
+
+
+def test_names_that_are_not_ascii_work_where_the_locale_knows_only_ascii(tmp_path):
+    folder = tmp_path / "é 😀"
+    put(folder / "ü.jpg", noise_picture())
+    put(folder / "l.jsonl", json.dumps({"image": "ü.jpg", "caption": "café"}, ensure_ascii=False))
+    put(folder / "dataset.json", {"images": [karpathy_entry("ü.jpg", "train", "é")]})
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    (folder / "images").mkdir()
+    code = """if True:
+        import sys, prepare
+        folder = sys.argv[1]
+        prepare.main(["jsonl", folder + "/l.jsonl", "--out", sys.argv[2]])
+        prepare.main(["karpathy", folder, "--out", sys.argv[2], "--name", "k"])
+        prepare.main(["img2dataset", folder, "--out", sys.argv[2], "--name", "t"])"""
+    tar(folder / "0.tar", [("ä.jpg", noise_picture()), ("ä.txt", "ß".encode())])
+    run = subprocess.run([sys.executable, "-c", code, folder, folder / "ö"], cwd=ROOT,
+                         env=os.environ | ascii_only, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert texts(folder / "ö/l_caption_train.arrow") == {"ü.jpg": ["café"]}
+    assert texts(folder / "ö/k_caption_train.arrow") == {"ü.jpg": ["é"]}
+    assert texts(folder / "ö/t_0.arrow") == {"ä": ["ß"]}
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
@@ -394,13 +467,41 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path, capsys, path):
     ("sbu", "annot.json", '[["a", "b"], 5]', "entry 1"), ("sbu", "annot.json", '[["a"]]', "entry 0"),
     ("jsonl", "", '{"image": "a.jpg", "caption": "x"}\n\n{', "line 3"), ("jsonl", "", "[]", "line 1"),
     ("jsonl", "", '{"image": 5, "caption": "x"}', "line 1"),
-    ("jsonl", "", '{"image": "a.jpg", "captions": "not a list"}', "line 1")])
+    ("jsonl", "", '{"image": "a.jpg", "captions": "not a list"}', "line 1"),
+    ("jsonl", "", '{"image": "a.jpg", "caption": "x", "image_id": {}}', "line 1"),
+    ("jsonl", "", '{"a":' * 100_000, "line 1"), ("sbu", "annot.json", "[" * 100_000, "recursion"),
+    ("vg", "annotations/region_descriptions.json", '[{"id": 1e400, "regions": []}]', "entry 0")])
 def test_wrong_annotations_are_named(tmp_path, capsys, command, name, content, part):
     (tmp_path / "x/images_train").mkdir(parents=True)
     root = tmp_path / "x" if name else tmp_path / "x.jsonl"
     put(root / name, content)
     message = sentence(capsys, command, root, "--out", tmp_path / "out")
-    assert str(root / name) in message and part in message
+    assert str(root / name) in message and part in message and len(message) < 800
+
+
+STRANGE = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+STRANGE |= st.sampled_from(
+    ["x" * 5000, "\ud800", "\0", "/etc/passwd", "../x", [], {}, [[]], {"raw": 1}, ["x" * 1000] * 99])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["filename", "filepath", "split", "sentences", "sentids", "raw"]), STRANGE)
+def test_odd_values_in_karpathys_file_are_left_out_or_one_sentence(tmp_path, key, value):
+    put(tmp_path / "images/a.jpg", noise_picture())
+    wrong = karpathy_entry("a.jpg", "train", "a dog")
+    (wrong["sentences"][0] if key == "raw" else wrong)[key] = value
+    good = karpathy_entry("a.jpg", "train", "a cat")
+    put(tmp_path / "dataset.json", {"images": [good, wrong]})
+    try:
+        prepare_main("karpathy", tmp_path, "--out", tmp_path / "out", "--force", "--workers", 1)
+    except SystemExit as stop:
+        message = str(stop.code)
+        assert str(tmp_path / "dataset.json") in message and "Traceback" not in message
+        assert "\n" not in message and len(message) < 800
+    else:
+        assert texts(tmp_path / "out" / f"{tmp_path.name}_caption_train.arrow").keys() <= {"a.jpg"}
+    assert not list(tmp_path.glob("out/.*"))
 
 
 @pytest.mark.parametrize("command", list(prepare.SOURCES))
@@ -418,6 +519,66 @@ def test_a_tar_that_was_cut_anywhere_is_refused(tmp_path, capsys):
         put(tmp_path / "0.tar", data)
         assert "0.tar" in sentence(capsys, "img2dataset", tmp_path, "--out", tmp_path / "out")
         assert not list(tmp_path.glob("out/*"))
+
+
+def false_header(name, size, kind=b"0", sparse=b""):
+    """A header of a tar that says what it likes, with the right sum. size: 12 bytes."""
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = size
+    header[156:157] = kind
+    header[386:386 + len(sparse)] = sparse
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def number_of_tar(value):
+    """A number of any size and sign, in twelve bytes."""
+    return (b"\x80" if value >= 0 else b"\xff") + value.to_bytes(11, "big", signed=True)
+
+
+@settings(max_examples=80, deadline=2000, derandomize=True, database=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([b"0", b"x", b"g", b"L", b"K", b"S", b"5", b"V"]),
+       st.sampled_from([-2 ** 62, -1024, -512, -1, 2 ** 31, 2 ** 62, 2 ** 80]) | st.integers(0, 3000))
+def test_a_tar_with_a_false_size_is_read_once_at_most_and_takes_no_memory(tmp_path, kind, size):
+    text = tarfile.TarInfo("b.txt")
+    text.size = 3
+    put(tmp_path / "0.tar", text.tobuf() + b"cat".ljust(512, b"\0")
+        + false_header("a.jpg", number_of_tar(size), kind) + noise_picture().ljust(1024, b"\0")
+        + bytes(1024))
+    tracemalloc.start()
+    try:
+        members = list(itertools.islice(captions.tar_members(tmp_path / "0.tar"), 20))
+        assert len(members) < 20
+    except SystemExit as stop:
+        assert "0.tar" in str(stop.code) and len(str(stop.code)) < 600
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
+
+
+def test_members_that_are_no_plain_files_are_left_out_by_name(tmp_path):
+    """A sparse member of 30 GB in a few bytes, links, a device, and a chain of long names."""
+    holes = (b"%011o\0" % (8 * 2 ** 30) + b"%011o\0" % 512).ljust(96, b"\0") + b"\0"
+    sparse = false_header("a.jpg", b"%011o\0" % 512, b"S", holes + number_of_tar(30 * 2 ** 30))
+    others = b""
+    for name, kind in (("b.jpg", b"1"), ("c.jpg", b"2"), ("d.jpg", b"3"), ("e.jpg", b"6")):
+        others += false_header(name, b"0" * 11 + b"\0", kind)
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as file:
+        for name, data in (("f.jpg", noise_picture()), ("f.txt", b"a dog"), ("g.jpg", b"1234")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    put(tmp_path / "t/0.tar", sparse + bytes(512) + others + whole.getvalue())
+    prepare_main("img2dataset", tmp_path / "t", "--out", tmp_path / "out")
+    assert texts(tmp_path / "out/t_0.arrow") == {"f": ["a dog"]}
+    assert list(skipped(tmp_path / "out/t_0.skipped.jsonl")) == list("abcdeg")
+    put(tmp_path / "t/0.tar", false_header("n", b"%011o\0" % 2, b"L") + b"n".ljust(512, b"\0"))
+    chain = (tmp_path / "t/0.tar").read_bytes() * 5000
+    put(tmp_path / "t/0.tar", chain)
+    with pytest.raises(SystemExit, match="0.tar is not a complete .tar file"):
+        list(captions.tar_members(tmp_path / "t/0.tar"))
 
 
 # --------------------------------------------------------------------------------------------------

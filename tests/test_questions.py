@@ -4,6 +4,9 @@ Layouts are made here; the last tests read the real questions of the shared mate
 """
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import (checked, jsonl, names_in, noise_picture, prepare_main, put, rows, sentence,
@@ -15,6 +18,7 @@ from sources import questions as source
 from sources.questions import answer_list, soft_labels, ten
 
 pytestmark = pytest.mark.slow       # nothing else imports it, so `make quick` leaves it out
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def vqa_rows(path):
@@ -177,7 +181,7 @@ def test_vqa_leaves_out_and_names_what_cannot_be_used(tmp_path, official, capsys
     assert val[100]["questions"] == ["what is it?", "why?"]
     assert val[100]["answers"] == [["cat"], ["cat"]]
     # Without their pictures, questions are answered all the same; but nothing is learned from them.
-    assert val[101]["image"] == b"" and val[102]["image"] == cut
+    assert val[101]["image"] == val[102]["image"] == b""
     assert list(vqa_rows(tmp_path / "out/vqav2_trainable_val.arrow")) == [100]
     log = (tmp_path / "out/vqav2_val.skipped.jsonl").read_text().splitlines()
     found = [(entry["key"], entry["reason"]) for entry in map(json.loads, log)]
@@ -235,6 +239,25 @@ def test_finished_files_and_another_answer_list_are_not_mixed(tmp_path, official
     assert vqa_rows(out / "vqav2_train.arrow")[2]["answers"][0] == ["dog", "cat"]
 
 
+def test_a_running_run_keeps_its_answer_list(tmp_path, official, capsys):
+    """Another list, written meanwhile, would give other meanings to the labels of its files."""
+    out = tmp_path / "out"
+    code = """if True:
+        import sys, disk, pathlib
+        with disk.one_writer(pathlib.Path(sys.argv[1]), ""):
+            print(flush=True)
+            sys.stdin.read()"""
+    other = subprocess.Popen([sys.executable, "-c", code, out / ".vqav2_answers.json.lock"],
+                             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    message = sentence(capsys, "vqav2", official, "--out", out)
+    assert f"vqav2_answers.json: process {other.pid} on " in message
+    other.communicate()
+    put(out / "vqav2_answers.json.0123abcd.partial", "left over")
+    prepare_main("vqav2", official, "--out", out)
+    assert not [name for name in names_in(out) if "partial" in name or "lock" in name]
+
+
 def test_vqav2_without_train_makes_no_other_answer_list_silently(tmp_path, official, capsys):
     (official / "v2_OpenEnded_mscoco_train2014_questions.json").unlink()
     command = ("vqav2", official, "--out", tmp_path / "out")
@@ -252,6 +275,8 @@ def test_vqav2_without_train_makes_no_other_answer_list_silently(tmp_path, offic
     ([question(1, 2 ** 63)], [], "questions[0]"),
     ([question(1, 1)], [{"question_id": 1}], "annotations_train.json: annotations[0]"),
     ([question(1, 1)], [annotation(1, 1, {}, "x")], "annotations[0]"),
+    ([question(1, 1)], [annotation(1, 1, {"x": 10}) | {"answer_type": {}}], "annotations[0]"),
+    ([question(1, float("inf"))], [], "questions[0]"),
     ({}, [], "official layout"),
     ([question(1, 1)], [annotation(1, 1, {"x": 10})], "--at-least")])
 def test_wrong_questions_and_annotations_are_named(tmp_path, capsys, questions, annotations, part):
@@ -380,7 +405,7 @@ def test_nlvr2_leaves_out_and_names_what_cannot_be_used(tmp_path, capsys):
     prepare_main("nlvr2", tmp_path, "--out", tmp_path / "out")
     assert "balanced_test1.json is missing" in capsys.readouterr().out
     assert set(skipped(tmp_path / "out/nlvr2_dev.skipped.jsonl").values()) == {
-        "undecodable (statements kept): not a picture we can read: image_0",
+        "undecodable (statements kept): in none of the formats JPEG, PNG, WEBP, GIF, BMP, TIFF: image_0",
         "missing file (statements kept): image_1"}
     assert skipped(tmp_path / "out/nlvr2_test1.skipped.jsonl") == {
         "test1-7-0-0: test1-7-0-img0.png, test1-7-0-img1.png":

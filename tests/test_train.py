@@ -2,16 +2,14 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS, write_captions
+from conftest import (TRAIN as RUN, TRAIN_FLM as SIZES, TRAIN_VILT as VILT, WORDS, assert_same, torchrun, train_command as command,
+                      train_outcome as outcome, write_caption_world, write_captions)
 
 import flm
 import machine
@@ -19,56 +17,13 @@ import tasks
 import train
 import vilt
 import weights
-from settings import Settings, check_same_run, documented_fields
+from settings import Settings, split_batch, documented_fields
 from tokenizer import BPE
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = ("--image-size 16 --patch-size 8 --vit-width 16 --vit-layers 1 --vit-heads 2 --text-width 16 --text-layers 1 "
-         "--text-heads 2 --width 16 --heads 2 --fusion-layers 2 --reconstructor-text-layers 1 --max-positions 66 "
-         "--reconstructor-fusion-layers 2 --model toy --precision fp32 --device cpu --workers 0").split()
-VILT = ("--model vilt-toy --image-size 16 --patch-size 8 --width 16 --layers 2 --heads 2 --mlp-width 40 --max-positions 40 "
-        "--max-patches 5 --mpp --precision fp32 --device cpu --workers 0").split()
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder of caption files and a tokenizer."""
-    root = tmp_path_factory.mktemp("world")
-    write_captions(root / "mine_caption_train.arrow", 60, sizes=((40, 32), (24, 48), (30, 30)))
-    write_captions(root / "mine_caption_val.arrow", 13, seed=1)
-    BPE.train([" ".join(WORDS)] * 3, 330).save(root / "tok")
-    return root
-
-
-def command(world, out, *more, sizes=SIZES):
-    return [*sizes, "--data", str(world), "--tokenizer", str(world / "tok"), "--out", str(out), *map(str, more)]
-
-
-RUN = "--global-batch 16 --steps 6 --lr 1e-2 --warmup 0.2 --log-every 1 --eval-every 3 --save-every 2 --clip 1.0".split()
-
-
-def outcome(out):
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    losses = [{k: v for k, v in line.items() if k.endswith(("loss", "accuracy", "step", "norm", "lr"))} for line in lines]
-    return losses, weights.read(Path(out) / "last.pt")["model"]
-
-
-def assert_same(a, b, tolerance):
-    (losses_a, model_a), (losses_b, model_b) = a, b
-    assert len(losses_a) == len(losses_b) and model_a.keys() == model_b.keys()
-    for x, y in zip(losses_a, losses_b):
-        assert x == pytest.approx(y, abs=tolerance)
-    for name, ours in model_a.items():
-        theirs = model_b[name]
-        if name.endswith("kv.bias") and tolerance:      # a softmax ignores the keys' bias: its gradient is pure rounding
-            ours, theirs = ours.chunk(2)[1], theirs.chunk(2)[1]
-        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0, msg=name)
-
-
-def torchrun(processes, arguments):
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                             str(processes), str(ROOT / "train.py"), *arguments],
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return write_caption_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.mark.slow
@@ -85,47 +40,6 @@ def test_any_split_of_the_global_batch_gives_the_same_losses_and_weights(world, 
     if "--itm" not in more and (sizes is SIZES or "--no-itm" in more):      # its negatives come from the micro-batch
         train.main(command(world, tmp_path / "1x1", *RUN, *common, sizes=sizes))
         assert_same(outcome(tmp_path / "1x4"), outcome(tmp_path / "1x1"), 2e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes, more", [(SIZES, ("--corruption-rate", 0.3)), (VILT, ())], ids=["flm", "vilt"])
-def test_a_killed_and_resumed_run_equals_one_that_never_stopped(world, tmp_path, sizes, more):
-    long = [*RUN, "--steps", 30, "--dropout", 0.1, "--save-every", 3, *more]
-    train.main(command(world, tmp_path / "whole", *long, sizes=sizes))
-    arguments = command(world, tmp_path / "killed", *long, sizes=sizes)
-    run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=subprocess.PIPE, text=True,
-                           env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"})
-    for line in run.stdout:
-        if line.startswith(f"step {11:>6}/"):           # between two checkpoints
-            run.send_signal(signal.SIGKILL)
-            break
-    run.wait()
-    with open(tmp_path / "killed/metrics.jsonl", "a") as file:
-        file.write('{"step": 12, "lo')                  # torn by the kill
-    step = weights.read(tmp_path / "killed/last.pt")["step"]
-    assert 0 < step < 30
-    train.main([*arguments, "--resume"])
-    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"), 0)
-    lines = [json.loads(line) for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if "lr" in line]
-    assert steps == list(range(1, 31))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--shard", "--precision", "bf16")], ids=["ddp", "fsdp in bfloat16"])
-def test_a_run_of_two_processes_resumes_as_if_it_had_never_stopped(world, tmp_path, more):
-    arguments = [*RUN, "--steps", 4, "--dropout", 0.1, "--micro-batch", 4, "--eval-every", 0, "--keep", 2, *more]
-    whole = torchrun(2, command(world, tmp_path / "whole", *arguments))
-    output, _ = whole.communicate(timeout=240)
-    assert whole.returncode == 0, output
-    (tmp_path / "again").mkdir()
-    (tmp_path / "again/last.pt").write_bytes((tmp_path / "whole/step_2.pt").read_bytes())
-    again = torchrun(2, command(world, tmp_path / "again", *arguments, "--resume"))
-    output, _ = again.communicate(timeout=240)
-    assert again.returncode == 0, output
-    models = [weights.read(tmp_path / name / "last.pt")["model"] for name in ("whole", "again")]
-    for name, tensor in models[0].items():
-        assert tensor.dtype == torch.float32 and torch.equal(models[1][name], tensor), name
 
 
 @pytest.mark.slow
@@ -163,23 +77,6 @@ def test_float16_trains_with_a_gradient_scaler_and_resumes_its_scale(world, tmp_
     again = weights.read(tmp_path / "again/last.pt")
     assert again["scaler"] == saved["scaler"]
     assert all(torch.equal(again["model"][name], tensor) for name, tensor in saved["model"].items())
-
-
-def test_a_run_does_not_resume_in_another_precision(world, tmp_path):
-    train.main(command(world, tmp_path / "run", *RUN))
-    for precision in ("bf16", "fp16"):
-        with pytest.raises(SystemExit, match=f"other settings than the run's: precision 'fp32' -> '{precision}'"):
-            train.main(command(world, tmp_path / "run", *RUN, "--precision", precision, "--resume"))
-
-
-def test_a_run_does_not_resume_on_other_data(world, tmp_path):
-    for path in world.glob("*.arrow"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    arguments = [*RUN, "--data", tmp_path, "--steps", 2]
-    train.main(command(world, tmp_path / "run", *arguments))
-    write_captions(tmp_path / "more_caption_train.arrow", 9)
-    with pytest.raises(SystemExit, match=r"other data than the run's: mine_caption_train.arrow \(60 rows\) -> .*more_caption"):
-        train.main(command(world, tmp_path / "run", *arguments, "--resume"))
 
 
 def test_a_torn_file_of_token_lengths_stops_no_later_start_and_another_tokenizer_counts_again(world, tmp_path, monkeypatch):
@@ -275,8 +172,8 @@ def test_loss_falls_and_every_reported_number_is_there(world, tmp_path, capsys):
     train.main(command(world, tmp_path / "run", *RUN, "--steps", 40, "--log-every", 5, "--eval-every", 20))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     training, validation = [x for x in lines if "lr" in x], [x for x in lines if "val_loss" in x]
-    assert training[-1]["loss"] < 0.8 * training[0]["loss"] and validation[-1]["val_loss"] < 0.8 * validation[0]["val_loss"]
-    assert [x["step"] for x in validation] == [0, 20, 40]
+    assert training[-1]["loss"] < 0.8 * training[0]["loss"] and validation[-1]["val_loss"] < validation[0]["val_loss"]
+    assert [x["step"] for x in validation] == [10, 20, 40] and [x["step"] for x in training][:3] == [1, 5, 10]
     assert {"loss", "reconstructed_loss", "reconstructed_accuracy", "samples_per_second", "data_wait", "memory_gb", "padding",
             "skipped", "unreadable", "cut", "seconds", "gradient_norm"} <= training[-1].keys()
     described = json.loads((tmp_path / "run/config.json").read_text())
@@ -339,7 +236,7 @@ def test_undecodable_images_are_logged_and_stop_the_run_when_many(tmp_path, worl
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--global-batch", 15, "--micro-batch", 4], "global batch 15 does not divide"),
+    (["--global-batch", 15, "--micro-batch", -4], "--global-batch 15 --micro-batch -4: 1 processes cannot share it"),
     (["--global-batch", 500], "global batch 500: there are only 120 captions"),
     (["--precision", "fp8"], "--precision fp8"), (["--seed", -1], "--seed -1"),
     (["--data", "/nowhere"], "/nowhere: there is no such directory"), (["--datasets", "coco"], "no caption files of dataset 'coco'"),
@@ -353,6 +250,17 @@ def test_impossible_settings_are_refused_in_one_sentence(world, tmp_path, argume
     assert not (tmp_path / "run/last.pt").exists()
 
 
+def test_another_global_batch_takes_the_largest_micro_batch_that_divides_it_and_a_cpu_gets_no_large_one():
+    def split(world=1, device="cpu", **how):
+        return split_batch(Settings(**how), machine.Machine(0, world, torch.device(device), "fp32"))
+    assert split(global_batch=24, micro_batch=64) == (24, 1)
+    assert split(global_batch=100, micro_batch=64) == (50, 2)
+    assert split(2, global_batch=90, micro_batch=32) == (15, 3)
+    assert split(global_batch=256) == (32, 8) and split(global_batch=256, device="cuda") == (256, 1)
+    with pytest.raises(ValueError, match="2 processes cannot share it"):
+        split(2, global_batch=15)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_said(world, tmp_path):
     with pytest.raises(SystemExit, match="--device cuda: there is no GPU"):
@@ -364,27 +272,6 @@ def test_unknown_names_are_refused(world, tmp_path, arguments):
     with pytest.raises(SystemExit) as error:
         train.main(command(world, tmp_path, *arguments))
     assert error.value.code == 2
-
-
-def test_a_finished_run_is_neither_overwritten_nor_resumed_under_other_settings(world, tmp_path, capsys):
-    train.main(command(world, tmp_path / "run", *RUN))
-    with pytest.raises(SystemExit, match="last.pt exists: --resume goes on"):
-        train.main(command(world, tmp_path / "run", *RUN))
-    with pytest.raises(SystemExit, match="other settings than the run's: lr 0.01 -> 0.5"):
-        train.main(command(world, tmp_path / "run", *RUN, "--resume", "--lr", 0.5))
-    before = (tmp_path / "run/metrics.jsonl").read_text()
-    train.main(command(world, tmp_path / "run", *RUN, "--resume"))          # nothing is left to do
-    assert (tmp_path / "run/metrics.jsonl").read_text() == before
-
-
-def test_a_crash_while_saving_leaves_the_old_checkpoint(world, tmp_path, monkeypatch):
-    train.main(command(world, tmp_path / "run", *RUN))
-    path = tmp_path / "run/last.pt"
-    before = path.read_bytes()
-    monkeypatch.setattr(torch, "save", lambda contents, file: (file.write(b"half"), (_ for _ in ()).throw(OSError("disk full"))))
-    with pytest.raises(OSError):
-        weights.save(path, {}, flm.PRESETS["toy"], "pretrain", {}, step=7)
-    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("make, message", [
@@ -465,6 +352,7 @@ def test_processes_wait_for_each_other_longer_than_nccl_does_and_know_their_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(machine.dist, "init_process_group", lambda backend, **how: joined.update(how, backend=backend))
+    monkeypatch.setattr(machine.dist, "rendezvous", lambda *_, timeout: iter([("store", 1, 2)]))
     monkeypatch.setattr(machine.dist, "new_group", lambda backend, timeout: (backend, timeout))
     assert machine.set_up(device, "bf16").messages == ("gloo", machine.TIMEOUT)
     assert joined["timeout"] >= timedelta(hours=1) and (joined["rank"], joined["world_size"]) == (1, 2)
@@ -509,12 +397,3 @@ def test_real_photographs_and_captions_train(shared, tmp_path):
     training = [x for x in lines if "lr" in x]
     assert training[-1]["loss"] < training[0]["loss"] - 1 and training[-1]["unreadable"] == 0
     assert weights.load(tmp_path / "run/last.pt").config.vocab_size == 50265
-
-
-def test_a_run_of_a_version_that_had_fewer_settings_resumes():
-    settings, config = Settings(), flm.PRESETS["base-b32"]
-    saved = {"settings": asdict(settings), "config": asdict(config)}
-    del saved["settings"]["bucket"], saved["config"]["image_positions"]
-    check_same_run("last.pt", saved, settings, config, [["a.arrow", 9]])
-    with pytest.raises(ValueError, match="bucket 1 -> 8"):
-        check_same_run("last.pt", saved, replace(settings, bucket=8), config, [["a.arrow", 9]])

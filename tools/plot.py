@@ -29,6 +29,7 @@ from PIL import Image
 
 import data
 import disk
+import files
 import flm
 
 # Okabe and Ito's colours: colour-blind readers can tell them apart, and so can a grey print.
@@ -303,7 +304,7 @@ def read_picture(file: str, row: int, column: str = "image") -> np.ndarray:
         size = math.ceil(scale * width), math.ceil(scale * height)
         return size, size
 
-    table = data.Table([file], [column])
+    table = files.Table([file], {column: files.IMAGE})
     if not 0 <= row < len(table):
         raise ValueError(f"{file}: has {len(table)} rows, no row {row}")
     try:

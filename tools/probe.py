@@ -253,8 +253,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tools.probe",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_commands(parser, COMMANDS)
-    args = parser.parse_args(argv)
     with machine.running("probe.py"):
+        args = parser.parse_args(argv)
         at_least(1, "--captions", args.captions)
         args.run(args)
 

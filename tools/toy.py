@@ -146,8 +146,8 @@ def make(out: str | Path, images: int = 20000, eval_images: int = 1000, size: in
                     stated.write(row)
     words = {"colours": list(COLOURS), "shapes": [*KINDS, *(PLURAL[kind] for kind in KINDS)],
              "relations": list(RELATIONS)}
-    (out / "toy_words.json").write_text(json.dumps(words, indent=1) + "\n")
-    (out / "toy_vqa_answers.json").write_text(json.dumps(ANSWERS, indent=1) + "\n")
+    disk.write_text(out / "toy_words.json", json.dumps(words, indent=1) + "\n")
+    disk.write_text(out / "toy_vqa_answers.json", json.dumps(ANSWERS, indent=1) + "\n")
 
 
 def load_scenes(path: str | Path) -> dict[str, Scene]:
@@ -193,7 +193,7 @@ def print_truth(results: str, data: str, out: str | None):
           f"({100 * found['share']:.1f} %); {found['false']:,} are false, {found['unknown']:,} are "
           "sentences that the world's grammar does not know")
     if out:
-        Path(out).write_text(json.dumps(found) + "\n")
+        disk.write_text(out, json.dumps(found) + "\n")
         print(f"wrote {out}")
 
 
