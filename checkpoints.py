@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 import disk
 import weights
-from released.models import Undrawn
 from report import COUNTERS
 
 
@@ -128,10 +127,9 @@ def check_saved(path: Path, saved: dict, run):
 
     The optimizer's groups and rates are not compared: they are not taken from the file.
     """
-    with torch.device("meta"), Undrawn():           # names, shapes and types, without memory
-        model = weights.model_of(run.config)
-        moments = {name: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-                   for name, parameter in model.named_parameters()}
+    model = weights.outline_of(run.config)          # names, shapes and types, without memory
+    moments = {name: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+               for name, parameter in model.named_parameters()}
     expected = {"model": model.state_dict(), "optimizer": {"state": moments}, "step": 0,
                 "scaler": new_scaler(run.machine).state_dict(), "counters": COUNTERS,
                 "task": run.settings.task}

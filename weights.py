@@ -149,10 +149,7 @@ def load_exactly(model: nn.Module, state: dict, path: str | Path, called: dict |
 
 def pack_tokenizer(tok: tokenizer.BPE | tokenizer.WordPiece) -> dict[str, str]:
     """The tokenizer's files as {name: text}, to travel inside a checkpoint."""
-    with tempfile.TemporaryDirectory() as directory:
-        tok.save(directory)
-        files = sorted(Path(directory).iterdir())
-        return {file.name: file.read_text(encoding="utf-8") for file in files}
+    return dict(sorted(tok.files().items()))
 
 
 def unpack_tokenizer(files: dict | None) -> tokenizer.BPE | tokenizer.WordPiece | None:
