@@ -224,11 +224,12 @@ def open_ours(source: Source) -> None:
     missing = [name for name in NEEDED if name not in contents]
     if missing:
         raise ValueError(f"a damaged checkpoint of this project, without {', '.join(missing)}")
-    for name, kind in PARTS.items():
-        part = contents.get(name)
-        needed = name in contents and name not in ("tokenizer", "answers")
-        if (needed or part is not None) and (not isinstance(part, kind) or isinstance(part, bool)):
-            raise ValueError(f"its {name} is a {type(part).__name__}, a {kind.__name__} is expected")
+    for name in PARTS.keys() & contents.keys():
+        part, kind = contents[name], PARTS[name]
+        absent = part is None and name in ("tokenizer", "answers")
+        if not absent and (not isinstance(part, kind) or isinstance(part, bool)):
+            has = type(part).__name__
+            raise ValueError(f"its {name} is a {has}, a {kind.__name__} is expected")
     contents["model"] = state
     for part in ("config", "settings"):
         contents[part] = {RENAMED.get(name, name): value
