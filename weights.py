@@ -206,10 +206,9 @@ def open_source(path: str | Path, trust: bool = False) -> Source:
         return source
 
 
-# What a checkpoint of ours holds, and what it must.
+# What opening needs of a checkpoint of ours; a run that resumes compares the rest with itself.
 PARTS = {"backbone": str, "config": dict, "model": dict, "task": str, "tokenizer": dict,
-         "answers": list, "step": int, "settings": dict, "counters": dict, "optimizer": dict,
-         "scaler": dict, "files": list}
+         "answers": list, "step": int, "settings": dict}
 NEEDED = ("backbone", "config", "model", "task", "tokenizer")
 
 def open_ours(source: Source) -> None:
@@ -222,11 +221,12 @@ def open_ours(source: Source) -> None:
     missing = [name for name in NEEDED if name not in contents]
     if missing:
         raise ValueError(f"a damaged checkpoint of this project, without {', '.join(missing)}")
-    for name, kind in PARTS.items():
-        part = contents.get(name)
-        needed = name in contents and name not in ("tokenizer", "answers")
-        if (needed or part is not None) and (not isinstance(part, kind) or isinstance(part, bool)):
-            raise ValueError(f"its {name}: {kind.__name__} is expected, not {type(part).__name__}")
+    for name in PARTS.keys() & contents.keys():
+        part, kind = contents[name], PARTS[name]
+        absent = part is None and name in ("tokenizer", "answers")
+        if not absent and (not isinstance(part, kind) or isinstance(part, bool)):
+            has = type(part).__name__
+            raise ValueError(f"its {name} is a {has}, a {kind.__name__} is expected")
     contents["model"] = state
     for part in ("config", "settings"):
         contents[part] = {RENAMED.get(name, name): value
@@ -234,13 +234,14 @@ def open_ours(source: Source) -> None:
     config = config_of(contents)
     layers = [value for name, value in contents["config"].items() if name.endswith("layers")]
     if sum(layers) > len(state):        # said before somebody waits for a billion layers
-        raise ValueError(f"its config has {sum(layers):,} layers, its model {len(state)} tensors")
+        raise ValueError(f"its model is missing layers: the config has {sum(layers):,}, "
+                         f"but there are {len(state)} tensors")
     own = outline_of(config).state_dict()
     check_fit(state, own, own, source.path, {})
     source.settings, source.answers = contents["settings"], contents.get("answers")
     source.tok = unpack_tokenizer(contents["tokenizer"])
     if contents.get("step", 0) < 0:
-        raise ValueError(f"its step {contents['step']}: at least 0 is expected")
+        raise ValueError(f"its step is {contents['step']}, at least 0 is expected")
     if contents["task"] not in TASKS:
         raise ValueError(f"its task {contents['task']!r}: one of {', '.join(TASKS)} is expected")
     texts = [answer for answer in source.answers or [] if isinstance(answer, str)]

@@ -570,15 +570,15 @@ def test_values_that_are_not_plain_are_refused_before_anybody_prints_them(ours, 
 
 
 @pytest.mark.parametrize("part, value, message", [
-    ("step", -1, "its step -1"), ("step", True, "its step: int is expected, not bool"),
-    ("step", "5", "its step: int is expected, not str"), ("task", "fly", "its task 'fly': one of"),
+    ("step", -1, "its step is -1"), ("step", True, "its step is a bool, a int is expected"),
+    ("step", "5", "its step is a str, a int is expected"), ("task", "fly", "its task 'fly': one of"),
     ("task", None, "task"), ("answers", ["yes"], "lists 1 answers as text, its head has 0"),
-    ("answers", [5], "answers as text"), ("model", {}, "has 4 layers, its model 0 tensors"), ("model", None, "model"),
+    ("answers", [5], "answers as text"), ("model", {}, "the config has 4, but there are 0 tensors"), ("model", None, "model"),
     ("tokenizer", {"vocab.json": 5}, "its tokenizer"),
     ("tokenizer", {"vocab.json": "[" * 10 ** 5, "merges.txt": ""}, "its tokenizer"),
     ("tokenizer", {"vocab.json": "{}", "merges.txt": "x"}, "its tokenizer: merges.txt: line 1"),
     ("tokenizer", {"../../x": "y"}, "its tokenizer"), ("tokenizer", {"": "y"}, "its tokenizer"),
-    ("settings", [1], "its settings: dict is expected, not list")])
+    ("settings", [1], "its settings is a list, a dict is expected")])
 def test_parts_of_the_wrong_kind_are_named(ours, tmp_path, part, value, message):
     sentence = refused(tmp_path / "x.pt", torch.load(ours / "ours.pt") | {part: value})
     assert message in sentence
