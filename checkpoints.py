@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 import disk
 import weights
+from released.names import is_finite
 from report import COUNTERS
 
 
@@ -167,7 +168,7 @@ def differences(found, expected, name: str = "") -> Iterator[str]:
     elif isinstance(expected, torch.Tensor):
         if kind_of(found) != kind_of(expected):
             yield f"{name} is {kind_of(found)}, {kind_of(expected)} is expected"
-        elif not torch.isfinite(found).all():
+        elif not is_finite(found):
             yield f"{name} holds numbers that are not finite"
     elif type(found) is not type(expected):
         yield f"{name} is {kind_of(found)}, {kind_of(expected)} is expected"

@@ -335,11 +335,16 @@ def translate(state: dict, family: Family, report: Report, path: str | Path,
     return found, called
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinite numbers. (isfinite takes 20 times as long.)"""
+    extremes = torch.stack(tensor.aminmax()) if tensor.numel() else tensor
+    return bool(torch.isfinite(extremes).all())
+
+
 def check_finite(found: dict, called: dict, path: str | Path) -> None:
     """ValueError for NaN or infinite weights. Takes one pass (0.1 s a GB) and no memory."""
     for name, tensor in found.items():
-        extremes = torch.stack(tensor.aminmax()) if tensor.numel() else tensor
-        if not torch.isfinite(extremes).all():
+        if not is_finite(tensor):
             raise ValueError(f"{path}: {' + '.join(called[name])} holds NaN or infinite numbers")
 
 
