@@ -336,7 +336,7 @@ def translate(state: dict, family: Family, report: Report, path: str | Path,
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinite numbers. (isfinite takes 20 times as long.)"""
+    """Whether a tensor holds neither NaN nor infinity. (isfinite takes 20 times as long.)"""
     extremes = torch.stack(tensor.aminmax()) if tensor.numel() else tensor
     return bool(torch.isfinite(extremes).all())
 

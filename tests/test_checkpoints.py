@@ -245,17 +245,16 @@ def test_the_sums_of_losses_go_on_after_a_resume(world, tmp_path):
 NAME = "vit.position"
 BROKEN = {
     "no weights": (dict(model=KeyError), "without model"),
-    "empty weights": (dict(model={}), "its config has 7 layers, its mo"),
+    "empty weights": (dict(model={}), "is missing"),
     "no optimizer": (dict(optimizer=KeyError), "optimizer is missing"),
     "empty optimizer": (dict(optimizer={}), "optimizer.state is a NoneType"),
     "no step": (dict(step=KeyError), "step is missing"),
-    "step before the first": (dict(step=-5), "step -5"),
+    "step before the first": (dict(step=-5), "step is -5"),
     "step past the last": (dict(step=10 ** 9), "but the run has 6 steps"),
-    "step of another type": (dict(step="6"), "step: int is expected, not"),
-    "step that is true": (dict(step=True), "step: int is expected, not"),
+    "step of another type": (dict(step="6"), "step is a str, a int is expected"),
+    "step that is true": (dict(step=True), "step is a bool"),
     "no counters": (dict(counters={}), "counters.samples is missing"),
-    "counters of text": (dict(counters="x"), "counters: dict is expected"),
-    "files of another kind": (dict(files=7), "its files: list is expected"),
+    "counters of text": (dict(counters="x"), "counters is a str, a table is expected"),
     "another task": (dict(task="caption"), ""),
     "sums of another model": (dict(sums=[torch.zeros(2, 2)]), "sums are not"),
 }
@@ -269,6 +268,10 @@ def test_a_checkpoint_that_lacks_something_is_refused_and_the_good_one_is_named(
     (out / "previous.pt").replace(out / "last.pt")
     train.main(command(world, out, *RUN, "--resume"))
     assert_same(outcome(out), outcome(trained), 0)
+
+
+def test_files_of_another_kind_are_other_data(world, tmp_path, trained):
+    assert "other data than the run's, [file, rows]: 7 -> " in refused(world, copy_of(trained, tmp_path / "run", files=7))
 
 
 def moments(saved, **changes):
