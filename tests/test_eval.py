@@ -178,10 +178,10 @@ def test_annotations_of_other_questions_make_no_results(world, tmp_path):
 
 def test_a_model_of_nan_makes_no_results(world, tmp_path):
     """Every answer would be the first of the list, and score."""
-    for task, files in (("vqa", "not finite numbers"), ("caption", "not numbers")):
+    for task in ("vqa", "caption"):
         changed(world / f"{task}-flm/last.pt", tmp_path / f"{task}-nan/last.pt",
                 lambda state: state["embed.word.weight"].fill_(torch.nan))
-        with pytest.raises(SystemExit, match=f"^eval.py: the model's scores are {files}"):
+        with pytest.raises(SystemExit, match="^eval.py: .*last.pt: .* holds NaN or infinite numbers"):
             evaluate(tmp_path, task, "nan", tmp_path / task, "--data", world)
         assert not (tmp_path / task).exists()
 
