@@ -243,7 +243,7 @@ def token_pattern() -> re.Pattern:
     # Most words are of letters alone, between spaces. None of the other rules takes those, and with
     # this one a caption of a megabyte takes a second.
     plain = rf"(?!(?:cannot|gonna|wanna|gotta|gimme|lemme)\s){letter}+(?=\s)"
-    area = rf"\(\d\d\d?\)[ \xa0]?|(?:\+\+?)?(?:\d{{2,4}}[- \xa0])?\d{{2,4}}[- \xa0]"
+    area = r"\(\d\d\d?\)[ \xa0]?|(?:\+\+?)?(?:\d{2,4}[- \xa0])?\d{2,4}[- \xa0]"
     phone = rf"(?:{area})\d{{3,4}}[- \xa0]?\d{{3,5}}"
     rules = [
         plain,
@@ -328,7 +328,7 @@ Words = list[str]
 
 
 def apart(words: Words) -> Words:
-    """Words without a space in them: "1\xa01/2" becomes two."""
+    """Words without a space in them: a number that has one becomes two."""
     return " ".join(words).split()
 
 
