@@ -354,41 +354,76 @@ def vqa_jsonl(args: Namespace) -> Iterator[Shard]:
 
 
 # --------------------------------------------------------------------------------------------------
-# NLVR2. A row is one statement about two pictures, so a pair with two statements has two rows.
-# ViLT's rows are pairs with all their statements, and keep only the common part of the identifiers.
-# But a prediction file needs the last part too, and consistency is counted by it.
+# NLVR2. A row is a pair of pictures with all its statements, as in ViLT's files. A prediction file
+# needs each statement's own identifier too, and consistency is counted by it: ours have a column of
+# them.
 
-def statement_record(where: str, entry: dict, split: str, identifier: str, names: list[str],
-                     paths: list[Path], beside: Iterable[Path] = ()) -> Record:
-    """The Record of a line. beside: the files of the subsets that the statement belongs to."""
+class Statement(NamedTuple):
+    """What a line says of two pictures."""
+    identifier: str                         # split-set-pair-sentence
+    text: str
+    answer: str                             # "True" or "False"
+
+
+class Pair(NamedTuple):
+    """Two pictures, and all statements about them."""
+    names: list[str]                        # of the pictures, as logs call them
+    pictures: list[Path]
+    statements: list[Statement]
+
+
+def read_statement(where: str, entry: dict, identifier: str) -> Statement:
+    """The Statement of a line."""
     with expecting(where, '"sentence", and as "label" true or false'):
         text = entry["sentence"].strip()
         answer = {"true": "True", "false": "False"}[str(entry["label"]).lower()]
     if identifier.count("-") != 3:
         fail(f"{where}: the identifier {shortened(repr(identifier))} is not of the form "
              "split-set-pair-sentence, such as dev-850-0-1")
-    reason = unusable(text, "statement")
-    row = {"questions": [] if reason else [text], "answers": [answer], "identifier": identifier}
-    return Record(f"{identifier}: {', '.join(names)}", {"image_0": paths[0], "image_1": paths[1]},
-                  row, [reason] if reason else [], keep=not is_training(split),
-                  beside={file: [identifier] for file in beside})
+    return Statement(identifier, text, answer)
 
 
-def nlvr2_records(path: Path, split: str, folder: Path, subsets: dict) -> Iterator[Record]:
-    """The official lines. split-set-pair-img{0,1}.png are the pictures of split-set-pair-sentence.
+def pair_record(pair: Pair, training: bool, subsets: dict[Path, set[str]]) -> Record:
+    """The Record of a pair. subsets: {file to write: identifiers}."""
+    name = pair.statements[0].identifier.rpartition("-")[0]
+    row = {"questions": [], "answers": [], "identifier": name, "identifiers": []}
+    left_out = []
+    for identifier, text, answer in pair.statements:
+        reason = unusable(text, "statement")
+        if identifier in row["identifiers"]:
+            reason = "duplicate identifier"
+        if reason:
+            left_out.append(f"{reason}: {identifier}")
+            continue
+        row["questions"].append(text)
+        row["answers"].append(answer)
+        row["identifiers"].append(identifier)
+    beside = {}
+    for file, identifiers in subsets.items():
+        beside[file] = [name for name in row["identifiers"] if name in identifiers]
+    return Record(f"{name}: {', '.join(pair.names)}",
+                  {"image_0": pair.pictures[0], "image_1": pair.pictures[1]}, row, left_out,
+                  keep=not training, beside=beside)
 
-    Those of train lie in numbered folders, but the official download script puts all into one.
-    subsets: {file to write: identifiers}.
+
+def nlvr2_pairs(path: Path, folder: Path) -> list[Pair]:
+    """The pairs of the official lines, in the order of their first statement.
+
+    split-set-pair-img{0,1}.png are the pictures of split-set-pair-sentence. Those of train lie in
+    numbered folders, but the official download script puts all into one.
     """
+    pairs = {}
     for where, entry in json_lines(path):
-        identifier = str(entry.get("identifier"))
-        pair = inside(identifier, where).rpartition("-")[0]
-        names = [f"{pair}-img0.png", f"{pair}-img1.png"]
-        nested = folder / inside(str(entry.get("directory") or "."), where)
-        paths = [nested / name if os.path.exists(nested / name) else folder / name
-                 for name in names]
-        own = [file for file, identifiers in subsets.items() if identifier in identifiers]
-        yield statement_record(where, entry, split, identifier, names, paths, own)
+        statement = read_statement(where, entry, str(entry.get("identifier")))
+        pair = inside(statement.identifier, where).rpartition("-")[0]
+        if pair not in pairs:
+            names = [f"{pair}-img0.png", f"{pair}-img1.png"]
+            nested = folder / inside(str(entry.get("directory") or "."), where)
+            paths = [nested / name if os.path.exists(nested / name) else folder / name
+                     for name in names]
+            pairs[pair] = Pair(names, paths, [])
+        pairs[pair].statements.append(statement)
+    return list(pairs.values())
 
 
 def read_subsets(data: Path, split: str, out: Path) -> dict[Path, set[str]]:
@@ -416,23 +451,32 @@ def nlvr2(args: Namespace) -> Iterator[Shard]:
             print(f"{path} or the folder of its pictures is missing: no file of {name} is written")
             continue
         subsets = {} if name == "train" else read_subsets(data, name, args.out)
-        records = partial(nlvr2_records, path, name, folders[0], subsets)
-        count = sum(1 for _ in json_lines(path))
-        yield Shard(f"nlvr2_{name}", count, records, "NLVR2", dict.fromkeys(subsets))
+        yield pair_shard(f"nlvr2_{name}", nlvr2_pairs(path, folders[0]), name, subsets)
+
+
+def pair_shard(name: str, pairs: list[Pair], split: str, subsets: dict[Path, set[str]]) -> Shard:
+    def records():
+        for pair in pairs:
+            yield pair_record(pair, is_training(split), subsets)
+
+    return Shard(name, len(pairs), records, "NLVR2", dict.fromkeys(subsets))
 
 
 def nlvr2_jsonl(args: Namespace) -> Iterator[Shard]:
-    """One Shard for each split."""
-    def records():
-        for number, (where, entry) in enumerate(json_lines(args.root), 1):
-            with expecting(where, '{"images": [left, right], "sentence": …, "label": …}'):
-                left, right = strings(entry["images"])
-            split = simple(entry.get("split") or "train", where)
-            # A line that does not say otherwise is a set of its own.
-            own = f"{split.replace('-', '_')}-{number}-0-0"
-            images = [inside(left, where), inside(right, where)]
-            paths = [args.root.parent / image for image in images]
-            identifier = str(entry.get("identifier", own))
-            yield split, statement_record(where, entry, split, identifier, images, paths)
-
-    return split_shards(f"{args.name or args.root.stem}_nlvr2", records, "NLVR2")
+    """One Shard for each split. Lines about the same two pictures become one row."""
+    splits = defaultdict(dict)              # split: {(pair or "", left, right): Pair}
+    for number, (where, entry) in enumerate(json_lines(args.root), 1):
+        with expecting(where, '{"images": [left, right], "sentence": …, "label": …}'):
+            left, right = strings(entry["images"])
+        split = simple(entry.get("split") or "train", where)
+        images = [inside(left, where), inside(right, where)]
+        # A line that does not say otherwise is a set of its own.
+        given = str(entry.get("identifier", ""))
+        identifier = given or f"{split.replace('-', '_')}-{number}-0-0"
+        key = (given.rpartition("-")[0], *images)
+        if key not in splits[split]:
+            splits[split][key] = Pair(images, [args.root.parent / image for image in images], [])
+        splits[split][key].statements.append(read_statement(where, entry, identifier))
+    for split, pairs in splits.items():
+        name = f"{args.name or args.root.stem}_nlvr2_{split}"
+        yield pair_shard(name, list(pairs.values()), split, {})
