@@ -140,10 +140,6 @@ class Statements(Captions):
     SCHEMA, IMAGES, TEXT = files.NLVR2, ("image_0", "image_1"), "questions"
     MORE, OPTIONAL = ("answers", "identifier"), ("identifiers",)
 
-    def __init__(self, paths):
-        self.names = None               # the identifier of each statement, after `identify`
-        super().__init__(paths)
-
     def take(self, path, first_row, batch):
         super().take(path, first_row, batch)
         if "identifiers" in batch.schema.names:
@@ -161,39 +157,15 @@ class Statements(Captions):
         row = int(self.row_of[i])
         place = i - self.first_of(row)
         answer = self.cell("answers", row)[place].as_py()           # "True", or a boolean
-        pair, identifier = self.pair_and_name(row, place)
-        if self.names:
-            identifier = self.names[i]
-        return {"label": int(str(answer) == "True"), "identifier": identifier, "pair": pair}
-
-    def pair_and_name(self, row: int, place: int) -> tuple[str, str | None]:
-        """(The identifier of a row's pair, that of one of its statements; None if not known).
-
-        ViLT's files name only the pair, and its statements are not in the order of their numbers.
-        """
-        pair = self.cell("identifier", row).as_py()
+        pair, identifier = self.cell("identifier", row).as_py(), None
         if "identifiers" in self.batch(self.batch_of(row)).schema.names:
-            return pair, self.cell("identifiers", row)[place].as_py()
-        if pair.count("-") == 3 and len(self.cell("questions", row)) == 1:
-            return pair.rpartition("-")[0], pair        # as prepare.py wrote them until 2026-11
-        return pair, None
-
-    def identify(self, path) -> None:
-        """Takes each statement's identifier from a file of NLVR2's official JSON lines.
-
-        ValueError for a statement that is not in it.
-        """
-        official = files.nlvr2_identifiers(path)
-        names = []
-        for row, text in zip(self.row_of.tolist(), self.texts(), strict=True):
-            pair, _ = self.pair_and_name(row, 0)
-            of_sentence = official.get((pair, files.single_blanks(text)))
-            if not of_sentence:
-                file, place = self.place(row)
-                raise ValueError(f"{path}: lacks a statement of {file} row {place}, "
-                                 f"{shortened(repr(text))} of pair {pair}")
-            names.append(of_sentence.pop(0))
-        self.names = names
+            identifier = self.cell("identifiers", row)[place].as_py()
+        elif pair.count("-") == 3 and len(self.cell("questions", row)) == 1:
+            identifier = pair               # older files: a row for each statement
+            pair = identifier.rpartition("-")[0]
+        # ViLT's files name the pair only, and its statements are in another order than their
+        # numbers (rebuilt.official_identifiers).
+        return {"label": int(str(answer) == "True"), "identifier": identifier, "pair": pair}
 
 
 def token_lengths(table: Captions, tok, numbers=None) -> np.ndarray:

@@ -13,7 +13,6 @@ of bounds, which ends the interpreter or shows other memory as a caption.
 """
 
 import fnmatch
-import json
 import mmap
 import os
 import stat
@@ -455,33 +454,3 @@ class Table:
 def running_sum(counts) -> np.ndarray:
     """0, c0, c0 + c1, …: where each of some runs starts, and where the last one ends, int64."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
-
-
-# -------------------------------------------------------------------------------------------------
-# What ViLT's files lack, from what they have.
-
-def nlvr2_identifiers(path: str | Path) -> dict[tuple[str, str], list[str]]:
-    """{(pair, sentence): official identifiers}, from a file of NLVR2's official JSON lines.
-
-    ViLT's files name only the pair, such as dev-850-0, and its sentences are not in the order of
-    their numbers. A sentence's white space is made single blanks. Where a pair has a sentence
-    twice, its identifiers are in the order of the file, which is that of ViLT's rows too.
-    """
-    found = {}
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            pair, dash, _ = entry["identifier"].rpartition("-")
-            key = pair, single_blanks(entry["sentence"])
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f'{path} line {number}: {{"identifier": "dev-850-0-1", "sentence": '
-                             '"…"} expected, as in the official files of NLVR2') from None
-        found.setdefault(key, []).append(entry["identifier"])
-    return found
-
-
-def single_blanks(text: str) -> str:
-    """A text without the white space around it, and with one blank for any other."""
-    return " ".join(text.split())

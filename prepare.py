@@ -82,7 +82,7 @@ SOURCES = {
         "annotations_{split}.json in the same formats",
         "vqav2_{train,val,trainable_val,rest_val,test,test-dev}.arrow, vqav2_answers.json and "
         "vqav2_annotations_{split}.json",
-        ("--name", "--answers", "--at-least")),
+        ("--name", "--answers", "--at-least", "--labels")),
     "nlvr2": Source(
         questions.nlvr2,
         "folder with images/train/*/*.png, dev/*.png, test1/*.png and nlvr2/data/*.json "
@@ -141,6 +141,11 @@ FLAGS = {
         type=number(1, 10 ** 9), default=1, metavar="N",
         help="list answers that most people give to at least N questions (default: 9 for vqav2, "
              "otherwise 1)"),
+    "--labels": dict(
+        choices=("normalized", "raw"), default="normalized",
+        help="count the annotators' answers as the official accuracy compares them, or as they "
+             "were typed, as ViLT, METER and FLM do: 1 %% of the questions differ "
+             "(default: %(default)s)"),
     "--fast": dict(
         action="store_true",
         help="read only the headers of the pictures (default: decode them all)"),
