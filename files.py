@@ -33,6 +33,11 @@ except ImportError:             # Windows: no limit to ask for
 IMAGE = pa.binary()             # the type of a column of encoded pictures
 CAPTIONS = pa.schema([("image", IMAGE), ("caption", pa.list_(pa.string())),
                       ("image_id", pa.string()), ("split", pa.string())])
+# Visual Genome's captions are phrases of regions: the box of each, in pixels.
+REGIONS = pa.schema([("image", IMAGE), ("caption", pa.list_(pa.string())),
+                     ("width", pa.list_(pa.int64())), ("height", pa.list_(pa.int64())),
+                     ("x", pa.list_(pa.int64())), ("y", pa.list_(pa.int64())),
+                     ("image_id", pa.string())])
 VQA = pa.schema([("image", IMAGE), ("questions", pa.list_(pa.string())),
                  ("answers", pa.list_(pa.list_(pa.string()))),
                  ("answer_labels", pa.list_(pa.list_(pa.int64()))),
