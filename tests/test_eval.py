@@ -198,7 +198,7 @@ def test_nlvr2s_prediction_file_scores_as_printed(world, tmp_path, capsys, kind)
     assert files[1] == files[3] == files[64]
     lines = files[1]["nlvr2_val_predictions.csv"].splitlines()
     table = Statements([world / "mine_nlvr2_dev.arrow"])
-    truth = [{"identifier": table.cell("identifier", row).as_py(),
+    truth = [{"identifier": table.details(row)["identifier"],
               "label": table.cell("answers", row)[0].as_py()} for row in range(len(table))]
     assert len(lines) == len(truth)
     assert all(line.rsplit(",", 1)[1] in ("True", "False") for line in lines)
@@ -227,7 +227,7 @@ def test_nlvr2s_answers_are_those_of_both_pictures_in_order(world, tmp_path, mon
         for which, path in enumerate((left, right)):
             path.write_bytes(table.image(row, which))
         share = predict.compare(model, left, right, table.text(row))
-        assert lines[row] == f"{table.cell('identifier', row).as_py()},{share > 0.5}"
+        assert lines[row] == f"{table.details(row)['identifier']},{share > 0.5}"
         assert (shares - share).abs().min() < 1e-5
         other_way = predict.compare(model, right, left, table.text(row))
         swapped += bool((shares - other_way).abs().min() > 1e-5)
