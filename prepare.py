@@ -6,6 +6,7 @@
     python prepare.py folder photographs --name mine --out data/mine
     python prepare.py jsonl captions.jsonl --name mine --out data/mine
     python prepare.py check data/mine/mine_caption_train.arrow
+    python prepare.py stats data/mine --out mine.png
 
 `prepare.py COMMAND --help` shows the layout that COMMAND expects, and its flags.
 
@@ -26,6 +27,7 @@ import disk
 from sources import captions, questions
 from sources.check import check
 from sources.shards import convert
+from sources.stats import stats
 
 
 class Source(NamedTuple):
@@ -197,6 +199,20 @@ def parser() -> ArgumentParser:
     for flag in ("--fast", "--workers"):
         sub.add_argument(flag, **FLAGS[flag])
     sub.set_defaults(run=check)
+    about = ("what a data set is like: numbers, words, sizes, what comes twice within and across "
+             "files, and a contact sheet")
+    sub = commands.add_parser("stats", usage="prepare.py stats FILE.arrow or FOLDER … [flags]",
+                              help=about, description=about)
+    sub.add_argument("files", type=Path, nargs="+", metavar="FILE.arrow",
+                     help="what to read; of a folder, all *.arrow files in it")
+    sub.add_argument("--out", type=Path, metavar="FILE.png",
+                     help="draw a contact sheet: pictures with their texts (default: none)")
+    sub.add_argument("--json", type=Path, metavar="FILE",
+                     help="write the numbers as JSON (default: they are only printed)")
+    sub.add_argument("--fast", action="store_true",
+                     help="look at 1,000 pictures of each file, evenly spread (default: at all)")
+    sub.add_argument("--workers", **FLAGS["--workers"])
+    sub.set_defaults(run=stats)
     return top
 
 
