@@ -175,7 +175,7 @@ class Evaluation:
 def options_of(args) -> str:
     """The flags that a run's results depend on, where they are not at their defaults.
 
-    Such as "_beams5_precision-bf16": two runs with other options never write the same file.
+    Such as "_beams5_precision-bf16": runs with other options write other files.
     """
     found = ""
     for flag, default, _ in args.flags:

@@ -34,8 +34,8 @@ LISTED = 15             # words, answers, and pairs of files that are printed
 STOP_WORDS = set("""a about an and are as at be being by do does for from has have he her his how in
     is it its of off on one or out over she some that the their them there these they this to two up
     was what where which while who with""".split())
-# Two pictures look alike if their hashes differ in at most NEAR bits. Of 7,000 photographs no two do
-# so by chance. Of copies of three quarters of the size, 79 % do; of copies of quality 50, 93 %.
+# Two pictures look alike if their hashes differ in at most NEAR bits. By chance no two of 7,000
+# photographs do. Of copies of three quarters of the size, 79 % do; of copies of quality 50, 93 %.
 NEAR = 3
 NEIGHBOURS = 16         # of each hash in a sorted list, those that it is compared with
 
