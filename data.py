@@ -138,10 +138,14 @@ class Questions(Captions):
 class Statements(Captions):
     """Statements about two images, true or false."""
     SCHEMA, IMAGES, TEXT = files.NLVR2, ("image_0", "image_1"), "questions"
-    MORE, OPTIONAL = ("answers", "identifier"), ()
+    MORE, OPTIONAL = ("answers", "identifier"), ("identifiers",)
 
     def take(self, path, first_row, batch):
         super().take(path, first_row, batch)
+        if "identifiers" in batch.schema.names:
+            _, (counts, *_) = nested(batch.column("identifiers"))
+            refuse(path, first_row, counts != self.counts[-1],
+                   "not one of identifiers for each statement")
         answers, (counts, *_) = nested(batch.column("answers"))
         refuse(path, first_row, counts != self.counts[-1], "not one answer for each statement")
         if len(answers) and not pa.types.is_boolean(answers.type):
@@ -151,13 +155,17 @@ class Statements(Captions):
 
     def details(self, i: int) -> dict:
         row = int(self.row_of[i])
-        place, count = i - self.first_of(row), len(self.cell("questions", row))
-        identifier = self.cell("identifier", row).as_py()
-        if count > 1 or identifier.count("-") < 3:
-            # ViLT's files name only the pair. The statement's number is then its place in the row.
-            identifier = f"{identifier}-{place}"
+        place = i - self.first_of(row)
         answer = self.cell("answers", row)[place].as_py()           # "True", or a boolean
-        return {"label": int(str(answer) == "True"), "identifier": identifier}
+        pair, identifier = self.cell("identifier", row).as_py(), None
+        if "identifiers" in self.batch(self.batch_of(row)).schema.names:
+            identifier = self.cell("identifiers", row)[place].as_py()
+        elif pair.count("-") == 3 and len(self.cell("questions", row)) == 1:
+            identifier = pair               # older files: a row for each statement
+            pair = identifier.rpartition("-")[0]
+        # ViLT's files name the pair only, and its statements are in another order than their
+        # numbers (rebuilt.official_identifiers).
+        return {"label": int(str(answer) == "True"), "identifier": identifier, "pair": pair}
 
 
 def token_lengths(table: Captions, tok, numbers=None) -> np.ndarray:

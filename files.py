@@ -33,14 +33,21 @@ except ImportError:             # Windows: no limit to ask for
 IMAGE = pa.binary()             # the type of a column of encoded pictures
 CAPTIONS = pa.schema([("image", IMAGE), ("caption", pa.list_(pa.string())),
                       ("image_id", pa.string()), ("split", pa.string())])
+# Visual Genome's captions are phrases of regions: the box of each, in pixels.
+REGIONS = pa.schema([("image", IMAGE), ("caption", pa.list_(pa.string())),
+                     ("width", pa.list_(pa.int64())), ("height", pa.list_(pa.int64())),
+                     ("x", pa.list_(pa.int64())), ("y", pa.list_(pa.int64())),
+                     ("image_id", pa.string())])
 VQA = pa.schema([("image", IMAGE), ("questions", pa.list_(pa.string())),
                  ("answers", pa.list_(pa.list_(pa.string()))),
                  ("answer_labels", pa.list_(pa.list_(pa.int64()))),
                  ("answer_scores", pa.list_(pa.list_(pa.float64()))), ("image_id", pa.int64()),
                  ("question_id", pa.list_(pa.int64())), ("split", pa.string())])
+# `identifier` is the pair's, as in ViLT's files. Each statement's own is in `identifiers`, a column
+# that ViLT's files do not have and its loaders do not read.
 NLVR2 = pa.schema([("image_0", IMAGE), ("image_1", IMAGE),
                    ("questions", pa.list_(pa.string())), ("answers", pa.list_(pa.string())),
-                   ("identifier", pa.string())])
+                   ("identifier", pa.string()), ("identifiers", pa.list_(pa.string()))])
 
 # Kind of data -> dataset -> split -> file names, all ViLT's. Any other dataset NAME is what
 # prepare.py writes: NAME_KIND_SPLIT.arrow, or NAME_00000.arrow, … of img2dataset (train).

@@ -3,8 +3,10 @@
     python prepare.py coco downloads/coco --out data/4m --shorter 384
     python prepare.py img2dataset downloads/cc3m --out data/4m
     python prepare.py vqav2 downloads/vqa --out data/vqa
+    python prepare.py folder photographs --name mine --out data/mine
     python prepare.py jsonl captions.jsonl --name mine --out data/mine
     python prepare.py check data/mine/mine_caption_train.arrow
+    python prepare.py stats data/mine --out mine.png
 
 `prepare.py COMMAND --help` shows the layout that COMMAND expects, and its flags.
 
@@ -25,6 +27,7 @@ import disk
 from sources import captions, questions
 from sources.check import check
 from sources.shards import convert
+from sources.stats import stats
 
 
 class Source(NamedTuple):
@@ -37,11 +40,13 @@ class Source(NamedTuple):
 SOURCES = {
     "coco": Source(
         captions.coco,
-        "folder with {train2014,val2014}/*.jpg and karpathy/dataset_coco.json",
+        "folder with {train2014,val2014}/*.jpg and karpathy/dataset_coco.json (or without "
+        "karpathy/, or in Karpathy's caption_datasets.zip)",
         "coco_caption_karpathy_{train,restval,val,test}.arrow"),
     "f30k": Source(
         captions.f30k,
-        "folder with flickr30k-images/*.jpg and karpathy/dataset_flickr30k.json",
+        "folder with flickr30k-images/*.jpg and karpathy/dataset_flickr30k.json (or without "
+        "karpathy/, or in Karpathy's caption_datasets.zip)",
         "f30k_caption_karpathy_{train,val,test}.arrow"),
     "vg": Source(
         captions.vg,
@@ -50,15 +55,18 @@ SOURCES = {
     "sbu": Source(
         captions.sbu,
         "folder with images_train/*/* and annot.json, a list of [path, caption]",
-        "sbu_{0..}.arrow"),
+        "sbu_{0..}.arrow",
+        ("--shards",)),
     "cc3m": Source(
         captions.cc3m,
         "folder with images_{train,val}/*/* and {train,val}_annot.json, lists of [path, caption]",
-        "conceptual_caption_{train,val}_{0..}.arrow"),
+        "conceptual_caption_{train,val}_{0..}.arrow",
+        ("--shards",)),
     "cc12m": Source(
         captions.cc12m,
         "the same as for cc3m",
-        "conceptual_caption12M_{train,val}_{0..}.arrow"),
+        "conceptual_caption12M_{train,val}_{0..}.arrow",
+        ("--shards",)),
     "img2dataset": Source(
         captions.img2dataset,
         "folders, or quoted patterns, of WebDataset .tar files: KEY.jpg and KEY.txt or KEY.json",
@@ -66,8 +74,17 @@ SOURCES = {
         ("--name", "--split")),
     "karpathy": Source(
         captions.karpathy,
-        "folder with dataset.json in Karpathy's layout, and the pictures in images/",
+        "folder with the pictures, or with images/, and Karpathy's dataset_{coco,flickr30k,"
+        "flickr8k}.json, his caption_datasets.zip as it comes, or a dataset.json in his layout",
         "NAME_caption_{split}.arrow",
+        ("--name",)),
+    "folder": Source(
+        captions.folder,
+        "folder with the pictures, or with images/, and captions.csv, .tsv or .txt: its first line "
+        "names the columns image (a file name) and caption, several lines for one picture are "
+        "fine. A column split says where a picture belongs; without it, a hash of its name puts "
+        "90 %% of them into train, 5 %% into val and 5 %% into test",
+        "NAME_caption_{train,val,test}.arrow",
         ("--name",)),
     "jsonl": Source(
         captions.jsonl,
@@ -82,7 +99,7 @@ SOURCES = {
         "annotations_{split}.json in the same formats",
         "vqav2_{train,val,trainable_val,rest_val,test,test-dev}.arrow, vqav2_answers.json and "
         "vqav2_annotations_{split}.json",
-        ("--name", "--answers", "--at-least")),
+        ("--name", "--answers", "--at-least", "--labels")),
     "nlvr2": Source(
         questions.nlvr2,
         "folder with images/train/*/*.png, dev/*.png, test1/*.png and nlvr2/data/*.json "
@@ -141,6 +158,16 @@ FLAGS = {
         type=number(1, 10 ** 9), default=1, metavar="N",
         help="list answers that most people give to at least N questions (default: 9 for vqav2, "
              "otherwise 1)"),
+    "--labels": dict(
+        choices=("normalized", "raw"), default="normalized",
+        help="count the annotators' answers as the official accuracy compares them, or as they "
+             "were typed, as ViLT, METER and FLM do: 1 %% of the questions differ "
+             "(default: %(default)s)"),
+    "--shards": dict(
+        type=number(1, 100_000), metavar="N",
+        help="number of training files, the same whenever the command is continued (default: one "
+             "for each 100,000 pictures, but at most 30 for cc3m and 9 for sbu: the loaders of "
+             "ViLT, METER and FLM read no more)"),
     "--fast": dict(
         action="store_true",
         help="read only the headers of the pictures (default: decode them all)"),
@@ -172,6 +199,20 @@ def parser() -> ArgumentParser:
     for flag in ("--fast", "--workers"):
         sub.add_argument(flag, **FLAGS[flag])
     sub.set_defaults(run=check)
+    about = ("what a data set is like: numbers, words, sizes, what comes twice within and across "
+             "files, and a contact sheet")
+    sub = commands.add_parser("stats", usage="prepare.py stats FILE.arrow or FOLDER … [flags]",
+                              help=about, description=about)
+    sub.add_argument("files", type=Path, nargs="+", metavar="FILE.arrow",
+                     help="what to read; of a folder, all *.arrow files in it")
+    sub.add_argument("--out", type=Path, metavar="FILE.png",
+                     help="draw a contact sheet: pictures with their texts (default: none)")
+    sub.add_argument("--json", type=Path, metavar="FILE",
+                     help="write the numbers as JSON (default: they are only printed)")
+    sub.add_argument("--fast", action="store_true",
+                     help="look at 1,000 pictures of each file, evenly spread (default: at all)")
+    sub.add_argument("--workers", **FLAGS["--workers"])
+    sub.set_defaults(run=stats)
     return top
 
 

@@ -25,6 +25,7 @@ from data import (CLIP_MEAN, CLIP_STD, CaptionDataset, Captions, Questions, Squa
                   Whole, mask_words, normalize, pad_pictures, pad_texts)
 from disk import read_json
 from files import FILES, find_files, known_datasets
+from rebuilt import rebuilt_answers
 
 MODELS = flm.PRESETS | vilt.PRESETS
 
@@ -426,10 +427,7 @@ class VQA(Task):
                              "an answer list of its own; --datasets must name one")
         middle = "" if names[0] in FILES[cls.KIND] else "_vqa"
         path = Path(settings.data) / f"{names[0]}{middle}_answers.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: there is no answer list; prepare.py writes it beside "
-                                    "the questions")
-        return read_json(path, list)
+        return read_json(path, list) if path.is_file() else rebuilt_answers(path, names[0])
 
     @classmethod
     def table(cls, settings, split):

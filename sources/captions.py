@@ -3,14 +3,18 @@
 `prepare.SOURCES` has a sentence on each layout. Captions are stripped and otherwise untouched.
 """
 
+import csv
 import glob
 import json
 import os
 import tarfile
+import zipfile
 from argparse import Namespace
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import partial
+from hashlib import blake2b
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -18,10 +22,11 @@ from typing import BinaryIO
 
 from disk import shortened
 from sources.shards import (LARGEST, Record, Shard, expecting, fail, first_existing, inside,
-                            json_lines, on_disk, read_entries, simple, split_shards, strings,
-                            unusable)
+                            json_lines, on_disk, open_text, read_entries, simple, split_shards,
+                            strings, unusable)
 
 SHARD_ROWS = 100_000                                # ViLT cuts SBU and Conceptual Captions so
+LARGEST_LIST = 1 << 30                              # bytes of a list of captions in a zip
 PICTURES = ("jpg", "jpeg", "png", "webp")           # members of a tar, in order of preference
 LARGEST_HEADER = 1 << 20                            # bytes of what describes a member of a tar
 
@@ -41,60 +46,221 @@ def captioned(key: str, image: Path | bytes | None, captions: Iterable[str], spl
 
 
 # --------------------------------------------------------------------------------------------------
-# Karpathy's splits: COCO, Flickr30k, and any folder with a dataset.json.
+# Karpathy's splits: COCO, Flickr30k, Flickr8k, and any folder with a dataset.json.
 
-def karpathy(args: Namespace, json_name: str = "dataset.json",
-             folders: tuple[str, ...] = ("images", "."), name: str = "") -> Iterator[Shard]:
+FOLDERS = ("images", "Images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset", ".")
+KARPATHY = ("dataset.json", "dataset_flickr8k.json", "dataset_flickr30k.json", "dataset_coco.json")
+KARPATHY_ZIP = "caption_datasets.zip"               # his three files
+
+
+def find_picture(root: Path, folders: Iterable[str], key: str) -> Path:
+    """The path of a picture that may be in any of some folders below the root."""
+    paths = [on_disk(root / folder / key) for folder in folders]
+    return next((path for path in paths if os.path.exists(path)), paths[0])
+
+
+def say_unnamed(root: Path, folders: Iterable[str], keys: Iterable[str], where: str | Path) -> None:
+    """Prints how many pictures lie beside those of the keys that no key names."""
+    named = defaultdict(set)                        # folder below one of `folders`: file names
+    for key in keys:
+        parent, _, file = key.rpartition("/")
+        named[parent].add(file)
+    unnamed = set()
+    for folder in folders:
+        for parent, files in named.items():
+            try:
+                found = os.listdir(on_disk(root / folder / parent))
+            except (OSError, ValueError):           # no folder, or no name of one
+                continue
+            if files.isdisjoint(found):             # perhaps a folder of something else
+                continue
+            unnamed |= {os.path.join(parent, file) for file in found if file not in files
+                        and file.rpartition(".")[2].lower() in PICTURES}
+    if unnamed:
+        print(f"{where}: has no captions of {len(unnamed):,} pictures in the folder, such as "
+              f"{shortened(min(unnamed))}")
+
+
+def unzipped(path: Path, name: str) -> bytes | None:
+    """The contents of a file in a zip, at any depth; None if it is not in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if os.path.basename(member.filename) == name and member.file_size <= LARGEST_LIST:
+                    return archive.read(member)
+    except Exception as error:      # zipfile raises whatever false headers lead to
+        fail(f"{path} is not a complete .zip file ({shortened(error)}); download it again")
+    return None
+
+
+def karpathy_lists(root: Path, names: Iterable[str]) -> Iterator[tuple[Path, bytes | None]]:
+    """(Path, contents if it is in Karpathy's zip) of each of some files of his that is there."""
+    folders = (root / "karpathy", root)
+    archives = [folder / KARPATHY_ZIP for folder in folders if (folder / KARPATHY_ZIP).is_file()]
+    for name in names:
+        paths = [folder / name for folder in folders if (folder / name).exists()]
+        if paths:
+            yield paths[0], None
+            continue
+        for archive in archives:
+            data = unzipped(archive, name)
+            if data is not None:
+                yield archive / name, data
+                break
+
+
+def read_karpathy(path: Path, data: bytes | None) -> list[tuple[str, str, str, list[str]]]:
+    """[(split, path of the picture, its file name, captions)] of a file in Karpathy's layout."""
+    # A sentence becomes its text at once: the tokens of COCO's 600,000 would take a gigabyte.
+    images = read_entries(path, "images", data=data,
+                          hook=lambda entry: entry["raw"] if "raw" in entry else entry)
+    entries = []
+    for i, image in enumerate(images):
+        with expecting(f"{path}: images[{i}]",
+                       '"filename", "split" and "sentences", each sentence with "raw"'):
+            file = image["filename"]
+            key = inside(os.path.join(image.get("filepath") or "", file), path)
+            entries.append((simple(image["split"], path), key, file, strings(image["sentences"])))
+    return entries
+
+
+def karpathy(args: Namespace, names: tuple[str, ...] = KARPATHY,
+             folders: tuple[str, ...] = FOLDERS, name: str = "") -> Iterator[Shard]:
     """One Shard for each split of a JSON file in Karpathy's layout.
 
-    folders: where the pictures may be, below ROOT. name: what the files are called.
+    names: of the file; of several that are there, the first that names a picture in the folder.
+    folders: where the pictures may be. name: what the files are called.
     """
-    annotation = first_existing(args.root / "karpathy" / json_name, args.root / json_name)
     first_existing(*(args.root / folder for folder in folders))
-    name = name or f"{args.name or args.root.resolve().name}_caption"
-    # A sentence becomes its text at once: the tokens of COCO's 600,000 would take a gigabyte.
-    images = read_entries(annotation, "images",
-                          hook=lambda entry: entry["raw"] if "raw" in entry else entry)
-    splits = defaultdict(list)                      # split: [(path, file name, captions)]
-    for i, image in enumerate(images):
-        with expecting(f"{annotation}: images[{i}]",
-                       '"filename", "split" and "sentences", each sentence with "raw"'):
-            path = os.path.join(image.get("filepath") or "", image["filename"])
-            entry = inside(path, annotation), image["filename"], strings(image["sentences"])
-            splits[simple(image["split"], annotation)].append(entry)
-
+    annotation = None
+    for path, data in karpathy_lists(args.root, names):
+        listed = read_karpathy(path, data)
+        known = any(os.path.exists(find_picture(args.root, folders, key))
+                    for _, key, _, _ in listed)
+        if annotation is None or known:
+            annotation, entries = path, listed
+        if known:
+            break
+    if annotation is None:
+        first_existing(*(args.root / file for file in (*names, KARPATHY_ZIP)))
+    print(f"{annotation}: {len(entries):,} pictures")
     # ViLT's image_id is the file name. If two folders hold files of one name, the path is used.
-    entries = list(chain.from_iterable(splits.values()))
-    ambiguous = len({file for _, file, _ in entries}) < len({key for key, _, _ in entries})
+    keys = {key for _, key, _, _ in entries}
+    ambiguous = len({file for _, _, file, _ in entries}) < len(keys)
+    say_unnamed(args.root, folders, keys, annotation)
+    splits = defaultdict(list)
+    for split, *entry in entries:
+        splits[split].append(entry)
 
     def records(split):
         for key, file, captions in splits[split]:
-            paths = [on_disk(args.root / folder / key) for folder in folders]
-            path = next((path for path in paths if os.path.exists(path)), paths[0])
+            path = find_picture(args.root, folders, key)
             yield captioned(key, path, captions, split, key if ambiguous else file)
 
+    name = name or f"{args.name or args.root.resolve().name}_caption"
     for split, listed in splits.items():
         yield Shard(f"{name}_{split}", len(listed), partial(records, split))
 
 
-coco = partial(karpathy, json_name="dataset_coco.json", folders=(".",),
+coco = partial(karpathy, names=("dataset_coco.json",), folders=(".",),
                name="coco_caption_karpathy")
-f30k = partial(karpathy, json_name="dataset_flickr30k.json", folders=("flickr30k-images",),
+f30k = partial(karpathy, names=("dataset_flickr30k.json",), folders=("flickr30k-images",),
                name="f30k_caption_karpathy")
+
+
+# --------------------------------------------------------------------------------------------------
+# A folder of pictures with a table of captions, as Kaggle has Flickr8k.
+
+CAPTION_FILES = ("captions.csv", "captions.tsv", "captions.txt")
+
+
+def split_of(name: str) -> str:
+    """The split of a picture by a hash of its name: 90 % train, 5 % val, 5 % test.
+
+    It is the same on every machine, and whatever other pictures there are.
+
+    >>> [split_of(name) for name in ("0.jpg", "9.jpg", "14.jpg")]
+    ['train', 'val', 'test']
+    """
+    digest = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    place = int(digest, 16) % 100
+    if place < 90:
+        return "train"
+    return "val" if place < 95 else "test"
+
+
+def table_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields ("path, line n", {column: text}) for each row of a table with a header.
+
+    What separates the columns is a tab, a semicolon or a comma: whatever splits the header into
+    `image` and `caption`, each once.
+    """
+    with open_text(path, newline="") as file:
+        header = file.readline(10_000)
+        for delimiter in "\t;,":
+            columns = [name.strip(' "\r\n').lower() for name in header.split(delimiter)]
+            if columns.count("image") == columns.count("caption") == 1:
+                break
+        else:
+            fail(f"{path}: its first line must name the columns image and caption, and may name "
+                 f"split; it is {shortened(repr(header))}")
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        while True:
+            where = f"{path}, line {reader.line_num + 2}"
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                fail(f"{where}: not a row of a table ({error}); a text that holds quotation marks "
+                     'is put into quotation marks, and its own are doubled: "a ""red"" car"')
+            if row is None:
+                return
+            if row and len(row) != len(columns):
+                fail(f"{where}: {len(row)} columns, the first line has {len(columns)}; a text that "
+                     f"holds {delimiter!r} is put into quotation marks")
+            if row:
+                yield where, dict(zip(columns, row, strict=True))
+
+
+def folder(args: Namespace) -> Iterator[Shard]:
+    """One Shard for each split. The lines of one picture become one row."""
+    annotation = first_existing(*(args.root / name for name in CAPTION_FILES))
+    captions, split_by_name = defaultdict(list), {}
+    given = False
+    for where, row in table_rows(annotation):
+        key = inside(row["image"].strip(), where)
+        given = "split" in row
+        split = simple(row["split"].strip() or "train", where) if given else split_of(key)
+        if split_by_name.setdefault(key, split) != split:
+            fail(f"{where}: the picture {shortened(key)} is of split {split} here, and of "
+                 f"{split_by_name[key]} in an earlier line")
+        captions[key].append(row["caption"])
+    counts = ", ".join(f"{count:,} {split}" for split, count in
+                       Counter(split_by_name.values()).items())
+    how = "as its column split says" if given else "split by a hash of their names"
+    print(f"{annotation}: {len(captions):,} pictures, {how}: {counts or 'none'}")
+    say_unnamed(args.root, FOLDERS, captions, annotation)
+
+    def records():
+        for key, texts in captions.items():
+            split = split_by_name[key]
+            path = find_picture(args.root, FOLDERS, key)
+            yield split, captioned(key, path, texts, split, key)
+
+    return split_shards(f"{args.name or args.root.resolve().name}_caption", records)
 
 
 # --------------------------------------------------------------------------------------------------
 # Visual Genome.
 
 def vg(args: Namespace) -> Iterator[Shard]:
-    """The captions of an image are the phrases of its regions."""
+    """The captions of an image are the phrases of its regions; their boxes are kept too."""
     annotation = first_existing(args.root / "annotations/region_descriptions.json")
-    # A region becomes its phrase at once: five million boxes would not fit into memory.
-    images = read_entries(annotation, hook=lambda entry: entry.get("phrase", entry))
-    captions = {}
+    images = read_entries(annotation, hook=partial(compact_regions, where=annotation))
+    captions, boxes = {}, {}
     for i, image in enumerate(images):
-        with expecting(f"{annotation}: entry {i}", '"id" and "regions", each with "phrase"'):
-            captions[int(image["id"])] = strings(image["regions"])
+        with expecting(f"{annotation}: entry {i}", '"id" and "regions"'):
+            image_id = int(image["id"])
+            captions[image_id], boxes[image_id] = image["regions"]
 
     files = {}
     for folder in ("VG_100K_2", "VG_100K"):
@@ -107,10 +273,37 @@ def vg(args: Namespace) -> Iterator[Shard]:
     def records():
         for image_id in image_ids:
             key = files.get(image_id, f"images/VG_100K/{image_id}.jpg")
-            yield captioned(key, args.root / key, captions.get(image_id, []), "train",
-                            str(image_id))
+            phrases = captions.get(image_id, [])
+            record = captioned(key, args.root / key, phrases, "train", str(image_id))
+            row = {name: record.row[name] for name in ("caption", "image_id")}
+            kept = [i for i, phrase in enumerate(phrases) if not unusable(phrase.strip(), "")]
+            for place, name in enumerate(BOX):
+                row[name] = [boxes[image_id][4 * i + place] for i in kept]
+            yield record._replace(row=row)
 
-    yield Shard("vg", len(image_ids), records)
+    yield Shard("vg", len(image_ids), records, "regions")
+
+
+BOX = ("width", "height", "x", "y")
+
+
+def compact_regions(entry: dict, where: Path):
+    """A JSON object of Visual Genome; "regions" becomes (phrases, four numbers for each).
+
+    It is applied to an image's regions, then to the image: as Python objects, five million regions
+    would take gigabytes.
+    """
+    if "phrase" in entry:
+        return tuple(entry.get(name) for name in ("phrase", *BOX))
+    if "regions" not in entry:
+        return entry
+    with expecting(f"{where}: image {shortened(entry.get('id'))}",
+                   '"regions", each with "phrase", "width", "height", "x" and "y"'):
+        numbers = array("q")
+        for _, *box in entry["regions"]:
+            numbers.extend(box)
+        entry["regions"] = strings([phrase for phrase, *_ in entry["regions"]]), numbers
+    return entry
 
 
 # --------------------------------------------------------------------------------------------------
@@ -125,8 +318,13 @@ def path_below(folder: str, name: str, annotation: Path) -> str:
     return f"{folder}/{path}" if "/" in path else f"{folder}/{path[:4]}/{path}"
 
 
-def annotated_shards(root: Path, annotation: Path, split: str, name: str) -> Iterator[Shard]:
-    """Shards of SHARD_ROWS rows of the list, whether or not their pictures are there (yet)."""
+def annotated_shards(root: Path, annotation: Path, split: str, name: str, asked: int | None,
+                     most: int | None) -> Iterator[Shard]:
+    """Shards of as many rows of the list each, whether or not their pictures are there (yet).
+
+    asked: their number. Without it they have SHARD_ROWS rows, or more where they would be more
+    than `most`, the number that the loaders of ViLT, METER and FLM read.
+    """
     folder = f"images_{split}"
     first_existing(root / folder)
     captions = defaultdict(list)                    # by path: two folders may hold equal names
@@ -135,31 +333,43 @@ def annotated_shards(root: Path, annotation: Path, split: str, name: str) -> Ite
             path, caption = strings(entry)
             captions[path_below(folder, path, annotation)].append(caption)
     keys = list(captions)
+    # ViLT's image_id is the file name. If two folders hold files of one name, the path is used.
+    ambiguous = len({key.rpartition("/")[2] for key in keys}) < len(keys)
+    count = asked or -(-len(keys) // SHARD_ROWS)
+    if most and not asked:
+        count = min(count, most)
+    size = -(-len(keys) // count) if keys else 1
 
     def records(start):
-        listed = keys[start:start + SHARD_ROWS]
-        if start + SHARD_ROWS >= len(keys):         # the last log names pictures without a caption
+        listed = keys[start:start + size]
+        if start + size >= len(keys):               # the last log names pictures without a caption
             found = sorted(str(path.relative_to(root)) for path in (root / folder).glob("*/*"))
             listed = chain(listed, (key for key in found if key not in captions))
         for key in listed:
-            yield captioned(key, root / key, captions.get(key, []), split, key)
+            image_id = key if ambiguous else key.rpartition("/")[2]
+            yield captioned(key, root / key, captions.get(key, []), split, image_id)
 
-    for n, start in enumerate(range(0, len(keys), SHARD_ROWS)):
-        count = min(SHARD_ROWS, len(keys) - start)
-        yield Shard(f"{name}_{n}", count, partial(records, start))
+    for n, start in enumerate(range(0, len(keys), size)):
+        yield Shard(f"{name}_{n}", min(size, len(keys) - start), partial(records, start))
 
 
-def annotated(args: Namespace, files: dict[str, tuple[str, str]]) -> Iterator[Shard]:
-    """The lists that are there. files: {name of the list: (split, name of the Arrow files)}."""
+def annotated(args: Namespace, files: dict[str, tuple[str, str]],
+              most: int | None = None) -> Iterator[Shard]:
+    """The lists that are there. files: {name of the list: (split, name of the Arrow files)}.
+
+    most: see annotated_shards.
+    """
     first_existing(*(args.root / file for file in files))
     for file, (split, name) in files.items():
         if (args.root / file).exists():
-            yield from annotated_shards(args.root, args.root / file, split, name)
+            asked = args.shards if split == "train" else None
+            yield from annotated_shards(args.root, args.root / file, split, name, asked, most)
 
 
-sbu = partial(annotated, files={"annot.json": ("train", "sbu")})
-cc3m = partial(annotated, files={"val_annot.json": ("val", "conceptual_caption_val"),
-                                 "train_annot.json": ("train", "conceptual_caption_train")})
+sbu = partial(annotated, files={"annot.json": ("train", "sbu")}, most=9)
+cc3m = partial(annotated, most=30,
+               files={"val_annot.json": ("val", "conceptual_caption_val"),
+                      "train_annot.json": ("train", "conceptual_caption_train")})
 cc12m = partial(annotated, files={"val_annot.json": ("val", "conceptual_caption12M_val"),
                                   "train_annot.json": ("train", "conceptual_caption12M_train")})
 

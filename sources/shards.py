@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import Captions, Questions, Statements, open_header, open_image, turn_of
 from disk import complete_file, one_writer, remove_partials, shortened
-from files import CAPTIONS, NLVR2, VQA
+from files import CAPTIONS, NLVR2, REGIONS, VQA
 
 # Half a character: JSON can hold it, the UTF-8 of Arrow cannot.
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -49,6 +49,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "captions": Kind(CAPTIONS, Captions, "image_id", "images", "captions"),
+    "regions": Kind(REGIONS, Captions, "image_id", "images", "captions"),
     "VQA": Kind(VQA, Questions, "image_id", "images", "questions"),
     "NLVR2": Kind(NLVR2, Statements, "identifier", "pairs of images", "statements"),
 }
@@ -219,15 +220,21 @@ def strings(values: object) -> list[str]:
 open_text = partial(open, encoding="utf-8-sig", errors="surrogateescape")
 
 
-def read_entries(path: Path, name: str = "", hook: Callable | None = None) -> list:
+def read_entries(path: Path, name: str = "", hook: Callable | None = None,
+                 data: bytes | None = None) -> list:
     """The list that a JSON file holds, or with a name that of {name: [...]}.
 
     hook: dict -> what stands in its place, applied to every object as soon as it is read.
     Files of millions of objects fit into memory only with it.
+    data: the contents of a file that is inside another, which `path` then only names.
     """
     layout = f'{{"{name}": [...]}}' if name else "[...]"
-    with expecting(path, f"JSON in the official layout, {layout}"), open_text(path) as file:
-        content = json.load(file, object_hook=hook)
+    with expecting(path, f"JSON in the official layout, {layout}"):
+        if data is None:
+            with open_text(path) as file:
+                content = json.load(file, object_hook=hook)
+        else:
+            content = json.loads(data.decode("utf-8-sig", "surrogateescape"), object_hook=hook)
         entries = content[name] if name else content
         if not isinstance(entries, list):
             raise TypeError

@@ -142,7 +142,8 @@ def write_statements(path, rows, seed, broken=()):
             images = [picture([seed, row, k], SIZES[(row + k) % len(SIZES)]) for k in range(2)]
             if row in broken:
                 images[1] = b"no picture"
-            out.write({"image_0": images[0], "image_1": images[1], "answers": [answer], "identifier": identifier,
+            out.write({"image_0": images[0], "image_1": images[1], "answers": [answer],
+                       "identifier": identifier.removesuffix("-0"), "identifiers": [identifier],
                        "questions": [" ".join(rng.choice(WORDS, rng.integers(2, 9)))]})
             truth[identifier] = answer
     return truth

@@ -227,7 +227,8 @@ def test_sheet_shows_both_pictures_of_a_pair(tmp_path):
     path = tmp_path / "nlvr2.arrow"
     with Writer(path, NLVR2) as out:
         out.write({"image_0": encoded("red"), "image_1": encoded("blue", (20, 60)),
-                   "questions": ["?"], "answers": ["True"], "identifier": "0"})
+                   "questions": ["?"], "answers": ["True"], "identifier": "0",
+                   "identifiers": ["0-0"]})
     examples = sheet_file(str(path), tmp_path, {"images": ["image_0", "image_1"]})
     assert draw("sheet", examples, "--out", tmp_path / "x.png")[0] == 1500
     left, right = (plot.read_picture(path, 0, name) for name in ("image_0", "image_1"))

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 import prepare
+from files import REGIONS
 from sources import captions, shards
 
 pytestmark = pytest.mark.slow       # nothing else imports it, so `make quick` leaves it out
@@ -67,33 +68,42 @@ def test_f30k_finds_its_pictures(tmp_path):
     assert texts(tmp_path / "out/f30k_caption_karpathy_test.arrow") == {"7.jpg": ["a dog"]}
 
 
-def test_vg_takes_region_phrases_from_both_folders(tmp_path):
+def test_vg_takes_region_phrases_and_their_boxes_from_both_folders(tmp_path, capsys):
     for i, name in ((1, "VG_100K/10.jpg"), (2, "VG_100K_2/2.jpg"), (3, "VG_100K_2/3.jpg")):
         put(tmp_path / "images" / name, noise_picture(i))
-    phrases = {10: ["red roof", "a  tree "], 2: ["sky"], 4: ["lost"]}
-    put(tmp_path / "annotations/region_descriptions.json", [
-        {"id": i, "regions": [{"region_id": 1, "image_id": i, "phrase": phrase, "x": 0}
-                              for phrase in found]} for i, found in phrases.items()])
+    phrases = {10: ["red roof", " ", "a  tree "], 2: ["sky"], 4: ["lost"]}
+    regions = [{"id": i, "regions": [
+        {"region_id": 1, "image_id": i, "phrase": phrase, "x": n, "y": 10 + n, "width": 20 + n,
+         "height": 30 + n} for n, phrase in enumerate(found)]} for i, found in phrases.items()]
+    put(tmp_path / "annotations/region_descriptions.json", regions)
     prepare_main("vg", tmp_path, "--out", tmp_path / "out")
-    assert texts(tmp_path / "out/vg.arrow") == {"2": ["sky"], "10": ["red roof", "a  tree"]}
+    assert rows(tmp_path / "out/vg.arrow", REGIONS) == [
+        {"image": noise_picture(2), "caption": ["sky"], "width": [20], "height": [30], "x": [0],
+         "y": [10], "image_id": "2"},
+        {"image": noise_picture(1), "caption": ["red roof", "a  tree"], "width": [20, 22],
+         "height": [30, 32], "x": [0, 2], "y": [10, 12], "image_id": "10"}]
     assert skipped(tmp_path / "out/vg.skipped.jsonl") == {
-        "images/VG_100K_2/3.jpg": "no caption", "images/VG_100K/4.jpg": "missing file"}
+        "images/VG_100K_2/3.jpg": "no caption", "images/VG_100K/4.jpg": "missing file",
+        "images/VG_100K/10.jpg": "empty caption (image kept)"}
+    for wrong in ({"phrase": "no box"}, {"phrase": None}, {}, 5):
+        regions[1]["regions"] = [wrong]
+        put(tmp_path / "annotations/region_descriptions.json", regions)
+        message = sentence(capsys, "vg", tmp_path, "--out", tmp_path / "o")
+        assert "region_descriptions.json: image 2: expected" in message
 
 
 def test_sbu_is_cut_into_shards_and_understands_every_spelling_of_a_path(tmp_path, monkeypatch):
-    monkeypatch.setattr(captions, "SHARD_ROWS", 2)
+    monkeypatch.setattr(captions, "SHARD_ROWS", 1)
     out, train = tmp_path / "out", "images_train"
     for name in ("0000/0000001", "0000/0000002", "0001/0001000", "0001/0001001", "0001/0001009"):
         put(tmp_path / train / name, noise_picture(len(name)))
     put(tmp_path / "annot.json", [
         [f"{train}/0000/0000001", "one"], [f"/old/disk/{train}/0000/0000002", "two"],
         ["0001/0001000", "three"], ["0001001", "four"], ["0002/gone", "five"]])
-    prepare_main("sbu", tmp_path, "--out", out)
+    prepare_main("sbu", tmp_path, "--out", out, "--shards", 3)
     assert names_in(out) == ["sbu_0.arrow", "sbu_1.arrow", "sbu_2.skipped.jsonl"]
-    assert texts(out / "sbu_0.arrow") == {f"{train}/0000/0000001": ["one"],
-                                          f"{train}/0000/0000002": ["two"]}
-    assert texts(out / "sbu_1.arrow") == {f"{train}/0001/0001000": ["three"],
-                                          f"{train}/0001/0001001": ["four"]}
+    assert texts(out / "sbu_0.arrow") == {"0000001": ["one"], "0000002": ["two"]}
+    assert texts(out / "sbu_1.arrow") == {"0001000": ["three"], "0001001": ["four"]}
     assert skipped(out / "sbu_2.skipped.jsonl") == {f"{train}/0002/gone": "missing file",
                                                     f"{train}/0001/0001009": "no caption"}
 
@@ -110,7 +120,25 @@ def test_conceptual_captions_have_train_and_val_shards(tmp_path, command, prefix
     for split in ("train", "val"):
         assert rows(tmp_path / f"out/{prefix}_{split}_0.arrow") == [
             {"image": noise_picture(), "caption": [split, "again"],
-             "image_id": f"images_{split}/0000/0000001", "split": split}]
+             "image_id": "0000001", "split": split}]
+
+
+@pytest.mark.parametrize("command, prefix, pictures, shards", [
+    ("sbu", "sbu", 10, 9), ("cc3m", "conceptual_caption_train", 40, 30), ("sbu", "sbu", 3, 3),
+    ("cc12m", "conceptual_caption12M_train", 40, 40)])
+def test_there_are_as_many_shards_as_the_originals_loaders_read(tmp_path, monkeypatch, command,
+                                                               prefix, pictures, shards):
+    monkeypatch.setattr(captions, "SHARD_ROWS", 1)
+    annotation = "annot.json" if command == "sbu" else "train_annot.json"
+    names = [f"{number:07}" for number in range(pictures)]
+    for name in names:
+        put(tmp_path / f"images_train/0000/{name}", noise_picture())
+    put(tmp_path / annotation, [[name, "text"] for name in names])
+    listed = prepare.parser().parse_args([command, str(tmp_path), "--out", str(tmp_path / "out")])
+    shards_of = list(listed.source(listed))
+    assert len(shards_of) <= shards and shards_of[0].name == f"{prefix}_0"
+    assert sum(shard.count for shard in shards_of) == pictures
+    assert [record.row["image_id"] for shard in shards_of for record in shard.records()] == names
 
 
 def test_tar_shards_become_files_one_by_one(tmp_path):
@@ -600,7 +628,7 @@ def test_the_commands_of_the_docstring_are_understood():
     commands = [line for line in prepare.__doc__.splitlines() if "  python prepare.py" in line]
     for command in commands:
         prepare.parser().parse_args(shlex.split(command)[2:])
-    assert len(commands) == 5
+    assert len(commands) == 6
 
 
 def test_a_refusal_on_the_command_line_is_one_sentence_without_a_traceback(tmp_path):

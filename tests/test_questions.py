@@ -377,7 +377,7 @@ def official_nlvr2(root, train="images/train", data="nlvr2/data"):
 
 @pytest.mark.parametrize("train, data", [("images/train", "nlvr2/data"),
                                          ("images_train", "nlvr/nlvr2/data")])
-def test_nlvr2_has_a_row_for_each_statement_with_its_identifier(tmp_path, train, data):
+def test_nlvr2_has_a_row_for_each_pair_with_the_identifier_of_each_statement(tmp_path, train, data):
     official_nlvr2(tmp_path, train, data)
     out = tmp_path / "out"
     prepare_main("nlvr2", tmp_path, "--out", out)
@@ -387,10 +387,14 @@ def test_nlvr2_has_a_row_for_each_statement_with_its_identifier(tmp_path, train,
         "nlvr2_unbalanced_test1.json"]
     assert rows(out / "nlvr2_train.arrow", NLVR2) == [
         {"image_0": noise_picture(0, format="PNG"), "image_1": noise_picture(1, format="PNG"),
-         "answers": [answer], "questions": [f"says {identifier}"], "identifier": identifier}
+         "answers": [answer], "questions": [f"says {identifier}"],
+         "identifier": identifier[:-2], "identifiers": [identifier]}
         for identifier, answer in (("train-10-0-1", "True"), ("train-10-1-0", "False"))]
-    identifiers = [row["identifier"] for row in rows(out / "nlvr2_dev.arrow", NLVR2)]
-    assert identifiers == ["dev-7-0-0", "dev-7-0-1", "dev-8-2-0"]
+    found = rows(out / "nlvr2_dev.arrow", NLVR2)
+    assert [row["identifier"] for row in found] == ["dev-7-0", "dev-8-2"]
+    assert [row["identifiers"] for row in found] == [["dev-7-0-0", "dev-7-0-1"], ["dev-8-2-0"]]
+    assert found[0]["questions"] == ["says dev-7-0-0", "says dev-7-0-1"]
+    assert found[0]["answers"] == ["True", "False"]
     assert read(out / "nlvr2_balanced_dev.json") == ["dev-7-0-1"]
     assert read(out / "nlvr2_unbalanced_test1.json") == ["test1-8-2-0"]
 
@@ -408,8 +412,7 @@ def test_nlvr2_leaves_out_and_names_what_cannot_be_used(tmp_path, capsys):
         "undecodable (statements kept): in none of the formats JPEG, PNG, WEBP, GIF, BMP, TIFF: image_0",
         "missing file (statements kept): image_1"}
     assert skipped(tmp_path / "out/nlvr2_test1.skipped.jsonl") == {
-        "test1-7-0-0: test1-7-0-img0.png, test1-7-0-img1.png":
-            "duplicate: an earlier row has this identifier"}
+        "test1-7-0: test1-7-0-img0.png, test1-7-0-img1.png": "duplicate identifier: test1-7-0-0"}
     # Not one pair of dev has both pictures: the folder must be a wrong one.
     assert not list(tmp_path.glob("out/*dev.arrow")) and not list(tmp_path.glob("out/*dev.json"))
 
@@ -422,9 +425,9 @@ def test_statements_to_be_judged_are_kept_without_their_pictures(tmp_path):
     prepare_main("nlvr2", tmp_path, "--out", tmp_path / "out")
     assert read(tmp_path / "out/nlvr2_unbalanced_dev.json") == ["dev-8-2-0"]
     *_, last = rows(tmp_path / "out/nlvr2_dev.arrow", NLVR2)
-    assert last["identifier"] == "dev-8-2-0" and last["image_0"] and last["image_1"] == b""
+    assert last["identifiers"] == ["dev-8-2-0"] and last["image_0"] and last["image_1"] == b""
     trained = rows(tmp_path / "out/nlvr2_train.arrow", NLVR2)
-    assert [row["identifier"] for row in trained] == ["train-10-0-1"]
+    assert [row["identifiers"] for row in trained] == [["train-10-0-1"]]
 
 
 def test_own_statements(tmp_path, capsys):
@@ -433,15 +436,18 @@ def test_own_statements(tmp_path, capsys):
     path, out = tmp_path / "x.jsonl", tmp_path / "out"
     line = {"images": ["a.jpg", "b.jpg"], "sentence": "both are noise", "label": True}
     jsonl(path, line, {**line, "label": "false", "split": "test-p"},
-          {**line, "split": "dev", "identifier": "dev-1-0-1"}, {**line, "sentence": " "})
+          {**line, "split": "dev", "identifier": "dev-1-0-1"}, {**line, "sentence": " "},
+          {**line, "sentence": "neither is", "label": False})
     prepare_main("nlvr2-jsonl", path, "--out", out)
-    for split, identifier, answer in (("train", "train-1-0-0", "True"),
-                                      ("dev", "dev-1-0-1", "True"),
-                                      ("test-p", "test_p-2-0-0", "False")):
+    for split, pair, identifiers, answers in (
+            ("train", "train-1-0", ["train-1-0-0", "train-5-0-0"], ["True", "False"]),
+            ("dev", "dev-1-0", ["dev-1-0-1"], ["True"]),
+            ("test-p", "test_p-2-0", ["test_p-2-0-0"], ["False"])):
         row, = rows(out / f"x_nlvr2_{split}.arrow", NLVR2)
-        assert row["identifier"] == identifier and row["answers"] == [answer]
+        assert row["identifier"] == pair and row["identifiers"] == identifiers
+        assert row["answers"] == answers
     assert skipped(out / "x_nlvr2_train.skipped.jsonl") == {
-        "train-4-0-0: a.jpg, b.jpg": "empty statement"}
+        "train-1-0: a.jpg, b.jpg": "empty statement: train-4-0-0"}
     for wrong in ({**line, "images": ["a.jpg"]}, {**line, "label": None}, {**line, "sentence": 1},
                   [], {**line, "identifier": "one"}, {**line, "images": ["a.jpg", "/b.jpg"]}):
         jsonl(path, line, wrong)
@@ -454,7 +460,7 @@ def test_shorter_applies_to_both_pictures_of_a_statement(tmp_path, capsys):
     capsys.readouterr()
     status, printed = checked(capsys, tmp_path / "out/nlvr2_dev.arrow")
     assert status == 0 and "12 to 12, median 12" in printed
-    assert "3 pairs of images, 3 statements" in printed
+    assert "2 pairs of images, 3 statements" in printed
 
 
 # --------------------------------------------------------------------------------------------------

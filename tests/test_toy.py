@@ -392,7 +392,7 @@ def test_numbers_of_pictures_questions_and_pairs_are_unique_over_all_splits(fold
     questions = [i for row in vqa for i in row["question_id"]]
     stated = []
     for path in folder.glob("toy_nlvr2_*.arrow"):
-        stated += table(path)["identifier"].to_pylist()
+        stated += [name for names in table(path)["identifiers"].to_pylist() for name in names]
     assert all(len(ids) == len(set(ids)) > 100 for ids in (questions, images, stated))
     assert "toy_train-17-0-1" in stated and "toy_dev-0-0-1" in stated
 

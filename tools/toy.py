@@ -100,9 +100,10 @@ def pair_row(seed: int, size: int, split: str, index: int) -> tuple[dict, list[S
         for _ in range(500):
             if said.holds(*scenes) is truth:
                 left, right = (encode(draw(scene, size, rng)) for scene in scenes)
-                name = f"toy_{NLVR2_SPLITS[split]}-{index}-0-1"
+                pair = f"toy_{NLVR2_SPLITS[split]}-{index}-0"
                 return {"image_0": left, "image_1": right, "questions": [str(said)],
-                        "answers": [str(truth)], "identifier": name}, scenes
+                        "answers": [str(truth)], "identifier": pair,
+                        "identifiers": [f"{pair}-1"]}, scenes
             side = rng.randrange(2)
             scenes[side] = partner(scenes[1 - side], rng, held_out)
 
