@@ -12,157 +12,23 @@ what the scores mean in metrics.py.
 """
 
 import argparse
-import json
 import math
-from collections.abc import Callable
+import re
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-import data
 import disk
 import files
 import machine
 import predict
-import tasks
+from evaluation import Evaluation, at_least, black
 from layers import encode_batch_images, task_logits
 from metrics import caption_scores, check_official_tools, nlvr2_scores, recall_at_k, vqa_accuracy
-from predict import choose_datasets, finite, no_split, open_model
-from settings import Settings
-from tasks import to_device
-
-# -------------------------------------------------------------------------------------------------
-# What the commands share: a model, a split of the data, and its texts dealt to the processes.
-
-class Evaluation:
-    """A checkpoint, the split of the data that it is asked about, and the folder of the results."""
-
-    def __init__(self, args, task: str):
-        at_least(1, "--batch-size", args.batch_size)
-        at_least(0, "--examples", args.examples)
-        self.machine = machine.set_up(args.device, args.precision)
-        self.say = self.machine.say
-        model = open_model(args.checkpoint, task, args.tokenizer)
-        self.model, self.config = model.to(self.machine.device), model.config
-        self.args = args
-        self.split = args.split or DEFAULT_SPLIT[task]
-        self.out = Path(args.out or Path(args.checkpoint).with_name(task))
-        task_class = tasks.task_of(task, self.config)
-        self.datasets = choose_datasets(model, args.data, args.datasets, task_class.KIND)
-        self.settings = Settings(task=task, data=args.data, datasets=self.datasets, pad_to=1,
-                                 max_tokens=self.config.max_tokens)
-        self.task = task_class(self.settings, self.config, model.tokenizer)
-        self.task.targets = False           # other data may have other answers than the model
-        self.table = self.task.table(self.settings, self.split)
-        if self.table is None:
-            raise no_split(args.data, self.datasets, self.split, task_class.KIND)
-        self.count = len(self.table.row_of)                     # number of texts
-        self.files = ", ".join(self.table.paths)
-
-    def unique(self, ids: list, what: str) -> list:
-        """The ids themselves; ValueError if one comes twice."""
-        if len(set(ids)) < len(ids):
-            raise ValueError(f"{self.files}: some {what} come more than once, so no results file "
-                             "is valid")
-        return ids
-
-    def answers(self, function: Callable, ids: dict) -> dict[str, dict]:
-        """What the model answers -> {column heading: {id: answer}}, the same on every process.
-
-        ids: {number of a text: its official id}, of the texts that are asked.
-        function(batch, numbers) gives an answer for each text of a batch.
-        With --blank there is a second column: all texts again, with black pictures. What the model
-        then knows, it knows from the text alone.
-        """
-        images = "images" if len(self.table.IMAGES) == 2 else "image"
-        blank_of = {f"right {images}": False}
-        if self.args.blank:
-            blank_of[f"no {images}"] = True
-        columns = {}
-        for heading, blank in blank_of.items():
-            found = self.each(function, f"{self.settings.task}, {heading}", list(ids), blank)
-            columns[heading] = {ids[number]: found[number] for number in ids}
-        return columns
-
-    @torch.no_grad()
-    def each(self, function: Callable, title: str, numbers: list[int], blank: bool) -> dict:
-        """{number: answer} of these texts, computed by all processes together."""
-        place, tok = self.machine, self.model.tokenizer
-        lengths = data.token_lengths(self.table, tok, numbers)
-        batches = data.evaluation_batches(lengths, numbers, self.args.batch_size)
-        batches = batches[place.rank::place.world]
-        loader = DataLoader(self.task.dataset(self.table, train=False), batch_sampler=batches,
-                            collate_fn=self.task.collate,
-                            num_workers=machine.loader_workers(-1, place.device),
-                            worker_init_fn=machine.ignore_signals)
-        bar = tqdm(loader, title, unit="batch", leave=False, disable=place.rank > 0)
-        found, unreadable, cut = {}, [], 0
-        for keys, (batch, notes) in zip(batches, bar, strict=True):
-            if blank:
-                for name in {"image", "image_1"} & batch.keys():
-                    batch[name] = torch.zeros_like(batch[name])
-            here = [number for _, number in keys]
-            with place.autocast():
-                answers = function(to_device(batch, place.device, self.config), here)
-            found.update(zip(here, answers, strict=True))
-            unreadable += notes["unreadable"]
-            cut += notes["cut"]
-        if not blank:
-            self.warn(unreadable, cut)
-        return place.union(found)
-
-    def warn(self, unreadable: list[str], cut: int):
-        """Says how many pictures cannot be decoded (a line each) and how many texts were cut."""
-        place = self.machine
-        # A picture with several texts counts once.
-        lines = place.union({line.partition(": ")[0]: line for line in unreadable})
-        cut = sum(place.union({place.rank: cut}).values())
-        if lines:
-            self.say(f"{len(lines)} rows have pictures that cannot be decoded and were shown as "
-                     f"black, the first: {min(lines.values())}")
-        if cut:
-            self.say(f"{cut} texts were cut to the {self.config.max_tokens} tokens that the model "
-                     "reads")
-
-    def write(self, name: str, contents):
-        """Writes a file of results, text or JSON; it has its name only when it is complete."""
-        if self.machine.rank > 0:
-            return
-        path = self.out / name
-        disk.write_text(path, contents if isinstance(contents, str) else json.dumps(contents))
-        self.say(f"wrote {path}")
-
-    def report(self, title: str, columns: dict[str, dict[str, float]], note: str):
-        """Prints {heading: {name: share of 1}} as a table in percent, and writes it."""
-        self.say(f"\n{title:<22}" + "".join(f"{heading:>15}" for heading in columns))
-        for name in next(iter(columns.values())):
-            shares = "".join(f"{100 * scores[name]:>13.2f} %" for scores in columns.values())
-            self.say(f"{name:<22}{shares}")
-        self.say(note)
-        self.write(f"{title.replace(' ', '_')}_scores.json", columns)
-
-    def sheet(self, title: str, numbers: list[int], example: Callable[[int], dict]):
-        """Writes --examples of these texts, evenly spread, for `tools.plot sheet`.
-
-        example(number) -> {"answer", "truth", "right": True, False or None}, and what else differs
-        """
-        rows, count = [], min(self.args.examples, len(numbers))
-        for number in [numbers[k * len(numbers) // count] for k in range(count)]:
-            path, row = self.table.place(int(self.table.row_of[number]))
-            rows.append({"file": path, "row": row, "images": list(self.table.IMAGES),
-                         "text": self.table.text(number)} | example(number))
-        self.write("examples.json", {"title": f"{title}, {self.split}", "examples": rows})
-
-
-def at_least(least: int, flag: str, value: int):
-    """ValueError if a flag's number is smaller."""
-    if value < least:
-        raise ValueError(f"{flag} {value}: at least {least} is expected")
-
+from predict import finite, open_model
+from rebuilt import official_identifiers
 
 # -------------------------------------------------------------------------------------------------
 # VQA and NLVR2: one answer of a list for each text.
@@ -177,7 +43,7 @@ def choose(run, answers: list[str], ids: list) -> dict[str, dict]:
 
 def vqa(args):
     run = Evaluation(args, "vqa")
-    details = [run.table.details(number) for number in range(run.count)]
+    details = run.details()
     ids = run.unique([d["question_id"] for d in details], "question ids")
     try:
         listed = run.task.answers(run.settings)             # what the labels of the data mean
@@ -206,11 +72,11 @@ def vqa(args):
             columns[heading] = {"overall": sum(scores) / len(scores)}
 
     chosen = said["right image"]
-    run.write(f"vqa_{run.split}_results.json", results["right image"])
+    run.write(f"vqa_{run.about}_results.json", results["right image"])
     if columns:
         labels = "mean soft score of the Arrow file's labels"
         truth = labels if annotations is None else f"official accuracy by {path}"
-        run.report(f"vqa {run.split}", columns, f"{run.count:,} questions; {truth}")
+        run.report("vqa", columns, f"{run.count:,} questions; {truth}")
 
     def example(number):
         answer, true = chosen[ids[number]], list(truths[number])
@@ -254,25 +120,47 @@ def official_annotations(run, ids: list) -> tuple[Path, dict | None]:
 
 def nlvr2(args):
     run = Evaluation(args, "nlvr2")
-    details = [run.table.details(number) for number in range(run.count)]
-    ids = run.unique([d["identifier"] for d in details], "identifiers")
+    details = run.details()
     truths = [str(bool(d["label"])) for d in details]
+    names = identifiers_of(run, details)
+    ids = names or list(range(run.count))
     official = [{"identifier": i, "label": truth} for i, truth in zip(ids, truths, strict=True)]
-    subsets = official_subsets(run, set(ids))
-    nlvr2_scores([f"{i},True" for i in ids], official, subsets)     # before the model is asked
+    if names:
+        subsets = official_subsets(run, set(names))
+        nlvr2_scores([f"{i},True" for i in names], official, subsets)   # before the model is asked
+    else:
+        run.say(f"{run.files}: identifiers of pairs, not of statements, as in ViLT's own files. So "
+                "there is accuracy alone: no consistency, and no prediction file. --statements "
+                "FILE, NLVR2's official JSON lines, names the statements")
 
-    said = choose(run, ["False", "True"], ids)
-    lines = {heading: [f"{i},{answer}" for i, answer in answer_of.items()]
-             for heading, answer_of in said.items()}
-    columns = {heading: nlvr2_scores(some, official, subsets) for heading, some in lines.items()}
+    said, columns = choose(run, ["False", "True"], ids), {}
+    for heading, answer_of in said.items():
+        if names:
+            lines = [f"{i},{answer}" for i, answer in answer_of.items()]
+            columns[heading] = nlvr2_scores(lines, official, subsets)
+            if not black(heading):
+                run.write(f"nlvr2_{run.about}_predictions.csv", "\n".join(lines) + "\n")
+        else:
+            right = [answer_of[i] == truth for i, truth in zip(ids, truths, strict=True)]
+            columns[heading] = {"accuracy": sum(right) / len(right)}
+    run.report("nlvr2", columns, f"{run.count:,} statements")
     chosen = said["right images"]
-    run.write(f"nlvr2_{run.split}_predictions.csv", "\n".join(lines["right images"]) + "\n")
-    run.report(f"nlvr2 {run.split}", columns, f"{run.count:,} statements")
 
     def example(number):
         answer, truth = chosen[ids[number]], truths[number]
         return {"answer": answer, "truth": truth, "right": answer == truth}
     run.sheet("NLVR2", range(run.count), example)
+
+
+def identifiers_of(run, details: list[dict]) -> list[str]:
+    """The statements' official identifiers: by --statements, else the files' own; [] if unknown."""
+    if run.args.statements:
+        texts = list(run.table.texts())
+        pairs = [d["pair"] for d in details]
+        names = official_identifiers(run.args.statements, zip(pairs, texts, strict=True))
+    else:
+        names = [d["identifier"] for d in details]
+    return [] if None in names else run.unique(names, "identifiers")
 
 
 def official_subsets(run, known: set[str]) -> dict[str, set[str]]:
@@ -296,18 +184,30 @@ def official_subsets(run, known: set[str]) -> dict[str, set[str]]:
 # -------------------------------------------------------------------------------------------------
 # Captioning.
 
+def official_id(name: str | int) -> int | str:
+    """An image's id as COCO's tools and server want it: of a name of COCO's, the integer.
+
+    >>> [official_id(name) for name in ("COCO_val2014_000000391895.jpg", "391895", "dog_7.jpg")]
+    [391895, 391895, 'dog_7.jpg']
+    """
+    number = re.fullmatch(r"(?:COCO_\w+_)?(\d{12})\.jpg|(\d+)", str(name))
+    return int(number[1] or number[2]) if number else name
+
+
 def caption(args):
+    at_least(0, "--images", args.images)
     settings = decoding_of(args)            # before anything is read
     if args.official:
         check_official_tools()
     run = Evaluation(args, "caption")
     row_of = run.table.row_of
     firsts = np.flatnonzero(np.diff(row_of, prepend=-1)).tolist()       # of each image one caption
-    names = [str(run.table.cell("image_id", int(row_of[number])).as_py()) for number in firsts]
-    names = run.unique([int(name) if name.isdecimal() else name for name in names], "image ids")
-    ids = dict(zip(firsts, names, strict=True))
+    firsts = firsts[:args.images or None]
+    names = [official_id(run.table.cell("image_id", int(row_of[i])).as_py()) for i in firsts]
+    ids = dict(zip(firsts, run.unique(names, "image ids"), strict=True))
+    last = row_of[firsts[-1]]
     references = [{"image_id": ids[run.table.first_of(row)], "caption": run.table.text(number)}
-                  for number, row in enumerate(row_of.tolist())]
+                  for number, row in enumerate(row_of.tolist()) if row <= last]
 
     def write(batch, numbers):
         visual = encode_batch_images(run.model, batch)
@@ -319,13 +219,11 @@ def caption(args):
         return
     for heading, caption_of in said.items():
         results = [{"image_id": name, "caption": text} for name, text in caption_of.items()]
-        black = "" if heading == "right image" else "_black"
-        run.write(f"captions_{run.split}{black}_results.json", results)
+        run.write(f"captions_{run.about}{black(heading)}_results.json", results)
         columns[heading] = caption_scores(results, {"annotations": references},
                                           official=args.official)
         del columns[heading]["per_image"]
-    sizes = f"{len(firsts):,} images, {run.count:,} references"
-    run.report(f"captions {run.split}", columns, sizes)
+    run.report("captions", columns, f"{len(firsts):,} images, {len(references):,} references")
 
     def example(number):
         return {"text": "", "answer": said["right image"][ids[number]], "truth": "", "right": None}
@@ -354,7 +252,7 @@ def retrieval(args):
     run = Evaluation(args, "retrieval")
     place, dataset = run.machine, run.task.dataset(run.table, train=False)
     gallery = predict.Gallery(run.model, dataset, args.images, args.captions)
-    path = predict.scores_file(gallery, run.out, f"scores_{run.split}", place, args.resume)
+    path = predict.scores_file(gallery, run.out, f"scores_{run.about}", place, args.resume)
     scores = np.lib.format.open_memmap(path, "r+")                          # (N, M)
     N, M = scores.shape
     mine = range(place.rank, N, place.world)
@@ -366,7 +264,7 @@ def retrieval(args):
     if place.rank > 0:
         return
     recall = recall_at_k(scores, gallery.image_of)
-    run.report(f"retrieval {run.split}", {"recall": recall}, f"{N:,} images x {M:,} captions, "
+    run.report("retrieval", {"recall": recall}, f"{N:,} images x {M:,} captions, "
                "every pair scored. ir: the image of a text, tr: a text of an image")
 
     def example(number):                    # the image found for a text
@@ -409,9 +307,14 @@ def compare(args):
 
 
 def search(args):
+    at_least(0, "-k", args.k)
+    paths, unreadable = predict.picture_files(args.images), []
     with one_model(args, "retrieval") as model:
-        for path, score in predict.search(model, args.text, args.images):
-            print(f"{score:8.3f}  {path}")
+        found = predict.search(model, args.text, paths, unreadable)
+    for line in unreadable:
+        print(f"left out: {line}", file=sys.stderr)
+    for path, score in found[:args.k or None]:
+        print(f"{score:8.3f}  {path}")
 
 
 def fill(args):
@@ -428,7 +331,6 @@ def fill(args):
 
 REQUIRED = object()
 UNITS = {"N": int, "X": float}              # all other units are text
-DEFAULT_SPLIT = {"vqa": "val", "nlvr2": "val", "caption": "test", "retrieval": "test"}
 MODEL_FLAGS = [
     ("--tokenizer DIR", None, "folder of a tokenizer's files; default: the checkpoint's own"),
     ("--device NAME", None, "cpu, cuda or cuda:1; default: cuda where there is a GPU"),
@@ -458,9 +360,13 @@ COMMANDS = {
         *DATA_FLAGS, BLANK_FLAG,
         ("--annotations FILE", None, "official annotations; default: those that prepare.py wrote "
                                      "beside the questions, else the labels of the Arrow files")]),
-    nlvr2: ("NLVR2's accuracy and consistency, and a prediction file", [*DATA_FLAGS, BLANK_FLAG]),
+    nlvr2: ("NLVR2's accuracy and consistency, and a prediction file", [
+        *DATA_FLAGS, BLANK_FLAG,
+        ("--statements FILE", None, "NLVR2's official JSON lines, for identifiers that ViLT's own "
+                                    "files lack; default: those of the Arrow files")]),
     caption: ("BLEU, ROUGE-L and CIDEr of written captions, and a results file", [
-        *DATA_FLAGS, BLANK_FLAG, *DECODING_FLAGS,
+        *DATA_FLAGS, BLANK_FLAG,
+        ("--images N", 0, "number of images, the first ones; 0: all"), *DECODING_FLAGS,
         ("--official", False, "METEOR and SPICE too, by pycocoevalcap, which needs Java")]),
     retrieval: ("recall at 1, 5 and 10, of images and of texts", [
         *DATA_FLAGS,
@@ -475,7 +381,9 @@ COMMANDS = {
         ("left", None, "a picture file"), ("right", None, "a picture file"),
         ("sentence", None, 'such as "both pictures show a dog"')]),
     search: ("puts pictures in the order in which they fit a text", [
-        ("text", None, 'such as "a dog on a sofa"'), ("images…", None, "picture files")]),
+        ("text", None, 'such as "a dog on a sofa"'),
+        ("images…", None, "picture files, folders, or quoted patterns such as 'a/**/*.jpg'"),
+        ("-k N", 20, "number of pictures that are shown, the best; 0: all")]),
     fill: ("fills the blanks of a text about a picture", [
         PICTURE, ("text", None, 'such as "a <mask> dog"')]),
 }
@@ -486,7 +394,7 @@ def add_commands(parser: argparse.ArgumentParser, commands: dict):
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for function, (says, rows) in commands.items():
         p = subparsers.add_parser(function.__name__, help=says, description=says)
-        p.set_defaults(run=function)
+        p.set_defaults(run=function, flags=[*rows, *MODEL_FLAGS])
         p.add_argument("checkpoint", help="a file or folder that weights.py opens")
         for flag, default, about in [*rows, *MODEL_FLAGS]:
             add_flag(p, flag, default, about)

@@ -5,6 +5,7 @@ M images (B, or fewer: each image then belongs to B / M neighbouring captions), 
 In every mask, True = the row may look at the column.
 """
 
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -385,7 +386,14 @@ def task_loss(model, batch: dict) -> dict:
 # Checks that both models share.
 
 def check_config(config):
-    """ValueError for sizes or a head that a Config cannot have."""
+    """ValueError for values of another type, and for sizes or a head that a Config cannot have."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if type(value) not in ((int, float) if field.type is float else (field.type,)):
+            raise ValueError(f"{field.name}: a value of type {field.type.__name__} is expected, "
+                             f"not {type(value).__name__}")
+        if not isinstance(value, str) and not 0 <= value < 2 ** 31:
+            raise ValueError(f"{field.name} {value}: a number from 0 to 2^31 is expected")
     for name in ("image_size", "patch_size", "vocab_size", "max_positions", "width", "heads",
                  "vit_heads", "text_heads", "layers"):
         value = getattr(config, name, 1)

@@ -243,8 +243,14 @@ def token_pattern() -> re.Pattern:
     # Most words are of letters alone, between spaces. None of the other rules takes those, and with
     # this one a caption of a megabyte takes a second.
     plain = rf"(?!(?:cannot|gonna|wanna|gotta|gimme|lemme)\s){letter}+(?=\s)"
+    area = r"\(\d\d\d?\)[ \xa0]?|(?:\+\+?)?(?:\d{2,4}[- \xa0])?\d{2,4}[- \xa0]"
+    phone = rf"(?:{area})\d{{3,4}}[- \xa0]?\d{{3,5}}"
     rules = [
         plain,
+        # Numbers with a space in them are one token, and so they come first.
+        rf"(?=[(+]|(?:\d+-){{0,2}}\d+[ \xa0]\d){phone}",                    # 800 555 1212
+        r"\d{1,4}[ \xa0]\d{1,4}/\d{1,4}",                                   # 7 1/2
+        r"\d{1,4}-\d{1,4}/\d{1,4}|\d\d?/\d\d?-\d{2,4}",                    # 7-1/2, 9/11-01
         r"https?://[^\s<>\"]*[^\s<>\".,;:!?)]",
         r"[a-z0-9][\w.-]{,63}@[\w.-]*\w",                                   # me@home.org
         rf"@{letter}\w*|\#{letter}+",                                       # #hashtag
@@ -286,6 +292,7 @@ REMOVED = set(".,:;?!-'`\"“”‘‛«»‹›–—―…‐‑‒‥")
 def ptb_tokens(text: str) -> list[str]:
     """A caption's Penn Treebank tokens, in lower case and without punctuation.
 
+    A number with a space in it is one token, its space U+00A0: "1 1/2", "800 555 1212".
     The official list of punctuation spells brackets in capitals and so misses them, and runs such
     as "!!" are not in it. A caption is read alone, and its last full stop belongs to a single
     letter before it ("a letter B."). The official program reads all captions as one text, where
@@ -307,9 +314,10 @@ def ptb_tokens(text: str) -> list[str]:
             token = text[match.start():match.end()]     # other words keep a typographic apostrophe
         if len(token) == 1 and (unicodedata.category(token)[0] in "CM" or ord(token) > 0xffff):
             continue                                                # emoji, invisible characters
-        if len(token) > 1 and token[-1] in "()":                    # a smiley
-            token = token[:-1] + SYMBOLS[token[-1]]
-        words.append(SYMBOLS.get(token, token).lower())
+        if len(token) > 1 and (token[-1] in "()" or token[0] == "("):
+            for bracket in "()":                    # of a smiley, or around an area code
+                token = token.replace(bracket, SYMBOLS[bracket])
+        words.append(SYMBOLS.get(token, token).lower().replace(" ", "\xa0"))
     return words
 
 
@@ -317,6 +325,11 @@ def ptb_tokens(text: str) -> list[str]:
 # Captions
 
 Words = list[str]
+
+
+def apart(words: Words) -> Words:
+    """Words without a space in them: a number that has one becomes two."""
+    return " ".join(words).split()
 
 
 def ngrams(words: Words) -> Counter:
@@ -457,11 +470,14 @@ def caption_scores(predictions: list[dict], references: dict, official: bool = F
         candidate_words = [ptb_tokens(predicted[image]) for image in captions]
         reference_words = [list(map(ptb_tokens, refs)) for refs in captions.values()]
 
+    rouges = list(map(rouge_l, candidate_words, reference_words))
+    # To ROUGE-L alone, a number with a space in it is one word.
+    candidate_words = list(map(apart, candidate_words))
+    reference_words = [list(map(apart, refs)) for refs in reference_words]
     corpus, images = bleu(candidate_words, reference_words)
     table = {}                                      # name -> (of the corpus, of each image)
     for n in range(4):
         table[f"Bleu_{n + 1}"] = corpus[n], [row[n] for row in images]
-    rouges = list(map(rouge_l, candidate_words, reference_words))
     ciders = cider(candidate_words, reference_words)
     table |= {"ROUGE_L": (np.mean(rouges), rouges), "CIDEr": (np.mean(ciders), ciders)} | extra
     scores = {name: float(of_corpus) for name, (of_corpus, _) in table.items()}
@@ -504,8 +520,8 @@ def official_scores(predictions: dict, references: dict) -> tuple[dict, list, li
         scores["SPICE"] = mean, [by_id[key]["All"]["f"] for key in references]
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         warnings.warn(f"SPICE is left out: {error}", stacklevel=3)
-    candidate_words = [given[key][0].split() for key in references]
-    reference_words = [list(map(str.split, truth[key])) for key in references]
+    candidate_words = [given[key][0].split(" ") for key in references]
+    reference_words = [[text.split(" ") for text in truth[key]] for key in references]
     return scores, candidate_words, reference_words
 
 

@@ -24,6 +24,7 @@ Letters: N images, M captions, B captions of a batch, L text length, P image tok
 All functions run on the device where the model is, under the caller's autocast.
 """
 
+import glob
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -181,6 +182,10 @@ def checked_ids(model, ids: list[int], text: str) -> Tensor:
 # -------------------------------------------------------------------------------------------------
 # Answers about single pictures.
 
+# What the files of the formats that are opened (data.FORMATS) are called.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
 @torch.no_grad()
 def ask(model, path: str | Path, question: str, k: int = 5) -> list[tuple[str, float]]:
     """The k most likely answers to a question about a picture -> [(answer, probability)].
@@ -245,18 +250,54 @@ def compare(model, left: str | Path, right: str | Path, sentence: str) -> float:
     return finite(task_logits(model, batch)).float()[0].softmax(-1)[1].item()
 
 
+def picture_files(names: Iterable[str | Path]) -> list[Path]:
+    """The picture files that are meant: files, folders with all below them, and patterns.
+
+    Each comes once; those of a folder or a pattern are sorted. FileNotFoundError for a name without
+    any.
+    """
+    found = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            there = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES]
+        elif path.is_file():
+            there = [path]
+        else:
+            there = sorted(map(Path, glob.glob(str(name), recursive=True)))
+            there = [file for file in there if file.is_file()]
+        if not there:
+            what = "there are no pictures in it" if path.is_dir() else "there is no such picture"
+            raise FileNotFoundError(f"{name}: {what}")
+        found |= dict.fromkeys(there)
+    return list(found)
+
+
 @torch.no_grad()
-def search(model, text: str, paths: Iterable[str | Path]) -> list[tuple[str, float]]:
+def search(model, text: str, paths: Sequence[str | Path],
+           unreadable: list[str] | None = None) -> list[tuple[str, float]]:
     """Pictures in the order in which they fit a text -> [(path, match_score)], the best first.
 
     The text is encoded once. One picture is in memory at a time.
+    unreadable: a list takes a sentence for each file that is no picture, as long as one is.
     """
     check_task(model, "retrieval")
     encoded = model.encode_text(token_ids(model, text), class_only=True)
-    found = []
-    for path in paths:
-        score = match_score(model, encode_pictures(model, [path]), encoded)         # (1,)
-        found.append((str(path), score.item()))
+    found, wrong = [], []
+    for path in tqdm(paths, "pictures", unit=" pictures", leave=False, disable=len(paths) < 2):
+        try:
+            pictures = [open_picture(path, model.config)]
+        except (OSError, ValueError) as error:
+            wrong.append(error)
+            if unreadable is None:
+                raise
+            continue
+        visual = encode_batch_images(model, picture_batch(model.config, pictures, device_of(model)))
+        found.append((str(path), match_score(model, visual, encoded).item()))       # (1,)
+    if wrong and not found:
+        raise wrong[0]
+    if wrong:
+        unreadable += map(disk.sentence_of, wrong)
     return sorted(found, key=lambda pair: -pair[1])
 
 
@@ -405,16 +446,21 @@ def fill_scores(gallery: Gallery, scores: np.ndarray, images: Iterable[int],
     # Captions of similar length are encoded together, so there is little padding.
     order = np.argsort([len(ids) for ids in tokens], kind="stable")         # (M,)
     batches = [order[first:first + texts_at_once] for first in range(0, len(order), texts_at_once)]
-    bar = tqdm(batches, "captions", unit="batch", leave=False, disable=quiet)
+    bar = tqdm(batches, "encoding captions", unit=" batches", leave=False, disable=quiet)
     texts = [gallery.encode_texts([tokens[i] for i in batch]) for batch in bar]
 
     todo = [i for i in images if np.isnan(scores[i]).any()]
-    for i in tqdm(todo, "images", unit="image", leave=False, disable=quiet):
+    # It counts pairs: an image with all captions may take minutes.
+    bar = tqdm(None, "scoring", len(todo) * len(tokens), unit=" pairs", unit_scale=True,
+               leave=False, disable=quiet)
+    for i in todo:
         visual = gallery.encode_image(i)
         row = np.empty(len(tokens), dtype=np.float32)
         for batch, text in zip(batches, texts, strict=True):
             row[batch] = match_score(gallery.model, visual, text).cpu().numpy()
+            bar.update(len(batch))
         scores[i] = row
+    bar.close()
 
 
 def scores_file(gallery: Gallery, folder: Path, name: str, place: Machine, resume: bool) -> Path:

@@ -259,6 +259,9 @@ def describe(run, model, step: int):
                 f"recipe {s.recipe or 'none'} | model {s.load or s.model}, "
                 f"{count_parameters(model) / 1e6:.1f} M parameters | {machine.precision} on "
                 f"{device_name(machine.device)}")
+    if not s.hold_out and run.tables["val"]:
+        machine.say("training takes the validation split too, so what validation says is no test "
+                    "(--hold-out keeps it apart)")
     machine.say(f"{len(table.row_of):,} {texts} of {len(table):,} images | global batch "
                 f"{s.global_batch} = {machine.world} processes x {run.accumulation} x "
                 f"{run.micro_batch} | {s.steps} steps from step {step} = {epochs:.1f} epochs")

@@ -57,6 +57,8 @@ class Settings:
     clip: float = 0.0               # largest norm of the gradient; 0: not clipped
     max_skipped: int = 10           # non-finite gradients in a row that stop the run at a report
     # data
+    hold_out: bool = True           # keep the validation split out of training; some published
+                                    # numbers come from training on it too
     max_tokens: int = 50            # tokens of a caption with <s> and </s>; longer ones are cut
     false_captions: int = 15        # retrieval: false captions beside each image's own
     bucket: int = 1                 # global batches sorted by length together; more: less padding
@@ -205,8 +207,9 @@ def list_recipes():
     for task, recipes in RECIPES.items():
         print(task)
         for name, row in recipes.items():
-            settings = " ".join(f"{key}={value}" for key, value in row.items())
-            print(f"  {name:<13} {settings}")
+            splits = "train" if row.get("hold_out", Settings.hold_out) else "train+val"
+            settings = " ".join(f"{key}={value}" for key, value in row.items() if key != "hold_out")
+            print(f"  {name:<13} splits={splits} {settings}")
 
 
 # -------------------------------------------------------------------------------------------------

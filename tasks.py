@@ -97,11 +97,12 @@ RECIPES = {
             model="vilt-small", max_tokens=40, steps=2000, global_batch=64, micro_batch=32,
             clip=1.0, lr=5e-4, warmup=0.05, head_lr_scale=1.0, eval_every=250, log_every=20),
     },
-    # Fine-tuning: --load names the model that it starts from.
+    # Fine-tuning: --load names the model that it starts from. hold_out=False: the validation split
+    # is trained on too, as published (FLM's VQAv2, everybody's Flickr30k).
     "vqa": {
         "flm-b32": dict(
-            model="base-b32", image_size=576, max_tokens=50, datasets=("vqav2",), augment=True,
-            epochs=10, global_batch=512,
+            model="base-b32", image_size=576, max_tokens=50, datasets=("vqav2",), hold_out=False,
+            augment=True, epochs=10, global_batch=512,
             lr=5e-6, warmup=0.1, head_lr_scale=50.0, fusion_lr_scale=5.0),
         "vilt": dict(
             model="vilt", max_tokens=40, datasets=("vqav2",), augment=True, epochs=10,
@@ -138,16 +139,16 @@ RECIPES = {
     # The head that ranks learns at the base rate, as in the original (but not in the toy world).
     "retrieval": {
         "flm-b32": dict(
-            model="base-b32", image_size=384, max_tokens=50, datasets=("f30k",), augment=True,
-            epochs=10, global_batch=512,
+            model="base-b32", image_size=384, max_tokens=50, datasets=("f30k",), hold_out=False,
+            augment=True, epochs=10, global_batch=512,
             lr=5e-6, warmup=0.1, head_lr_scale=1.0, fusion_lr_scale=5.0),
         "flm-b32-coco": dict(
             model="base-b32", image_size=384, max_tokens=50, datasets=("coco",), augment=True,
             epochs=10, global_batch=512,
             lr=5e-6, warmup=0.1, head_lr_scale=1.0, fusion_lr_scale=5.0),
         "vilt": dict(
-            model="vilt", max_tokens=40, datasets=("f30k",), augment=True, epochs=10,
-            global_batch=256, lr=1e-4, warmup=0.1, head_lr_scale=1.0),
+            model="vilt", max_tokens=40, datasets=("f30k",), hold_out=False, augment=True,
+            epochs=10, global_batch=256, lr=1e-4, warmup=0.1, head_lr_scale=1.0),
         "vilt-coco": dict(
             model="vilt", max_tokens=40, datasets=("coco",), augment=True, epochs=10,
             global_batch=256, lr=1e-4, warmup=0.1, head_lr_scale=1.0),
@@ -229,8 +230,13 @@ class Task:
 
     @classmethod
     def table(cls, settings, split: str):
-        """The texts of a split, or None where the datasets have no such split."""
+        """The texts of a split, or None where the datasets have no such split.
+
+        Without settings.hold_out, those of "train" are those of train and val.
+        """
         files = find_files(settings.data, settings.datasets, split, cls.KIND)
+        if split == "train" and not settings.hold_out:
+            files += find_files(settings.data, settings.datasets, "val", cls.KIND)
         return cls.TABLE(files) if files else None
 
     def __init__(self, settings, config, tok):

@@ -8,8 +8,9 @@
     model = load("pretrain_4m.ckpt")    # in eval mode; has .task .tokenizer .answer_list .report
     print(start(model, vit="ViT-B-32.pt", text="roberta-base"))     # begins as the paper does
 
-No file runs code (released/files.py), and none is taken "more or less": every tensor is accounted
-for in a `names.Report`, and what cannot be is an error that names it.
+No file runs code (released/files.py), none is opened whose bytes do not match its checksums
+(released/whole.py), and none is taken "more or less": every tensor is accounted for in a
+`names.Report`, and what cannot be is an error that names it.
 
 Files are mapped, not read: until a weight is written to, it is a page of its file. So a file that
 is open must not be changed in place. `save` never does: it writes a new one under the old name.
@@ -20,11 +21,10 @@ import json
 import tempfile
 import textwrap
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -32,13 +32,14 @@ import disk
 import flm
 import tokenizer
 import vilt
-from disk import read_json
 from released import begin, download, models, names
 from released.export import ARCHITECTURES, export  # noqa: F401 (others use both)
-from released.files import (one_sentence, open_file, open_folder, plain_dict, read_config,
-                            tensors_in)
+from released.files import (check_tensors, one_sentence, open_file, open_folder, plain_dict,
+                            plain_tensors, read_config, tensors_in)
 from released.models import Source, Undrawn
 from released.names import Report
+from released.whole import carried, write_safetensors, write_torch
+from tasks import TASKS
 
 FORMAT = "flm-vilt-1"
 BACKBONES = {"flm": (flm.Config, flm.FLM), "vilt": (vilt.Config, vilt.ViLT)}
@@ -50,14 +51,36 @@ def backbone_of(config: Config) -> str:
     return "flm" if isinstance(config, flm.Config) else "vilt"
 
 
+# Settings of a Config that the first checkpoints lack: their defaults are meant.
+ADDED = ("image_positions", "label_smoothing")
+
 def config_of(contents: dict) -> Config:
-    """The Config of a checkpoint of ours, as `read` returned it."""
-    return BACKBONES[contents["backbone"]][0](**contents["config"])
+    """The Config of a checkpoint of ours, as `read` returned it.
+
+    ValueError unless it has all of a Config's fields, no other, and values that go together.
+    """
+    backbone, values = contents["backbone"], contents["config"]
+    if backbone not in BACKBONES:
+        raise ValueError(f"backbone {backbone!r}: one of {', '.join(BACKBONES)} is expected")
+    config_class = BACKBONES[backbone][0]
+    known = [field.name for field in fields(config_class)]
+    unknown = [name for name in values if name not in known]
+    missing = [name for name in known if name not in values and name not in ADDED]
+    if unknown or missing:
+        what = f"has no field {unknown[0]!r}" if unknown else f"needs {missing[0]}"
+        raise ValueError(f"its config: a Config of {backbone} {what}")
+    return config_class(**values)
 
 
 def model_of(config: Config) -> nn.Module:
     """The model that a Config describes, its weights freshly drawn."""
     return BACKBONES[backbone_of(config)][1](config)
+
+
+def outline_of(config: Config) -> nn.Module:
+    """The model that a Config describes, without weights: it takes no memory and little time."""
+    with torch.device("meta"), Undrawn():
+        return model_of(config)
 
 
 # -- our own files ---------------------------------------------------------------------------------
@@ -74,20 +97,17 @@ def save(path: str | Path, model: dict, config: Config, task: str, tokenizer_fil
     path = Path(path)
     about = {"format": FORMAT, "backbone": backbone_of(config), "config": asdict(config),
              "task": task, "tokenizer": tokenizer_files, **more}
-    with disk.complete_file(path) as partial:
-        if path.suffix == ".safetensors":
-            state = {name: tensor.contiguous() for name, tensor in model.items()}
-            metadata = {name: json.dumps(value) for name, value in about.items()}
-            safetensors.torch.save_file(state, partial, metadata)
-        else:
-            with open(partial, "wb") as file:
-                torch.save(about | {"model": model}, file)
+    if path.suffix == ".safetensors":
+        write_safetensors(path, model, {name: json.dumps(value) for name, value in about.items()})
+    else:
+        write_torch(path, about | {"model": model})
 
 
 def read(path: str | Path) -> dict:
     """Opens a checkpoint of ours, of both kinds of files, as the dict of what `save` was given.
 
-    ValueError in one sentence for anything else.
+    Its weights fit its config, and all that it holds is plain (open_ours); a run compares the rest
+    with itself. ValueError in one sentence for anything else.
     """
     source = open_source(path)
     if source.family is not names.OURS:
@@ -140,13 +160,13 @@ def unpack_tokenizer(files: dict | None) -> tokenizer.BPE | tokenizer.WordPiece 
     if not files:
         return None
     with tempfile.TemporaryDirectory() as directory:
-        for name, text in files.items():
-            (Path(directory) / Path(name).name).write_text(text, encoding="utf-8")
         try:
+            for name, text in files.items():
+                (Path(directory) / Path(name).name).write_text(text, encoding="utf-8")
             return tokenizer.load(directory)
-        except (OSError, ValueError) as error:
-            what = str(error).replace(directory, "").lstrip("/:, ")
-            raise ValueError(f"its tokenizer: {what}") from None
+        except (OSError, TypeError, ValueError, RecursionError) as error:
+            what = str(error).replace(f"{directory}/", "").replace(directory, "")
+            raise ValueError(f"its tokenizer: {what.lstrip(': ')}") from None
 
 
 # -- opening any file ------------------------------------------------------------------------------
@@ -160,34 +180,75 @@ def open_source(path: str | Path, trust: bool = False) -> Source:
     path = Path(path)
     with one_sentence(path):
         if path.is_dir():
-            contents, folder = open_folder(path), path
+            folder, (contents, files) = path, open_folder(path)
         else:
-            contents, folder = open_file(path, trust), path.parent
+            folder, contents, files = path.parent, open_file(path, trust), [path]
         if not isinstance(contents, dict):
             raise ValueError(f"not a checkpoint of this project, nor a table of tensors, but a "
                              f"{type(contents).__name__}")
-        state = {names.unwrapped(name): tensor
-                 for name, tensor in tensors_in(contents, path).items()}
+        size = sum(file.stat().st_size for file in files)
+        tensors = tensors_in(contents)
+        state = {names.unwrapped(name): tensor for name, tensor in tensors.items()}
+        if len(state) < len(tensors):
+            raise ValueError("two of its tensors have one name, but for what wrappers put into it")
+        source = Source(path, names.OURS, state, {}, contents, folder, files)
         if contents.get("format") == FORMAT:
-            missing = {"backbone", "model", "config", "task", "tokenizer"} - contents.keys()
-            if missing:
-                raise ValueError(f"a damaged checkpoint of this project, "
-                                 f"without {', '.join(sorted(missing))}")
-            for part in ("config", "settings"):
-                contents[part] = {RENAMED.get(name, name): value
-                                  for name, value in plain_dict(contents.get(part)).items()}
-            config_of(contents)         # has it all that a Config needs, and nothing else?
-            settings = plain_dict(contents.get("settings"))
-            return Source(path, names.OURS, state, settings, contents, folder)
-        family = names.family_of(state)
-        if family is None:
+            check_tensors(plain_tensors(contents), size)
+            open_ours(source)
+            return source
+        check_tensors(state.items(), size)
+        source.family = names.family_of(state)
+        if source.family is None:
             raise ValueError(f"not a checkpoint of this project nor of another that is known here; "
                              f"it holds {len(state)} tensors ({', '.join(list(state)[:3])}, …)")
-        settings = read_config(folder / "config.json")
-        if family in (names.FLM, names.VILT):
+        source.settings = read_config(folder / "config.json")
+        if source.family in (names.FLM, names.VILT):
             hyper = plain_dict(contents.get("hyper_parameters"))
-            settings = hyper | plain_dict(contents.get("config")) | plain_dict(hyper.get("config"))
-        return Source(path, family, state, settings, contents, folder)
+            source.settings = (hyper | plain_dict(contents.get("config"))
+                               | plain_dict(hyper.get("config")))
+        return source
+
+
+# What a checkpoint of ours holds, and what it must.
+PARTS = {"backbone": str, "config": dict, "model": dict, "task": str, "tokenizer": dict,
+         "answers": list, "step": int, "settings": dict, "counters": dict, "optimizer": dict,
+         "scaler": dict, "files": list}
+NEEDED = ("backbone", "config", "model", "task", "tokenizer")
+
+def open_ours(source: Source) -> None:
+    """Checks a checkpoint of ours, all of whose values are plain, against itself.
+
+    ValueError unless its parts are there and of their types, its config is one, its tensors are
+    those of that model, its tokenizer opens, and its answers are as many as the head has.
+    """
+    contents, state = source.contents, source.state
+    missing = [name for name in NEEDED if name not in contents]
+    if missing:
+        raise ValueError(f"a damaged checkpoint of this project, without {', '.join(missing)}")
+    for name, kind in PARTS.items():
+        part = contents.get(name)
+        needed = name in contents and name not in ("tokenizer", "answers")
+        if (needed or part is not None) and (not isinstance(part, kind) or isinstance(part, bool)):
+            raise ValueError(f"its {name}: {kind.__name__} is expected, not {type(part).__name__}")
+    contents["model"] = state
+    for part in ("config", "settings"):
+        contents[part] = {RENAMED.get(name, name): value
+                          for name, value in plain_dict(contents.get(part)).items()}
+    config = config_of(contents)
+    layers = [value for name, value in contents["config"].items() if name.endswith("layers")]
+    if sum(layers) > len(state):        # said before somebody waits for a billion layers
+        raise ValueError(f"its config has {sum(layers):,} layers, its model {len(state)} tensors")
+    own = outline_of(config).state_dict()
+    check_fit(state, own, own, source.path, {})
+    source.settings, source.answers = contents["settings"], contents.get("answers")
+    source.tok = unpack_tokenizer(contents["tokenizer"])
+    if contents.get("step", 0) < 0:
+        raise ValueError(f"its step {contents['step']}: at least 0 is expected")
+    if contents["task"] not in TASKS:
+        raise ValueError(f"its task {contents['task']!r}: one of {', '.join(TASKS)} is expected")
+    texts = [answer for answer in source.answers or [] if isinstance(answer, str)]
+    if source.answers and not len(texts) == len(source.answers) == config.answers:
+        raise ValueError(f"it lists {len(texts)} answers as text, its head has {config.answers}")
 
 
 def load(path: str | Path, trust: bool = False, **overrides: Any) -> nn.Module:
@@ -204,13 +265,17 @@ def load(path: str | Path, trust: bool = False, **overrides: Any) -> nn.Module:
     .answer_list (None where the file has none), .step, .report (a names.Report) and .about (whose,
     recipe, data, datasets). A fine-tuned one has .head.
     """
-    source, report = open_source(path, trust), Report()
-    source.told = overrides
+    return model_in(open_source(path, trust), **overrides)
+
+
+def model_in(source: Source, **overrides: Any) -> nn.Module:
+    """The whole model of an opened file, as `load` returns it."""
+    report, source.told = Report(), overrides
     with one_sentence(source.path):
         config, found, called, task = model_parts(source, report)
-        with torch.device("meta"), Undrawn():   # no memory or time for what the file replaces
-            model = model_of(config)
-        load_exactly(model, found, path, called, assign=True)
+        model = outline_of(config)
+        load_exactly(model, found, source.path, called, assign=True)
+        names.check_finite(found, called, source.path)
     model.task, model.tokenizer, model.answer_list = task, source.tok, source.answers
     model.step, model.report, model.about = source.step(), report, source.about()
     return model.eval()
@@ -225,8 +290,6 @@ def model_parts(source: Source, report: Report) -> tuple[Config, dict, dict, str
     if source.family is not names.OURS:
         raise ValueError(f"{source.family.about}, a part of a model: {use(source)}")
     contents = source.contents
-    source.tok = unpack_tokenizer(contents["tokenizer"])
-    source.answers = contents.get("answers")
     found, called = names.translate(source.state, source.family, report, source.path)
     config = config_of(contents | {"config": contents["config"] | source.told})
     return config, found, called, contents["task"]
@@ -261,6 +324,7 @@ def start(model: nn.Module, vit: str | None = None, text: str | None = None,
         source = open_source(path, trust)
         with one_sentence(source.path):
             found, called = parts_of(source, model, report)
+        names.check_finite(found, called, path)
         for name, tensor in found.items():
             found[name] = begin.adapt(name, tensor, own, called[name], report, path)
         # A module is filled as a whole; of a checkpoint, only the parts may be missing.
@@ -293,14 +357,19 @@ def checkpoint_parts(source: Source, model: nn.Module, report: Report) -> tuple[
 
 # -- commands --------------------------------------------------------------------------------------
 
-def summary(path: str | Path, trust: bool = False) -> str:
-    """What a file is, in lines of text."""
+def summary(path: str | Path, trust: bool = False, verify: bool = False) -> str:
+    """What a file is, in lines of text. verify: ValueError for a file that carries no checksums."""
     source = open_source(path, trust)
+    checksums = ", ".join(filter(None, map(carried, source.files)))
+    if verify and not checksums:
+        raise ValueError(f"{path}: this kind of file carries no checksums; what weights.py convert "
+                         "writes does")
+    checksums = checksums or "none in this kind of file"
     if source.family.flag:
         count = sum(tensor.numel() for tensor in source.state.values())
         return (f"{path}\nwhose        {source.family.about}\nparameters   {count:,}\n"
-                f"use          {use(source)}")
-    model = load(path, trust)
+                f"checksums    {checksums}\nuse          {use(source)}")
+    model = model_in(source)
     c, tok, answers = model.config, model.tokenizer, model.answer_list
     count = sum(parameter.numel() for parameter in model.parameters())
     rows = {
@@ -313,6 +382,7 @@ def summary(path: str | Path, trust: bool = False) -> str:
         "parameters": f"{count:,}",
         "config": ", ".join(f"{name}={value}" for name, value in asdict(c).items()),
         "tokenizer": f"{type(tok).__name__}, {len(tok):,} tokens" if tok else "none in the file",
+        "checksums": checksums,
     }
     if answers:
         rows["answers"] = f"{c.answers:,}: {', '.join(answers[:5])}, …"
@@ -325,7 +395,7 @@ def summary(path: str | Path, trust: bool = False) -> str:
 
 def read_answers(path: str | Path) -> list[str]:
     """A JSON list of answers, or a table {number: answer}."""
-    answers = read_json(path)
+    answers = disk.read_json(path)
     if isinstance(answers, dict):
         answers = [answers.get(str(i)) for i in range(len(answers))]
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
@@ -374,7 +444,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "runs (default: refuse it)"))
     info = commands.add_parser("info", parents=[trusting], help="print what a file is")
     info.add_argument("path", help="any checkpoint file, or a folder of the Hugging Face Hub")
-    info.set_defaults(run=lambda args: print(summary(args.path, args.trust)))
+    info.add_argument("--verify", action="store_true", help=(
+        "fail if the file carries no checksums (default: compare those that there are)"))
+    info.set_defaults(run=lambda args: print(summary(args.path, args.trust, args.verify)))
     p = commands.add_parser("convert", parents=[trusting], help=(
         "write a checkpoint of ours from any file, or a ViLT for transformers"))
     p.add_argument("input", help="any checkpoint of a whole model, or a folder of the Hub")

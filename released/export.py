@@ -6,12 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+import disk
 import tokenizer
 import vilt
 from released import names
+from released.whole import write_safetensors
 
 ARCHITECTURES = {"none": "ViltModel", "vocab": "ViltForMaskedLM", "vqa": "ViltForQuestionAnswering",
                  "nlvr2": "ViltForImagesAndTextClassification",
@@ -32,9 +33,8 @@ def export(model: nn.Module, folder: str | Path) -> list[str]:
     if not isinstance(model.config, vilt.Config):
         raise ValueError("only a ViLT can be exported: transformers has no FLM")
     folder, tok = Path(folder), getattr(model, "tokenizer", None)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(their_tensors(model), folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(their_config(model), indent=2) + "\n")
+    write_safetensors(folder / "model.safetensors", their_tensors(model), {"format": "pt"})
+    disk.write_text(folder / "config.json", json.dumps(their_config(model), indent=2) + "\n")
     left_out = [name for name in model.state_dict() if re.match(UNKNOWN_THERE, name)]
     if isinstance(tok, tokenizer.WordPiece):
         tok.save(folder)

@@ -11,25 +11,25 @@ A TorchScript archive, the form of OpenAI's CLIP, is a program too. It is run on
 is one that OpenAI published, or if the caller says that it is to be trusted.
 """
 
+import io
 import json
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
-from torch._weights_only_unpickler import get_globals_in_pkl
+from torch import _weights_only_unpickler as unpickler
 
+from disk import read_json, shortened
 from released.download import PUBLISHED, sha256_of
-
-
-class Refused(Exception):
-    """What is wrong with a file, as the end of a sentence that begins with its path."""
+from released.whole import CHECKSUM, Refused, verify
 
 
 def plain_dict(value: Any) -> dict:
@@ -44,14 +44,14 @@ def one_sentence(path: Path) -> Iterator[None]:
     except (ValueError, FileNotFoundError) as error:
         if str(error).startswith(str(path)):
             raise
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {shortened(error, 1000)}") from None
     except Exception as error:
         raise ValueError(f"{path}: it describes no model ({in_a_line(error)})") from error
 
 
 def in_a_line(error: Exception) -> str:
     first_line = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first_line[:200]}"
+    return f"{type(error).__name__}: {shortened(first_line)}"
 
 
 # -- what stands for the classes of other libraries ------------------------------------------------
@@ -114,22 +114,56 @@ def stand_in(name: str) -> Callable | None:
 LEGACY_HEAD = pickle.dumps(0x1950a86a20f9469cfc6c, 2)       # how torch.save began before 1.6
 
 
-def names_in(path: Path, is_zip: bool) -> Iterable[str]:
-    """The classes and functions that a torch file names and torch does not answer by itself."""
+LARGEST_PICKLE = 2 ** 24        # bytes; those of checkpoints have some hundred thousand
+MOST_TUPLES = 50_000            # Python crashes on the hash of 150,000 tuples in one another
+
+
+def names_in(pickles: BinaryIO) -> set[str]:
+    """The classes and functions that the next pickle of a file names. It is scanned, not run."""
+    begin, tuples = pickles.tell(), 0
+    for operation, _, position in pickletools.genops(pickles):
+        tuples += operation.name.startswith("TUPLE")
+        if position - begin > LARGEST_PICKLE or tuples > MOST_TUPLES:
+            raise pickle.UnpicklingError("it is larger than that of any checkpoint")
+    pickles.seek(begin)
+    return unpickler.get_globals_in_pkl(pickles)
+
+
+def names_in_file(path: Path, is_zip: bool) -> set[str]:
+    """The classes and functions that a torch file names."""
     if is_zip:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    names = set()
-    with open(path, "rb") as file:
-        for _ in range(5):          # five pickles, then the numbers; they are scanned, not run
-            names |= get_globals_in_pkl(file)
-    return names
+        with zipfile.ZipFile(path) as archive:
+            [name] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return names_in(io.BytesIO(archive.read(name)))
+    with open(path, "rb") as file:          # five pickles, then the numbers
+        return set().union(*[names_in(file) for _ in range(5)])
+
+
+def encode_bytes(text: str, codec: str) -> bytes:
+    """How pickles of torch spell bytes. Other codecs could make gigabytes of a few letters."""
+    if codec != "latin1":
+        raise pickle.UnpicklingError(f"it encodes text as {codec}")
+    return text.encode("latin1")
+
+
+@contextmanager
+def narrower_names(known: list) -> Iterator[None]:
+    """What a pickle may call: torch's own short list, two of them narrower, and `known`."""
+    allowed = unpickler._get_allowed_globals()
+    before = dict(allowed)
+    allowed |= {"_codecs.encode": encode_bytes, "builtins.bytearray": Inert}
+    try:
+        with torch.serialization.safe_globals(known):
+            yield
+    finally:
+        allowed |= before
 
 
 def open_torch(path: Path, is_zip: bool) -> Any:
     """What torch.save wrote. The tensors of a zip are mapped; those of older files are read."""
-    answers = [(stand_in(name), name) for name in names_in(path, is_zip)]
+    answers = [(stand_in(name), name) for name in names_in_file(path, is_zip)]
     known = [(answer, name) for answer, name in answers if answer is not None]
-    with torch.serialization.safe_globals(known):       # torch itself refuses all other names
+    with narrower_names(known):             # torch itself refuses all other names
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
@@ -150,8 +184,9 @@ def open_safetensors(path: Path) -> dict:
         for name, text in (file.metadata() or {}).items():
             try:
                 contents[name] = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 contents[name] = text
+        contents.pop(CHECKSUM, None)
         contents["model"] = {name: file.get_tensor(name) for name in file.keys()}
     return contents
 
@@ -178,9 +213,11 @@ def open_by_kind(path: Path, trust: bool) -> Any:
     # safetensors begins with the length of a JSON table, then the table
     table_fits = int.from_bytes(head[:8], "little") <= path.stat().st_size - 8
     if path.suffix == ".safetensors" or (head[8:9] == b"{" and table_fits):
+        verify(path)
         return open_safetensors(path)
     is_zip = head.startswith(b"PK")
     if is_zip:
+        verify(path)
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
         if any(record.filename.endswith("/constants.pkl") for record in records):
@@ -212,44 +249,108 @@ def open_file(path: str | Path, trust: bool = False) -> Any:
 
 # -- what comes out --------------------------------------------------------------------------------
 
-LARGEST_REPEATED = 2 ** 26      # numbers of a tensor that repeats its storage
+MOST_VALUES = 1_000_000         # of one checkpoint, beside its tensors; 64 letters count as one
+DEEPEST = 50                    # lists and tables in one another
+MOST_REPEATED = 8               # FLM's files name a tensor up to four times
 
-def tensors_in(contents: dict, path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, by name: under one of two keys, or at its top.
 
-    ValueError for one that is no plain array of numbers.
-    """
+def tensors_in(contents: dict) -> dict[str, torch.Tensor]:
+    """The tensors of a file, by name: under one of two keys, or at its top."""
     for key in ("state_dict", "model"):
         if isinstance(contents.get(key), dict):
             contents = contents[key]
             break
-    tensors = {}
-    for name, tensor in contents.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            continue
+    return {name: tensor for name, tensor in contents.items()
+            if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
+
+
+def check_tensors(tensors: Iterable[tuple[str, torch.Tensor]], file_size: int) -> None:
+    """ValueError for a tensor that is no plain array of numbers, and for more than a file holds.
+
+    A file of a few bytes can describe terabytes: one number, repeated by a stride of 0.
+    """
+    total = 0
+    for name, tensor in tensors:
         kind = (tensor.layout, tensor.device.type, tensor.is_quantized, tensor.is_nested)
         if kind != (torch.strided, "cpu", False, False):
-            raise ValueError(f"{path}: {name} is no plain array of numbers")
-        # A file of a few bytes can describe terabytes: one number, repeated by a stride of 0.
-        repeated = tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
-        if repeated and tensor.numel() > LARGEST_REPEATED:
-            raise ValueError(f"{path}: {name} repeats its numbers {tensor.numel():,} times")
-        tensors[name] = tensor
-    return tensors
+            raise ValueError(f"{name} is no plain array of numbers")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{name} repeats its numbers")
+        total += tensor.nbytes
+        if total > MOST_REPEATED * file_size:
+            raise ValueError(f"its tensors are far larger than the file, which has "
+                             f"{file_size:,} bytes ({name})")
 
 
-def open_folder(folder: Path) -> dict:
-    """What the weights' file of a folder of the Hub holds."""
-    for name in ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors"):
+def plain_tensors(contents: dict) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors anywhere in a checkpoint. ValueError for what is no plain value.
+
+    Plain are None, bool, int, float, str, tensors, and lists, tuples and tables of these. They are
+    counted as they would be printed: a list that stands in two places counts twice, and one that
+    contains itself has no end. So whoever prints, compares or copies them is done in a moment.
+    """
+    left = MOST_VALUES
+    waiting = [(part, value, 0) for part, value in contents.items()]
+    while waiting:
+        part, value, depth = waiting.pop()
+        left -= 1
+        if isinstance(value, torch.Tensor):
+            yield part, value
+        elif type(value) is str:
+            value.encode()              # ValueError for half a character
+            left -= len(value) // 64
+        elif isinstance(value, dict | list | tuple):
+            left -= len(value)
+            inner = value
+            if isinstance(value, dict):
+                if not all(type(key) in (str, int) for key in value):
+                    raise ValueError(f"{part} has names of another kind than text and numbers")
+                inner = [*value.values(), *value]
+            if left > 0 and depth < DEEPEST:
+                waiting += [(part, item, depth + 1) for item in inner]
+        elif value is not None and type(value) not in (bool, float) and not is_number(value):
+            raise ValueError(f"{part} holds a {type(value).__name__}, which is no plain value")
+        if left < 0 or depth >= DEEPEST:
+            raise ValueError(f"{part} holds too many values, too deep lists, or a list that "
+                             f"contains itself")
+
+
+def is_number(value: Any) -> bool:
+    return type(value) is int and -2 ** 63 <= value < 2 ** 63
+
+
+# -- a folder of the Hub ---------------------------------------------------------------------------
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
+
+
+def open_folder(folder: Path) -> tuple[dict, list[Path]]:
+    """What the weights of a folder of the Hub hold, and their files: one, or several."""
+    for name in WEIGHTS:
         if (folder / name).is_file():
-            return open_file(folder / name)
+            return open_file(folder / name), [folder / name]
+        if (folder / f"{name}.index.json").is_file():
+            return open_parts(folder / f"{name}.index.json")
     raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin "
                             f"is in this folder")
 
 
+def open_parts(index: Path) -> tuple[dict, list[Path]]:
+    """A model cut into several files: each of its tensors lies in the file that the index names."""
+    file_of = plain_dict(read_config(index).get("weight_map"))
+    parts = {}
+    for name in file_of.values():
+        if not isinstance(name, str) or name != Path(name).name:
+            raise ValueError(f"{index}: a weight_map from tensors to files beside it is expected")
+        if name not in parts:
+            parts[name] = tensors_in(plain_dict(open_file(index.parent / name)))
+    for name, file in file_of.items():
+        if name not in parts[file]:
+            raise ValueError(f"{index}: says that {name} is in {file}, where it is not")
+    tensors = {name: parts[file][name] for name, file in file_of.items()}
+    return tensors, [index.parent / name for name in parts]
+
+
 def read_config(path: Path) -> dict:
     """A JSON table; an empty one if there is no such file."""
-    try:
-        return plain_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    return plain_dict(read_json(path)) if path.is_file() else {}

@@ -30,6 +30,7 @@ class Source:
     settings: dict                  # of the run: hyper-parameters, or transformers' config.json
     contents: dict                  # all that the file holds
     folder: Path                    # where vocab.txt may lie
+    files: list[Path]               # one, or those of a model in several files
     # Fields of the Config that the caller knows better than the file:
     told: dict = field(default_factory=dict)
     # Numbers of heads where neither file nor rule gives one:
@@ -303,5 +304,7 @@ def labels(settings: dict) -> list[str] | None:
     except KeyError:
         raise ValueError("the id2label of its config.json is no table from 0, 1, … to answers"
                          ) from None
+    if not all(isinstance(label, str) for label in listed):
+        raise ValueError("the id2label of its config.json has answers that are no text")
     only_numbered = all(re.fullmatch(r"LABEL_\d+", label) for label in listed)
     return None if only_numbered else listed

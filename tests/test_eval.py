@@ -2,14 +2,16 @@
 
 import json
 
+import pyarrow as pa
 import pytest
 import torch
-from conftest import ANSWERS, WORDS, finetune, picture, two_processes, write_world
+from conftest import ANSWERS, WORDS, arrow, finetune, picture, two_processes, write_world
 
 import eval as evaluation
 import layers
 import metrics
 import predict
+import tasks
 import weights
 from data import Captions, Questions, Statements
 from tokenizer import BPE
@@ -41,7 +43,8 @@ def balance(world, kind):
     with pytest.MonkeyPatch.context() as patch:
         record_logits(patch, logits)
         evaluate(world, "vqa", kind, world / "balance")
-    mean, std = logits[0].mean(0), logits[0].std(0)
+    logits = torch.cat(logits)
+    mean, std = logits.mean(0), logits.std(0)
 
     def standardise(state):
         state["head.3.weight"].div_(std[:, None])
@@ -178,10 +181,10 @@ def test_annotations_of_other_questions_make_no_results(world, tmp_path):
 
 def test_a_model_of_nan_makes_no_results(world, tmp_path):
     """Every answer would be the first of the list, and score."""
-    for task, files in (("vqa", "not finite numbers"), ("caption", "not numbers")):
+    for task in ("vqa", "caption"):
         changed(world / f"{task}-flm/last.pt", tmp_path / f"{task}-nan/last.pt",
                 lambda state: state["embed.word.weight"].fill_(torch.nan))
-        with pytest.raises(SystemExit, match=f"^eval.py: the model's scores are {files}"):
+        with pytest.raises(SystemExit, match="^eval.py: .*last.pt: .* holds NaN or infinite numbers"):
             evaluate(tmp_path, task, "nan", tmp_path / task, "--data", world)
         assert not (tmp_path / task).exists()
 
@@ -231,6 +234,58 @@ def test_nlvr2s_answers_are_those_of_both_pictures_in_order(world, tmp_path, mon
     assert swapped > 2
 
 
+def vilts_statements(world, folder):
+    """The world's statements as ViLT writes them: a row for each pair, without their numbers.
+
+    -> the official JSON lines. A sentence is about two pairs, and the second pair has two more.
+    """
+    table = Statements([world / "mine_nlvr2_dev.arrow"])
+    columns = {"image_0": [], "image_1": [], "questions": [], "answers": [], "identifier": []}
+    lines = []
+    for row in range(len(table)):
+        d = table.details(row)
+        pair, sentences = f"dev-{row // 2}-{row % 2}", [table.text(row)]
+        if row == 1:
+            sentences = ["two dogs", table.text(row), "  a red\ncat"]
+        columns["image_0"].append(table.image(row, 0).to_pybytes())
+        columns["image_1"].append(table.image(row, 1).to_pybytes())
+        columns["questions"].append(sentences)
+        columns["answers"].append([str(bool(d["label"]))] * len(sentences))
+        columns["identifier"].append(pair)
+        # the numbers of the sentences are not their places
+        numbers = [0] if len(sentences) == 1 else [2, 0, 1]
+        lines += [{"identifier": f"{pair}-{number}", "sentence": " ".join(text.split()),
+                   "label": str(bool(d["label"]))}
+                  for number, text in zip(numbers, sentences, strict=True)]
+    folder.mkdir()
+    arrow(folder / "mine_nlvr2_dev.arrow", columns)
+    return lines
+
+
+def test_statements_of_vilts_own_files_have_no_invented_identifiers(world, tmp_path, capsys):
+    """ViLT's identifiers are of pairs: the CSV would score other statements than were asked."""
+    lines = vilts_statements(world, tmp_path / "data")
+    statements = tmp_path / "dev.json"
+    statements.write_text("\n".join(map(json.dumps, lines[::-1])))
+    alone = evaluate(world, "nlvr2", "flm", tmp_path / "alone", "--data", tmp_path / "data")
+    assert "--statements" in capsys.readouterr().out
+    named = evaluate(world, "nlvr2", "flm", tmp_path / "named", "--data", tmp_path / "data",
+                     "--statements", statements)
+    assert "--statements" not in capsys.readouterr().out
+    assert not [name for name in alone if name.endswith(".csv")]
+    scores, of_named = (json.loads(files["nlvr2_val_scores.json"])["right images"]
+                        for files in (alone, named))
+    assert list(scores) == ["accuracy"] and scores["accuracy"] == of_named["accuracy"]
+    csv = named["nlvr2_val_predictions.csv"].splitlines()
+    assert [line.split(",")[0] for line in csv] == [line["identifier"] for line in lines]
+    assert of_named == pytest.approx(metrics.nlvr2_scores(csv, lines))
+    statements.write_text(json.dumps(lines[0]))
+    with pytest.raises(SystemExit, match="dev.json: .* statements of pair dev-0-1"):
+        evaluate(world, "nlvr2", "flm", tmp_path / "none", "--data", tmp_path / "data",
+                 "--statements", statements)
+    assert not (tmp_path / "none").exists()
+
+
 def test_of_several_datasets_the_one_trained_on_is_evaluated(world, tmp_path):
     folder = linked(world, tmp_path / "data", "mine_nlvr2_dev.arrow",
                     "other_nlvr2_test.arrow=mine_nlvr2_dev.arrow")
@@ -263,7 +318,8 @@ def test_a_file_of_results_appears_whole_beside_the_checkpoint(world):
     main("nlvr2", world / "nlvr2-vilt/last.pt", "--data", world, "--examples", 3)
     folder = world / "nlvr2-vilt/nlvr2"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "examples.json", "nlvr2_val_predictions.csv", "nlvr2_val_scores.json"]
+        "examples.json", "examples_val.json", "nlvr2_val_predictions.csv", "nlvr2_val_scores.json"]
+    assert (folder / "examples.json").read_text() == (folder / "examples_val.json").read_text()
     examples = json.loads((folder / "examples.json").read_text())["examples"]
     assert len(examples) == 3 and all(e["right"] == (e["answer"] == e["truth"]) for e in examples)
     assert examples[0]["images"] == ["image_0", "image_1"]
@@ -284,13 +340,18 @@ def test_a_question_that_comes_twice_makes_no_results_file(world, tmp_path):
 
 # -- captions --------------------------------------------------------------------------------------
 
+# Flags -> what they add to the names of the files.
+OPTIONS = {(): "_max-tokens8", ("--beams", 2): "_max-tokens8_beams2",
+           ("--top-p", 0.9, "--seed", 3): "_max-tokens8_top-p0.9_seed3"}
+
 @pytest.mark.parametrize("kind, how", [
     ("flm", ("--beams", 2)), ("flm", ("--top-p", 0.9, "--seed", 3)), ("flm", ()), ("ar", ())])
 def test_every_image_gets_one_caption_and_the_printed_score(world, tmp_path, capsys, kind, how):
     files = {size: evaluate(world, "caption", kind, tmp_path / str(size), "--batch-size", size,
                             "--max-tokens", 8, *how) for size in ((3, 64) if how else (1, 3, 64))}
     assert all(some == files[3] for some in files.values())
-    results = json.loads(files[3]["captions_test_results.json"])
+    name = OPTIONS[how]
+    results = json.loads(files[3][f"captions_test{name}_results.json"])
     table = Captions([world / "mine_caption_test.arrow"])
     assert [row["image_id"] for row in results] == list(range(len(table)))
     assert len({row["caption"] for row in results}) > 1
@@ -299,7 +360,7 @@ def test_every_image_gets_one_caption_and_the_printed_score(world, tmp_path, cap
                                   for i, row in enumerate(table.row_of.tolist())]}
     expected = metrics.caption_scores(results, references)
     expected.pop("per_image")
-    scores = json.loads(files[3]["captions_test_scores.json"])
+    scores = json.loads(files[3][f"captions_test{name}_scores.json"])
     assert scores["right image"] == pytest.approx(expected)
     printed = capsys.readouterr().out
     assert "7 images, 14 references" in printed
@@ -326,48 +387,123 @@ def test_with_black_pictures_nothing_is_seen(world, tmp_path, monkeypatch, task)
         state["embed.position.weight"].zero_()
 
     changed(world / f"{task}-flm/last.pt", tmp_path / f"{task}-blind/last.pt", forget_words)
-    logits, seen, original = [], [], evaluation.to_device
+    logits, seen, original = [], [], tasks.to_device
 
     def to_device(batch, *more):
         seen.append(batch)
         return original(batch, *more)
 
     record_logits(monkeypatch, logits)
-    monkeypatch.setattr(evaluation, "to_device", to_device)
+    monkeypatch.setattr("evaluation.to_device", to_device)
     files = evaluate(tmp_path, task, "blind", tmp_path / "out", "--data", world, "--blank")
-    with_pictures, without = logits
+    assert len(logits) == len(seen) == 4        # the first two texts, and the others, each twice
+    with_pictures, without = torch.cat(logits[:2]), torch.cat(logits[2:])
     assert without.std(0).max() < 1e-4 < 1e-2 < with_pictures.std(0).min()
-    names = {"image", "image_1"} & seen[1].keys()
+    names = {"image", "image_1"} & seen[3].keys()
     assert len(names) == (2 if task == "nlvr2" else 1)
-    assert all(seen[0][name].any() and not seen[1][name].any() for name in names)
-    assert len(json.loads(files[f"{task}_val_scores.json"])) == 2
+    assert all(seen[1][name].any() and not seen[3][name].any() for name in names)
+    of_black = json.loads(files[f"{task}_val_black_scores.json"])
+    assert len(json.loads(files[f"{task}_val_scores.json"])) == len(of_black) == 1
 
 
-def test_captions_of_black_pictures_have_a_file_and_a_column_of_their_own(world, tmp_path):
+def test_black_pictures_have_files_of_their_own(world, tmp_path):
+    """So a run without --blank, before or after, takes nothing away."""
     plain = evaluate(world, "caption", "flm", tmp_path / "plain", "--max-tokens", 5)
     both = evaluate(world, "caption", "flm", tmp_path / "both", "--max-tokens", 5, "--blank")
-    assert plain["captions_test_results.json"] == both["captions_test_results.json"]
-    one, two = (json.loads(files["captions_test_scores.json"]) for files in (plain, both))
-    assert list(one) == ["right image"] and list(two) == ["right image", "no image"]
-    assert one["right image"] == two["right image"]
-    black = json.loads(both.pop("captions_test_black_results.json"))
+    assert plain.items() <= both.items()
+    black = json.loads(both["captions_test_max-tokens5_black_results.json"])
     assert [row["image_id"] for row in black] == list(range(7))
     assert len({row["caption"] for row in black}) == 1              # there is nothing to tell apart
-    assert both.keys() == plain.keys()
+    scores = json.loads(both["captions_test_max-tokens5_black_scores.json"])
+    assert list(scores) == ["no image"] and len(both) == len(plain) + 2
+
+
+def test_runs_with_other_options_write_other_files(world, tmp_path):
+    written = {}
+    for options in ((), ("--beams", 2), ("--images", 3), ("--split", "val"),
+                    ("--precision", "bf16"), ("--datasets", "mine"), ("--top-p", 0.5)):
+        files = evaluate(world, "caption", "flm", tmp_path, "--max-tokens", 4, *options)
+        files.pop("examples.json")                                  # the last run's
+        assert len(files) == len(written) + 3 and written.items() <= files.items()
+        written = files
+    assert "captions_test_max-tokens4_datasets-mine_results.json" not in written    # in table order
+    assert "captions_test_datasets-mine_max-tokens4_results.json" in written
+    default = evaluate(world, "vqa", "flm", tmp_path / "vqa", "--batch-size", 7, "--examples", 2)
+    assert default.keys() == {"vqa_val_results.json", "vqa_val_scores.json", "examples_val.json",
+                              "examples.json"}
+
+
+def test_the_first_images_get_the_captions_that_they_get_among_all(world, tmp_path, capsys):
+    files = {count: evaluate(world, "caption", "flm", tmp_path / str(count), "--max-tokens", 5,
+                             "--images", count) for count in (0, 3, 99)}
+    everything, three, many = (json.loads(text) for some in files.values()
+                               for name, text in some.items() if name.endswith("_results.json"))
+    assert three == everything[:3] and many == everything
+    assert "3 images, 6 references" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, official", [
+    ("COCO_val2014_000000391895.jpg", 391895), ("000000391895.jpg", 391895), ("391895", 391895),
+    (391895, 391895), ("1000092795.jpg", "1000092795.jpg"),     # Flickr30k's
+    ("1000268201_693b08cb0e.jpg", "1000268201_693b08cb0e.jpg"),
+    ("COCO_dogs.jpg", "COCO_dogs.jpg"), ("dog", "dog"), ("", "")])
+def test_cocos_images_have_their_numbers_and_others_keep_their_names(name, official):
+    found = evaluation.official_id(name)
+    assert found == official and type(found) is type(official)
+
+
+def coco_world(world, folder, ids):
+    """The test file of the world with other image ids, in a folder of its own."""
+    columns = pa.ipc.open_file(str(world / "mine_caption_test.arrow")).read_all()
+    where = columns.schema.names.index("image_id")
+    folder.mkdir(exist_ok=True)
+    arrow(folder / "mine_caption_test.arrow", columns.set_column(where, "image_id", [ids]))
+    return columns["caption"].to_pylist()
+
+
+def test_the_official_tools_take_the_captions_of_cocos_images(world, tmp_path):
+    """COCO.loadRes, which COCOEvalCap and the server begin with, wants the ids of the images."""
+    numbers = [391895, 522418, 184613, 318219, 554625, 574769, 60623]
+    texts = coco_world(world, tmp_path / "data",
+                       pa.array([f"COCO_val2014_{number:012}.jpg" for number in numbers]))
+    annotations = [{"image_id": number, "id": 10 * number + k, "caption": text}
+                   for number, some in zip(numbers, texts) for k, text in enumerate(some)]
+    official = {"images": [{"id": number} for number in numbers], "annotations": annotations,
+                "info": {}, "licenses": [], "type": "captions"}
+    (tmp_path / "annotations.json").write_text(json.dumps(official))
+    evaluate(world, "caption", "flm", tmp_path / "out", "--data", tmp_path / "data")
+    path = tmp_path / "out/captions_test_results.json"
+    results = json.loads(path.read_text())
+    assert isinstance(results, list) and "caption" in results[0]
+    assert {row["image_id"] for row in results} == set(numbers)     # what loadRes asserts
+    coco = pytest.importorskip("pycocotools.coco", reason="the extra `metrics` is not installed")
+    loaded = coco.COCO(tmp_path / "annotations.json").loadRes(str(path))
+    assert sorted(loaded.getImgIds()) == sorted(numbers)
+    eval_cap = pytest.importorskip("pycocoevalcap.eval", reason="only pycocotools is installed")
+    assert sorted(eval_cap.COCOEvalCap(loaded, loaded).params["image_id"]) == sorted(numbers)
+
+
+def test_image_ids_may_be_a_column_of_numbers(world, tmp_path):
+    coco_world(world, tmp_path / "data", pa.array([9, 8, 7, 6, 5, 4, 3]))
+    files = evaluate(world, "caption", "flm", tmp_path / "out", "--data", tmp_path / "data")
+    results = json.loads(files["captions_test_results.json"])
+    assert [row["image_id"] for row in results] == [9, 8, 7, 6, 5, 4, 3]
 
 
 def test_half_precision_nearly_gives_float32s_answers(world, tmp_path):
     answers = {}
     for precision in ("fp32", "bf16", "fp16"):
         files = evaluate(world, "vqa", "flm", tmp_path / precision, "--precision", precision)
-        answers[precision] = json.loads(files["vqa_val_results.json"])
+        name = "" if precision == "fp32" else f"_precision-{precision}"
+        answers[precision] = json.loads(files[f"vqa_val{name}_results.json"])
     for precision in ("bf16", "fp16"):
         pairs = zip(answers["fp32"], answers[precision], strict=True)
         same = [a == b for a, b in pairs]
         assert sum(same) > 0.7 * len(same)
     files = evaluate(world, "caption", "flm", tmp_path / "captions", "--precision", "bf16",
                      "--max-tokens", 5, "--beams", 2)
-    assert len(json.loads(files["captions_test_results.json"])) == 7
+    results = files["captions_test_max-tokens5_beams2_precision-bf16_results.json"]
+    assert len(json.loads(results)) == 7
 
 
 # -- single pictures, and what cannot be done ------------------------------------------------------
@@ -406,6 +542,34 @@ def test_single_pictures_are_answered_in_any_precision(world, photo, capsys, pre
     assert printed.startswith("a") and " dog\n" in printed and " %  " in printed
 
 
+def test_search_takes_folders_and_patterns_and_names_what_is_no_picture(world, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for number in range(4):
+        (folder / f"{number}.JPG").write_bytes(picture(number))
+    (folder / "more/5.png").write_bytes(picture(5, format="PNG"))
+    (folder / "broken.jpg").write_bytes(picture(6)[:300])
+    (folder / "notes.txt").write_text("no picture, and not called one")
+
+    def found(*arguments):
+        main("search", world / "vilt.pt", "a dog", *arguments, "--device", "cpu")
+        captured = capsys.readouterr()
+        return captured.out.splitlines(), captured.err
+
+    everything, said = found(folder)
+    assert len(everything) == 5 and "broken.jpg: not a picture" in said and "notes" not in said
+    assert found(folder / "more", folder / "?.JPG", folder / "2.JPG")[0] == everything
+    assert found(folder / "**/*.*", "-k", 3)[0] == everything[:3]
+    assert "notes.txt: not a picture" in found(folder / "*")[1]
+    with pytest.raises(SystemExit, match="^eval.py: .*broken.jpg: not a picture that can be read"):
+        found(folder / "broken.jpg")
+    (tmp_path / "empty").mkdir()
+    for nothing, sentence in (("empty", "there are no pictures in it"),
+                              ("*.gif", "there is no such picture")):
+        with pytest.raises(SystemExit, match=f"^eval.py: .*{sentence}"):
+            found(folder, tmp_path / nothing)
+
+
 @pytest.mark.parametrize("arguments, sentence", [
     ("ask vqa-flm nowhere.jpg why?", "nowhere.jpg: there is no such picture"),
     ("ask vqa-flm letter.txt why?", "letter.txt: not a picture that can be read"),
@@ -432,6 +596,8 @@ def test_single_pictures_are_answered_in_any_precision(world, photo, capsys, pre
     ("describe caption-flm photo.jpg --beams 9999", "9999 beams: the vocabulary has"),
     ("search vqa-flm dog photo.jpg", "needed is what train.py --task retrieval"),
     ("search flm dog photo.jpg nowhere.jpg", "nowhere.jpg: there is no such picture"),
+    ("search vilt dog photo.jpg -k -1", "-k -1: at least 0 is expected"),
+    ("caption caption-flm --data . --images -1", "--images -1: at least 0 is expected"),
     ("fill flm photo.jpg dog", "there is no <mask> in 'dog'"),
     ("fill ar photo.jpg <mask>", "this is ar with head vocab"),
     ("fill vqa-flm photo.jpg <mask>", "this is flm with head vqa"),

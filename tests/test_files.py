@@ -4,28 +4,39 @@ A hostile file here would create a file, `marker`, if its pickle were run by Pyt
 """
 
 import argparse
+import errno
 import importlib
 import io
+import json
 import os
 import pathlib
 import pickle
+import resource
 import runpy
 import subprocess
 import sys
+import time
 import types
 import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
+import flm
+import tokenizer
+import weights
+from conftest import tiny
 from released import files
 from released.download import sha256_of
-from released.files import Inert, open_file, tensors_in
+from released.files import Inert, check_tensors, open_file, tensors_in
 
 MAGIC, VERSION = 0x1950a86a20f9469cfc6c, 1001
 
@@ -283,11 +294,11 @@ def test_lightning_checkpoint_opens_without_lightning(new, tmp_path, monkeypatch
 # -- contents --------------------------------------------------------------------------------------
 
 def test_only_plain_arrays_of_numbers_are_taken():
-    assert tensors_in({"w": torch.ones(3), "lr": 1.0, 5: torch.ones(1)}, "x.pt").keys() == {"w"}
+    assert tensors_in({"w": torch.ones(3), "lr": 1.0, 5: torch.ones(1)}).keys() == {"w"}
     for odd in (torch.ones(2, 2).to_sparse(), torch.empty(2**40, device="meta"),
                 torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)):
-        with pytest.raises(ValueError, match="^x.pt: w is no plain array of numbers$"):
-            tensors_in({"state_dict": {"w": odd}}, "x.pt")
+        with pytest.raises(ValueError, match="^w is no plain array of numbers$"):
+            check_tensors(tensors_in({"state_dict": {"w": odd}}).items(), 10 ** 12)
 
 
 def test_safetensors_with_metadata_and_without_its_suffix(tmp_path):
@@ -390,5 +401,247 @@ def test_files_of_another_kind(tmp_path):
 def test_a_tiny_file_cannot_describe_terabytes(tmp_path):
     torch.save({"model": {"x": torch.ones(1).expand(2 ** 40)}}, tmp_path / "x.pt")
     assert (tmp_path / "x.pt").stat().st_size < 10_000
-    with pytest.raises(ValueError, match="x repeats its numbers"):
-        files.tensors_in(files.open_file(tmp_path / "x.pt"), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="x.pt: x repeats its numbers"):
+        weights.open_source(tmp_path / "x.pt")
+
+
+# -- checksums -------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """A checkpoint of ours in both kinds of files, and a folder to work in."""
+    folder = tmp_path_factory.mktemp("ours")
+    model = tiny(vit_layers=1, fusion_layers=1, text_layers=1, reconstructor_text_layers=0,
+                 reconstructor_fusion_layers=1, vit_width=8, text_width=8, width=8)
+    tok = tokenizer.BPE.train(["a red dog"], 261)
+    for kind in ("pt", "safetensors"):
+        weights.save(folder / f"ours.{kind}", model.state_dict(), model.config, "pretrain",
+                     weights.pack_tokenizer(tok), step=9, settings={"recipe": "x", "lr": 1e-3})
+    return folder
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return type(a) is type(b) and a == b
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+@settings(max_examples=60, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255),
+       where=st.sampled_from(["anywhere", "first kilobytes", "last kilobytes"]))
+def test_a_flipped_byte_is_noticed_or_changes_nothing(ours, kind, place, bits, where):
+    whole = bytearray((ours / f"ours.{kind}").read_bytes())
+    size = len(whole) if where == "anywhere" else 6000
+    spot = int(place * size) + (len(whole) - size if where == "last kilobytes" else 0)
+    whole[spot] ^= bits
+    path = ours / f"flipped.{kind}"
+    path.write_bytes(whole)
+    try:
+        contents = weights.read(path)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+    else:
+        assert same(contents, weights.read(ours / f"ours.{kind}"))
+
+
+def test_weights_that_changed_on_the_disk_are_refused_by_every_command(ours):
+    for kind in ("pt", "safetensors"):
+        whole = bytearray((ours / f"ours.{kind}").read_bytes())
+        place = whole.index(weights.read(ours / f"ours.{kind}")["model"]["vit.cls"].numpy().tobytes())
+        whole[place + 5] ^= 4
+        path = ours / f"changed.{kind}"
+        path.write_bytes(whole)
+        model = tiny()
+        for open_it in (weights.read, weights.load, weights.summary,
+                        lambda path: weights.start(model, checkpoint=path),
+                        lambda path: weights.main(["convert", str(path), str(ours / "x.pt")])):
+            with pytest.raises((ValueError, SystemExit), match="(Bad CRC|match its checksum)"):
+                open_it(path)
+
+
+def test_info_says_which_checksums_were_compared(ours, tmp_path, capsys):
+    for kind, words in (("pt", "entries verified"), ("safetensors", "the whole file verified")):
+        weights.main(["info", str(ours / f"ours.{kind}"), "--verify"])
+        assert words in capsys.readouterr().out
+    contents = torch.load(ours / "ours.pt")
+    torch.save(contents, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert "none in this kind of file" in weights.summary(tmp_path / "old.pt")
+    with pytest.raises(SystemExit, match="old.pt: this kind of file carries no checksums"):
+        weights.main(["info", str(tmp_path / "old.pt"), "--verify"])
+
+
+def test_entries_of_a_zip_that_overlap_or_hide_are_refused(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"w": torch.ones(400), "v": torch.ones(400)}, path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        one, two = [e for e in archive.infolist() if "/data/" in e.filename]
+    at = whole.rindex(two.filename.encode()) - 46 + 42        # its offset, in the directory
+    twice = whole[:at] + one.header_offset.to_bytes(4, "little") + whole[at + 4:]
+    for bad in (twice, b"PK" + bytes(30) + whole, whole[:-2] + b"\x03\0abc"):
+        path.write_bytes(bad)
+        assert "damaged" in refusal(path)
+
+
+# -- a writer's errors -----------------------------------------------------------------------------
+
+def in_a_child(action, **limits):
+    """What action() returns or raises, as text, in a process with other limits that must not crash."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            for name, limit in limits.items():
+                resource.setrlimit(getattr(resource, name), (limit, limit))
+            out = action()
+        except BaseException as error:
+            out = f"{type(error).__name__}: {error} [{getattr(error, 'errno', '')}]"
+        os.write(writing, str(out).encode()[:10_000])
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as pipe:
+        out = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0, "the child crashed"
+    return out
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_a_file_that_cannot_grow_names_its_path_and_leaves_the_old_one(kind, tmp_path):
+    model, path = tiny(), tmp_path / f"x.{kind}"
+    path.write_bytes(b"the old one")
+    said = in_a_child(lambda: weights.save(path, model.state_dict(), model.config, "pretrain", None),
+                      RLIMIT_FSIZE=100_000)
+    assert said == f"OSError: [Errno {errno.EFBIG}] File too large: '{path}' [{errno.EFBIG}]"
+    assert path.read_bytes() == b"the old one" and os.listdir(tmp_path) == [path.name]
+
+
+# -- ours, against itself --------------------------------------------------------------------------
+
+def refused(path, contents):
+    torch.save(contents, path)
+    with pytest.raises(ValueError) as error:
+        weights.read(path)
+    sentence = str(error.value)
+    assert sentence.startswith(f"{path}: ") and "\n" not in sentence and len(sentence) < 1500
+    return sentence
+
+
+ODD = st.sampled_from([None, True, -1, 0, 2 ** 31 - 1, 2 ** 31, 10 ** 9, 2 ** 70, 1.5, float("nan"),
+                       float("inf"), -0.5, "", "three", "x" * 5000, [], {}, (1,)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(field=st.sampled_from([field.name for field in fields(flm.Config)]), value=ODD)
+def test_a_config_with_any_odd_value_is_refused_at_once_or_fits_the_weights(ours, field, value):
+    contents = torch.load(ours / "ours.pt")
+    contents["config"][field] = value
+    path = ours / "odd.pt"
+    torch.save(contents, path)
+    begun = time.monotonic()
+    try:
+        config = weights.config_of(weights.read(path))
+    except ValueError as error:
+        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+        assert len(str(error)) < 1500
+    else:
+        assert getattr(config, field) == value and type(value) in (int, float, bool, str)
+        model = weights.model_of(config)
+        weights.load_exactly(model, contents["model"], path)
+    assert time.monotonic() - begun < 5
+
+
+def test_values_that_are_not_plain_are_refused_before_anybody_prints_them(ours, tmp_path):
+    contents = torch.load(ours / "ours.pt")
+    loop, laughs, deep = {}, ["ha"], []
+    loop["self"] = loop
+    for _ in range(60):
+        laughs = [laughs, laughs]
+    for _ in range(200):
+        deep = [deep]
+    for odd in (loop, [loop], deep, {"a": [laughs]}, {"a": ["x" * 10 ** 6] * 10 ** 3}, {(1, 2): 3},
+                {"a": {1, 2}}, {"a": b"x"}, {"a": 2 ** 64}, {"a": "\ud800"},
+                {"a": torch.zeros(2).to_sparse()}, {"a": torch.zeros(1).expand(10 ** 9)},
+                {"a": torch.zeros(2, device="meta")}):
+        for part in ("settings", "counters", "more"):
+            refused(tmp_path / "x.pt", contents | {part: odd})
+
+
+@pytest.mark.parametrize("part, value, message", [
+    ("step", -1, "its step -1"), ("step", True, "its step: int is expected, not bool"),
+    ("step", "5", "its step: int is expected, not str"), ("task", "fly", "its task 'fly': one of"),
+    ("task", None, "task"), ("answers", ["yes"], "lists 1 answers as text, its head has 0"),
+    ("answers", [5], "answers as text"), ("model", {}, "has 4 layers, its model 0 tensors"), ("model", None, "model"),
+    ("tokenizer", {"vocab.json": 5}, "its tokenizer"),
+    ("tokenizer", {"vocab.json": "[" * 10 ** 5, "merges.txt": ""}, "its tokenizer"),
+    ("tokenizer", {"vocab.json": "{}", "merges.txt": "x"}, "its tokenizer: merges.txt: line 1"),
+    ("tokenizer", {"../../x": "y"}, "its tokenizer"), ("tokenizer", {"": "y"}, "its tokenizer"),
+    ("settings", [1], "its settings: dict is expected, not list")])
+def test_parts_of_the_wrong_kind_are_named(ours, tmp_path, part, value, message):
+    sentence = refused(tmp_path / "x.pt", torch.load(ours / "ours.pt") | {part: value})
+    assert message in sentence
+
+
+def test_two_names_for_one_tensor_and_weights_that_are_no_numbers_are_refused(ours, tmp_path):
+    contents = torch.load(ours / "ours.pt")
+    state, path = contents["model"], tmp_path / "x.pt"
+    twice = state | {"module.vit.cls": state["vit.cls"] + 1}
+    assert "have one name" in refused(path, contents | {"model": twice})
+    for number in (float("nan"), float("inf"), -float("inf")):
+        cls = state["vit.cls"].clone()
+        cls[3] = number
+        torch.save(contents | {"model": state | {"vit.cls": cls}}, path)
+        model = weights.model_of(weights.config_of(contents))
+        for open_it in (weights.load, lambda path: weights.start(model, checkpoint=path)):
+            with pytest.raises(ValueError, match="x.pt: vit.cls holds NaN or infinite numbers"):
+                open_it(path)
+    for dtype in (torch.complex64, torch.int32, torch.bool):
+        torch.save(contents | {"model": {k: v.to(dtype) for k, v in state.items()}}, path)
+        with pytest.raises(ValueError, match="expected floating-point"):
+            weights.load(path)
+
+
+# -- a model in several files ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_model_in_several_files_opens_and_each_tensor_is_where_the_index_says(tmp_path, suffix):
+    parts = [{"a": torch.ones(2), "b": torch.zeros(3)}, {"c": torch.arange(4.0)}]
+    table = {}
+    for number, part in enumerate(parts):
+        name = f"part-{number}.{suffix}"
+        (save_file if suffix == "safetensors" else torch.save)(part, tmp_path / name)
+        table |= dict.fromkeys(part, name)
+    base = "model.safetensors" if suffix == "safetensors" else "pytorch_model.bin"
+    index = tmp_path / f"{base}.index.json"
+
+    def opened(table):
+        index.write_text(json.dumps({"weight_map": table}))
+        return files.open_folder(tmp_path)
+
+    contents, paths = opened(table)
+    assert same(contents, parts[0] | parts[1]) and len(paths) == 2
+    for wrong, message in (({"c": table["a"]}, "says that c is in part-0"),
+                           ({"a": f"../{table['a']}"}, "files beside it"), ({"a": 5}, "beside it"),
+                           ({"a": "nowhere.bin"}, "nowhere.bin: there is no such checkpoint")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            opened(table | wrong)
+
+
+# -- pickles that blow up --------------------------------------------------------------------------
+
+def test_pickles_that_crash_python_or_fill_memory_are_refused(tmp_path):
+    nested = b"}" + b")" + b"\x85" * 300_000 + b"K\x01s"
+    doubling = b"c_codecs\nencode\n" + string("x" * 10 ** 6) + string("latin1") + b"\x86R"
+    doubling += b"q\x010" + b"c_codecs\nencode\nh\x01" + string("hex") + b"\x86R"
+    for name, made in (("nested", nested), ("doubling", doubling),
+                       ("bytes", b"c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R")):
+        path = tmp_path / f"{name}.pt"
+        write_zip(path, program(made))
+        said = in_a_child(lambda: weights.load(path), RLIMIT_DATA=30 * 10 ** 8)
+        assert said.startswith(f"ValueError: {path}: ") and "MemoryError" not in said
+    write_zip(path := tmp_path / "tensor.pt", program(
+        b"}" + string("w") + b"ctorch\nFloatTensor\n\x8a\x05\x00\x00\x00\x00\x01\x85Rs"))
+    said = in_a_child(lambda: weights.load(path))           # 2^32 numbers, of which none is there
+    assert said.startswith(f"ValueError: {path}: ")

@@ -206,7 +206,7 @@ def test_tokens_equal_the_java_tokenizer(shared):
         assert ours == recorded[name]
 
 
-# What Stanford CoreNLP 3.4.1 printed for these, without punctuation: the test needs no Java.
+# What Stanford CoreNLP 3.4.1 printed for these, without punctuation; ~ is U+00A0. It needs no Java.
 TOKENS = """
 He'll say it isn't the boys' dog, can't he? = he 'll say it is n't the boys dog ca n't he
 I cannot tell; they're gonna go, wanna bet? = i can not tell they 're gon na go wan na bet
@@ -228,6 +228,10 @@ wow!!! really?! yes! www.flickr.com man.A <unk> a_b * ** = \
 wow !!! really ?! yes www.flickr.com man.a <unk> a_b * **
 plan B. The letter C. Zebras eat = plan b the letter c. zebras eat
 a smiley :) and :-( = a smiley :-rrb- and :--lrb-
+1 1/2 cups, 7-1/2 in. or 10 3/4 = 1~1/2 cups 7-1/2 in or 10~3/4
+call 800 555 1212 or (555) 123-4567 = call 800~555~1212 or -lrb-555-rrb-~123-4567
+1-800-555-1212, +44 20 7946 0958, 212 555-1212 = 1-800-555-1212 +44~20~7946~0958 212~555-1212
+20 30 40, 2 of 3/4, 12 3456, 9/11-2001 = 20 30 40 2 of 3/4 12 3456 9/11-2001
 y'all d'you rock'n'roll I've shouldn't've = y' all d'you rock 'n' roll i 've should n't 've
 """
 
@@ -235,7 +239,14 @@ y'all d'you rock'n'roll I've shouldn't've = y' all d'you rock 'n' roll i 've sho
 @pytest.mark.parametrize("line", TOKENS.strip().split("\n"))
 def test_tokens_of_what_captions_may_hold(line):
     caption, tokens = line.rsplit(" = ", 1)
-    assert " ".join(ptb_tokens(caption)) == tokens
+    assert " ".join(ptb_tokens(caption)) == tokens.replace("~", "\xa0")
+
+
+def test_a_number_with_a_space_is_one_word_to_rouge_and_two_to_the_others():
+    """As in the official scorers: their BLEU and CIDEr split at any space, their ROUGE-L at " "."""
+    scores = metrics.caption_scores(captions("1 1/2", "dog"), {
+        "annotations": captions("1 1/3", "dog")})["per_image"][1]
+    assert scores["ROUGE_L"] == 0 and scores["Bleu_1"] == pytest.approx(1 / 2)
 
 
 def test_bleu_counted_by_hand():
@@ -321,6 +332,7 @@ def test_java_gives_the_recorded_meteor_and_our_tokens(shared):
     assert java["METEOR"] == pytest.approx(official["METEOR"], abs=1e-6)
     assert all(java[name] == ours[name] for name in ours if name != "per_image")
     real = []
+    real += [line.rsplit(" = ", 1)[0] for line in TOKENS.strip().split("\n") if "~" in line]
     for image in json.loads((shared / "data/coco_small/dataset.json").read_text())["images"]:
         real += [sentence["raw"] for sentence in image["sentences"]]
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ANSWERS, TOL, finetune, original, task_on, write_captions, write_world
+from conftest import ANSWERS, TOL, finetune, original, task_on, write_captions, write_questions, write_world
 
 import data
 import flm
@@ -42,6 +42,27 @@ def assert_losses(model, batch, expected):
 
 
 @torch.no_grad()
+def test_the_published_recipes_train_on_the_published_splits(tmp_path, capsys):
+    """Flickr30k's retrieval on train and val, FLM's VQA on train and all of val; --hold-out keeps val apart."""
+    for split, rows in (("train", 8), ("val", 4), ("test", 2)):
+        write_captions(tmp_path / f"f30k_caption_karpathy_{split}.arrow", rows, seed=rows)
+    for name, rows in (("train", 9), ("trainable_val", 4), ("rest_val", 2), ("val", 6)):
+        write_questions(tmp_path / f"vqav2_{name}.arrow", rows, rows)
+    (tmp_path / "vqav2_answers.json").write_text(json.dumps(ANSWERS))
+
+    def rows(task, recipe, *more):
+        settings, _ = train.parse(["--task", task, "--recipe", recipe, "--data", str(tmp_path), "--out", "o", *more])
+        return {split: len(tasks.FINE_TUNING[task].table(settings, split)) for split in ("train", "val")}
+    for recipe in ("flm-b32", "vilt"):
+        assert rows("retrieval", recipe) == {"train": 12, "val": 4}
+    assert rows("vqa", "flm-b32") == {"train": 15, "val": 2}
+    assert rows("vqa", "vilt") == rows("vqa", "flm-b32", "--hold-out") == {"train": 13, "val": 2}
+    with pytest.raises(SystemExit):
+        train.main(["--list-recipes"])
+    told = capsys.readouterr().out
+    assert told.count("splits=train+val") == 3 and "hold_out" not in told
+
+
 def test_vqa_logits_targets_and_loss_are_the_originals(tmp_path):
     model, inputs, outputs = original("vqa", tmp_path)
     batch = {"ids": inputs["text_ids"], "image": inputs["image"][0]}
