@@ -177,6 +177,22 @@ def test_wrong_tables_are_named_with_their_line(tmp_path, capsys, table, part):
     assert "captions.csv" in message and part in message and len(message) < 800
 
 
+@settings(max_examples=60, deadline=None, derandomize=True, database=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(['"', '""', ",", ";", "\t", "\n", "\r\n", "1.jpg", "a dog", "split", "image", "caption",
+                                 "\0", "é", "\udcff", "/x", "..", " "]), max_size=20), st.sampled_from(["", "image,caption\n",
+                                 "image\tcaption\tsplit\n", "\ufeff"]))
+def test_any_table_is_prepared_or_refused_in_one_sentence(tmp_path, parts, header):
+    put(tmp_path / "1.jpg", noise_picture())
+    put(tmp_path / "captions.txt", (header + "".join(parts)).encode("utf-8", "surrogateescape"))
+    try:
+        prepare_main("folder", tmp_path, "--out", tmp_path / "out", "--force", "--workers", 1)
+    except SystemExit as stop:
+        message = str(stop.code)
+        assert str(tmp_path) in message and "\n" not in message and len(message) < 800
+    assert not list(tmp_path.glob("out/.*"))
+
+
 def test_vg_takes_region_phrases_and_their_boxes_from_both_folders(tmp_path, capsys):
     for i, name in ((1, "VG_100K/10.jpg"), (2, "VG_100K_2/2.jpg"), (3, "VG_100K_2/3.jpg")):
         put(tmp_path / "images" / name, noise_picture(i))
@@ -194,7 +210,8 @@ def test_vg_takes_region_phrases_and_their_boxes_from_both_folders(tmp_path, cap
     assert skipped(tmp_path / "out/vg.skipped.jsonl") == {
         "images/VG_100K_2/3.jpg": "no caption", "images/VG_100K/4.jpg": "missing file",
         "images/VG_100K/10.jpg": "empty caption (image kept)"}
-    for wrong in ({"phrase": "no box"}, {"phrase": None}, {}, 5):
+    for wrong in ({"phrase": "no box"}, {"phrase": None}, {}, 5, "abcde", ["abc"],
+                  {**regions[0]["regions"][0], "x": 0.5}, {**regions[0]["regions"][0], "y": 2 ** 70}):
         regions[1]["regions"] = [wrong]
         put(tmp_path / "annotations/region_descriptions.json", regions)
         message = sentence(capsys, "vg", tmp_path, "--out", tmp_path / "o")
