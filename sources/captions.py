@@ -299,10 +299,11 @@ def compact_regions(entry: dict, where: Path):
         return entry
     with expecting(f"{where}: image {shortened(entry.get('id'))}",
                    '"regions", each with "phrase", "width", "height", "x" and "y"'):
-        numbers = array("q")
-        for _, *box in entry["regions"]:
-            numbers.extend(box)
-        entry["regions"] = strings([phrase for phrase, *_ in entry["regions"]]), numbers
+        phrases, boxes = [], array("q")
+        for phrase, width, height, x, y in entry["regions"]:
+            phrases.append(phrase)
+            boxes.extend((width, height, x, y))
+        entry["regions"] = strings(phrases), boxes
     return entry
 
 

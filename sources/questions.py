@@ -325,7 +325,7 @@ def vqav2(args: Namespace) -> Iterator[Shard]:
 
 def own_annotation(entry: dict, answers: list[str]) -> Annotation:
     """What a line says of its question."""
-    kept = [answer for answer in answers if answer.strip()]
+    kept = [one_line(answer) for answer in answers if answer.strip()]
     if len(set(kept)) == 1:     # the official accuracy would want a unanimous "Red." to the letter
         kept = [normalized(answer) or answer for answer in kept]
     # The majority is that of the normalised answers: "Red." and "red" are one.

@@ -15,7 +15,9 @@ import sys
 import tarfile
 import time
 import tracemalloc
+import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,129 @@ def test_f30k_finds_its_pictures(tmp_path):
     assert texts(tmp_path / "out/f30k_caption_karpathy_test.arrow") == {"7.jpg": ["a dog"]}
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name, folder, command, out", [
+    ("flickr8k", "Images", "karpathy", "x_caption_test"),
+    ("flickr30k", "flickr30k-images", "f30k", "f30k_caption_karpathy_test"),
+    ("flickr30k", "flickr30k-images", "karpathy", "x_caption_test"),
+    ("coco", "val2014", "coco", "coco_caption_karpathy_test"),
+    ("coco", "val2014", "karpathy", "x_caption_test")])
+def test_karpathys_own_files_are_found_and_pictures_that_they_do_not_name_are_counted(
+        tmp_path, capsys, packed, name, folder, command, out):
+    """Of the three in his zip it is the one that names the pictures of the folder."""
+    root, lists = tmp_path / "x", {}
+    for other in ("coco", "flickr8k", "flickr30k"):
+        more = {"filepath": "val2014"} if other == "coco" else {}
+        lists[f"dataset_{other}.json"] = {"images": [
+            karpathy_entry(f"{other}{i}.jpg", "test", f"é {other}", **more) for i in (1, 2)]}
+    for i in (1, 3):
+        put(root / folder / f"{name}{i}.jpg", noise_picture(i))
+    if packed:
+        with zipfile.ZipFile(root / "caption_datasets.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for file, content in lists.items():
+                archive.writestr(file, json.dumps(content, ensure_ascii=False))
+    else:
+        for file, content in lists.items():
+            put(root / file, content)
+    prepare_main(command, root, "--out", tmp_path / "out")
+    assert texts(tmp_path / f"out/{out}.arrow") == {f"{name}1.jpg": [f"é {name}"]}
+    assert list(skipped(tmp_path / f"out/{out}.skipped.jsonl").values()) == ["missing file"]
+    printed = capsys.readouterr().out
+    assert "has no captions of 1 pictures in the folder, such as " in printed
+    assert f"{name}3.jpg" in printed
+
+
+def test_a_zip_that_is_none_is_one_sentence(tmp_path, capsys):
+    put(tmp_path / "images/1.jpg", noise_picture())
+    with zipfile.ZipFile(tmp_path / "caption_datasets.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("dataset_coco.json", json.dumps({"images": ["x" * 999]}))
+    whole = (tmp_path / "caption_datasets.zip").read_bytes()
+    damaged = whole[:60] + bytes([255 - whole[60]]) + whole[61:]
+    for data in (b"", b"no zip", whole[:100], damaged):
+        put(tmp_path / "caption_datasets.zip", data)
+        message = sentence(capsys, "karpathy", tmp_path, "--out", tmp_path / "out")
+        assert "caption_datasets.zip is not a complete .zip file" in message
+    put(tmp_path / "caption_datasets.zip", whole)
+    assert "images[0]" in sentence(capsys, "karpathy", tmp_path, "--out", tmp_path / "out")
+
+
+# Each says the same, and most as others write it.
+TABLES = {
+    "captions.txt": "image,caption\na 1.jpg,one\nb.jpg,\"two, and \"\"more\"\"\"\na 1.jpg, three \n",
+    "captions.csv": "\ufeffcaption;Image\r\none;a 1.jpg\r\n\"two, and \"\"more\"\"\";b.jpg\r\n\r\n"
+                    "three;./a 1.jpg\r\n",
+    "captions.tsv": "n\timage\tcaption\n1\ta 1.jpg\tone\n2\tb.jpg\ttwo, and \"more\"\n3\ta 1.jpg\tthree"}
+
+
+@pytest.mark.parametrize("file", TABLES)
+@pytest.mark.parametrize("folder", [".", "Images"])
+def test_a_folder_of_pictures_with_a_table_of_captions(tmp_path, capsys, file, folder):
+    root = tmp_path / "x"
+    put(root / file, TABLES[file])
+    for name in ("a 1.jpg", "b.jpg", "c.JPG"):
+        put(root / folder / name, noise_picture(len(name)))
+    prepare_main("folder", root, "--out", tmp_path / "out", "--name", "mine")
+    found = {}
+    for path in (tmp_path / "out").glob("*.arrow"):
+        found |= texts(path)
+        for row in rows(path):
+            assert path.name == f"mine_caption_{captions.split_of(row['image_id'])}.arrow"
+    assert found == {"a 1.jpg": ["one", "three"], "b.jpg": ["two, and \"more\""]}
+    printed = capsys.readouterr().out
+    assert "2 pictures, split by a hash of their names" in printed
+    assert "has no captions of 1 pictures in the folder, such as c.JPG" in printed
+
+
+def test_the_split_of_a_table_is_kept_and_what_is_missing_is_named(tmp_path, capsys):
+    root = tmp_path / "x"
+    put(root / "captions.csv", "image,caption,split\n1.jpg,one,test\n2.jpg,two,\n1.jpg,,test\n"
+                               "gone.jpg,x,test\n")
+    for name in ("1.jpg", "2.jpg"):
+        put(root / name, noise_picture())
+    prepare_main("folder", root, "--out", tmp_path / "out")
+    assert texts(tmp_path / "out/x_caption_test.arrow") == {"1.jpg": ["one"]}
+    assert texts(tmp_path / "out/x_caption_train.arrow") == {"2.jpg": ["two"]}
+    assert skipped(tmp_path / "out/x_caption_test.skipped.jsonl") == {
+        "gone.jpg": "missing file", "1.jpg": "empty caption (image kept)"}
+    assert "3 pictures, as its column split says: 2 test, 1 train" in capsys.readouterr().out
+
+
+def test_a_hash_splits_pictures_in_ninety_five_and_five_percent():
+    counts = Counter(captions.split_of(f"{number}.jpg") for number in range(10_000))
+    assert abs(counts["train"] - 9000) < 100 and abs(counts["val"] - 500) < 80
+
+
+@pytest.mark.parametrize("table, part", [
+    ("", "first line"), ("picture,caption\n", "first line"), ("image,caption,caption\n", "first line"),
+    ("image,caption\n1.jpg,one\n1.jpg,a dog, running\n", "line 3: 3 columns"),
+    ("image,caption\n1.jpg\n", "line 2: 1 columns"), ("image,caption\n../1.jpg,x\n", "line 2"),
+    ('image,caption\n1.jpg,"open\n1.jpg,one\n', "line 2: not a row"), ("image,caption\n,x\n", "line 2"),
+    ('image,caption\n1.jpg,"a" b\n', "line 2: not a row"), ("image,caption\n1.jpg," + "x" * 200_000, "line 2"),
+    ("image,caption,split\n1.jpg,x,train\n1.jpg,y,val\n", "line 3: the picture 1.jpg is of split val"),
+    ("image,caption,split\n1.jpg,x,a/b\n", "line 2")])
+def test_wrong_tables_are_named_with_their_line(tmp_path, capsys, table, part):
+    put(tmp_path / "captions.csv", table)
+    put(tmp_path / "1.jpg", noise_picture())
+    message = sentence(capsys, "folder", tmp_path, "--out", tmp_path / "out")
+    assert "captions.csv" in message and part in message and len(message) < 800
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(['"', '""', ",", ";", "\t", "\n", "\r\n", "1.jpg", "a dog", "split", "image", "caption",
+                                 "\0", "é", "\udcff", "/x", "..", " "]), max_size=20), st.sampled_from(["", "image,caption\n",
+                                 "image\tcaption\tsplit\n", "\ufeff"]))
+def test_any_table_is_prepared_or_refused_in_one_sentence(tmp_path, parts, header):
+    put(tmp_path / "1.jpg", noise_picture())
+    put(tmp_path / "captions.txt", (header + "".join(parts)).encode("utf-8", "surrogateescape"))
+    try:
+        prepare_main("folder", tmp_path, "--out", tmp_path / "out", "--force", "--workers", 1)
+    except SystemExit as stop:
+        message = str(stop.code)
+        assert str(tmp_path) in message and "\n" not in message and len(message) < 800
+    assert not list(tmp_path.glob("out/.*"))
+
+
 def test_vg_takes_region_phrases_and_their_boxes_from_both_folders(tmp_path, capsys):
     for i, name in ((1, "VG_100K/10.jpg"), (2, "VG_100K_2/2.jpg"), (3, "VG_100K_2/3.jpg")):
         put(tmp_path / "images" / name, noise_picture(i))
@@ -85,7 +210,8 @@ def test_vg_takes_region_phrases_and_their_boxes_from_both_folders(tmp_path, cap
     assert skipped(tmp_path / "out/vg.skipped.jsonl") == {
         "images/VG_100K_2/3.jpg": "no caption", "images/VG_100K/4.jpg": "missing file",
         "images/VG_100K/10.jpg": "empty caption (image kept)"}
-    for wrong in ({"phrase": "no box"}, {"phrase": None}, {}, 5):
+    for wrong in ({"phrase": "no box"}, {"phrase": None}, {}, 5, "abcde", ["abc"],
+                  {**regions[0]["regions"][0], "x": 0.5}, {**regions[0]["regions"][0], "y": 2 ** 70}):
         regions[1]["regions"] = [wrong]
         put(tmp_path / "annotations/region_descriptions.json", regions)
         message = sentence(capsys, "vg", tmp_path, "--out", tmp_path / "o")

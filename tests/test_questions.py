@@ -211,6 +211,48 @@ def test_soft_scores_are_those_of_ten_annotators_and_fewer_are_repeated(answers,
     assert soft_labels(answers, label_of)[1] == scores
 
 
+@pytest.mark.parametrize("answers, normalized, raw", [
+    (["one way"] * 10, {}, {}), (["1 way"] * 10, {"1 way": 1.0}, {"1 way": 1.0}),
+    (["one way"] * 9 + ["1 way"], {"1 way": 1.0}, {"1 way": 0.3}),
+    (["yes"] * 2 + ["Yes"] * 8, {"yes": 1.0}, {"yes": 0.6}), (["yes\n"] * 10, {"yes": 1.0}, {}),
+    (["no"] * 9 + ["The"], {"no": 1.0, "": 0.3}, {"no": 1.0})])
+def test_answers_are_counted_as_the_official_accuracy_compares_them_or_as_typed(answers, normalized,
+                                                                              raw):
+    listed = ["yes", "no", "1 way", ""]
+    label_of = {answer: label for label, answer in enumerate(listed)}
+    for expected, as_typed in ((normalized, False), (raw, True)):
+        labels, scores = soft_labels(answers, label_of, as_typed)
+        assert dict(zip([listed[label] for label in labels], scores, strict=True)) == expected
+        for answer in listed:
+            official = vqa_accuracy([{"question_id": 1, "answer": answer}], {"annotations": [{
+                "question_id": 1, "answer_type": "other",
+                "answers": [{"answer": one} for one in answers]}]})["overall"]
+            assert as_typed or official == 100 * expected.get(answer, 0)
+
+
+def test_labels_raw_counts_answers_as_typed(tmp_path, official):
+    for how in ("normalized", "raw"):
+        prepare_main("vqav2", official, "--out", tmp_path / how, "--labels", how)
+        train = vqa_rows(tmp_path / how / "vqav2_train.arrow")
+        # Of image 2: six dogs, two cats, two cows. Of image 1, "A cat." seven times: raw has none.
+        assert train[2]["answer_scores"] == [[0.6]] * 6 and (1 in train) == (how == "normalized")
+        assert vqa_rows(tmp_path / how / "vqav2_val.arrow")[100]["answer_scores"] == [[1.0]]
+
+
+def test_what_everybody_says_of_ones_own_picture_is_right_in_the_official_score(tmp_path):
+    """The official accuracy takes a unanimous answer to the letter, and one person is unanimous."""
+    put(tmp_path / "1.jpg", noise_picture())
+    for i, answers in enumerate((["Two Dogs."], ["Red", "Red "], ["red", "Red!", "blue"])):
+        jsonl(tmp_path / "x.jsonl", {"image": "1.jpg", "question": "?", "answers": answers})
+        out = tmp_path / str(i)
+        prepare_main("vqa-jsonl", tmp_path / "x.jsonl", "--out", out)
+        row = vqa_rows(out / "x_vqa_train.arrow")[0]
+        for answer, score in zip(row["answers"][0], row["answer_scores"][0], strict=True):
+            official = vqa_accuracy([{"question_id": 1, "answer": answer}],
+                                    read(out / "x_vqa_annotations_train.json"))
+            assert official["overall"] == pytest.approx(100 * score) and score > 0.8
+
+
 def test_an_answer_list_can_be_given_and_its_labels_are_used(tmp_path, official, capsys):
     given = tmp_path / "list.json"
     put(given, ["bee", "dog", "cat"])
@@ -503,9 +545,6 @@ def test_real_questions_and_answers_arrive_complete(tmp_path, shared, capsys):
 def test_the_official_score_of_soft_targets_is_their_score(shared):
     """On 1,200 real questions, the score in training is what the official evaluation gives."""
     content = read(shared / "fixtures/vqa_eval/annotations.json")["annotations"]
-    # If all ten wrote the same, the official evaluation does not normalise what people said.
-    content = [entry for entry in content
-               if len({answer["answer"] for answer in entry["answers"]}) > 1]
     people = {entry["question_id"]: [answer["answer"] for answer in entry["answers"]]
               for entry in content}
     listed = sorted({normalize_answer(answer) for answers in people.values() for answer in answers})
@@ -513,6 +552,8 @@ def test_the_official_score_of_soft_targets_is_their_score(shared):
     predictions, scores = [], {}
     for question_id, answers in people.items():
         labels, soft = soft_labels(answers, label_of)
-        predictions.append({"question_id": question_id, "answer": listed[labels[-1]]})
-        scores[question_id] = 100 * soft[-1]
+        # A unanimous "one way" is not listed, and "1 way", which is, scores nothing.
+        answer = listed[labels[-1]] if labels else normalize_answer(answers[0])
+        predictions.append({"question_id": question_id, "answer": answer})
+        scores[question_id] = 100 * soft[-1] if labels else 0
     assert vqa_accuracy(predictions, {"annotations": content})["per_question"] == pytest.approx(scores)

@@ -226,7 +226,8 @@ SOURCES = {
          "identifier": "x-1-0-0"}]},
     "karpathy": {"dataset.json": KARPATHY}, "f30k": {"karpathy/dataset_flickr30k.json": KARPATHY},
     "vg": {"annotations/region_descriptions.json": [
-        {"id": n, "regions": [{"image_id": n, "phrase": "a b"}]} for n in (1, 2)]},
+        {"id": n, "regions": [{"image_id": n, "phrase": "a b", "width": 3, "height": 4, "x": 0,
+                               "y": 1}]} for n in (1, 2)]},
     "sbu": {"annot.json": [["images_train/0/1", "x"], ["images_train/0/2", "y"]]},
     "vqav2": {"questions_train.json": QUESTIONS, "annotations_train.json": ANNOTATIONS}}
 PICTURES = ["a.jpg", "b.jpg", "images/a.jpg", "images/b.jpg", "images/1.jpg", "images/2.jpg",
