@@ -208,6 +208,9 @@ def command(name: str, when_stopped: str = "") -> Iterator[None]:
         more = f"; {when_stopped}" if when_stopped else ""
         print(f"{name}: stopped{more}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:             # who read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (OSError, ValueError) as error:
         if os.environ.get("DEBUG"):
             raise

@@ -16,6 +16,7 @@ import json
 import pickle
 import pickletools
 import re
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -203,6 +204,22 @@ def what_is_wrong(error: Exception) -> str:
     return f"truncated or damaged ({in_a_line(error)})"
 
 
+@contextmanager
+def plain_name(path: Path) -> Iterator[Path]:
+    """A name of a file that is Unicode, which torch and safetensors need.
+
+    In a locale without Unicode, Python knows a name of other letters by its bytes alone.
+    """
+    try:
+        str(path).encode()
+        yield path
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / f"checkpoint{path.suffix}"
+            link.symlink_to(path.absolute())
+            yield link
+
+
 def open_by_kind(path: Path, trust: bool) -> Any:
     with open(path, "rb") as file:
         head = file.read(512)
@@ -240,7 +257,8 @@ def open_file(path: str | Path, trust: bool = False) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such checkpoint")
     try:
-        return open_by_kind(path, trust)
+        with plain_name(path) as plain:
+            return open_by_kind(plain, trust)
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:      # damaged bytes lead to errors of any type
