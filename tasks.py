@@ -34,6 +34,14 @@ MODELS = flm.PRESETS | vilt.PRESETS
 
 FOUR = ("coco", "vg", "sbu", "gcc")     # the four million images of the papers
 
+# For photographs of one's own. `small` starts from scratch, in minutes on a CPU; docs/LOG.md has
+# its scores. `medium` is meant for one GPU of 8 GB, and to start from the files of CLIP and RoBERTa
+# (--vit, --text): its rates are the published ones, its memory is what --dry-run reckons.
+SMALL = dict(model="small", bucket=16, clip=1.0, head_lr_scale=1.0, fusion_lr_scale=1.0,
+             eval_every=200, eval_samples=1000, log_every=20, save_every=200)
+MEDIUM = dict(model="medium", clip=1.0, head_lr_scale=5.0, fusion_lr_scale=5.0,
+              eval_every=500, eval_samples=2000, log_every=20, save_every=500)
+
 RECIPES = {
     "pretrain": {
         # The drawn world of tools/toy.py. The ViT and the text layers learn at a third of the
@@ -47,11 +55,9 @@ RECIPES = {
             model="toy", itm=True, steps=2000, global_batch=32, micro_batch=32, bucket=16, clip=1.0,
             lr=3e-4, warmup=0.05, head_lr_scale=3.3, fusion_lr_scale=3.3,
             eval_every=800, eval_samples=1000, log_every=100, save_every=400),
-        # A small model for a few thousand photographs of one's own, from scratch.
-        "small": dict(
-            model="small", steps=2000, global_batch=64, micro_batch=32, clip=1.0,
-            lr=5e-4, warmup=0.05, head_lr_scale=1.0, fusion_lr_scale=1.0,
-            eval_every=250, log_every=20),
+        "small": SMALL | dict(steps=1200, global_batch=32, lr=1e-3),
+        "small-itm": SMALL | dict(itm=True, steps=400, global_batch=32, lr=5e-4),
+        "medium": MEDIUM | dict(itm=True, steps=10_000, global_batch=256, micro_batch=32, lr=8e-5),
         # The paper's pretraining, and the objectives it compares with under the same recipe.
         "flm-b32": dict(
             model="base-b32", objective="flm", image_size=288, max_tokens=50, datasets=FOUR,
@@ -109,6 +115,9 @@ RECIPES = {
             model="toy", steps=1600, global_batch=64, micro_batch=64, bucket=16, clip=1.0,
             lr=1e-4, warmup=0.05, head_lr_scale=10.0, fusion_lr_scale=5.0,
             eval_every=400, eval_samples=500, log_every=100, save_every=400),
+        "small": SMALL | dict(steps=400, global_batch=32, lr=3e-4, head_lr_scale=3.0),
+        "medium": MEDIUM | dict(augment=True, epochs=10, global_batch=256, micro_batch=32, lr=5e-6,
+                                head_lr_scale=50.0),
     },
     "nlvr2": {
         "flm-b32": dict(
@@ -123,6 +132,9 @@ RECIPES = {
             model="toy", steps=1600, global_batch=32, micro_batch=32, bucket=16, clip=1.0,
             lr=2e-5, warmup=0.05, head_lr_scale=50.0, fusion_lr_scale=5.0,
             eval_every=400, eval_samples=500, log_every=100, save_every=400),
+        "small": SMALL | dict(steps=400, global_batch=32, lr=1e-4, head_lr_scale=10.0),
+        "medium": MEDIUM | dict(augment=True, epochs=10, global_batch=128, micro_batch=16, lr=1e-5,
+                                head_lr_scale=10.0),
     },
     "caption": {
         "flm-b32": dict(
@@ -133,6 +145,8 @@ RECIPES = {
             model="toy", steps=2400, global_batch=32, micro_batch=32, bucket=16, clip=1.0,
             lr=2e-4, warmup=0.05, head_lr_scale=5.0, fusion_lr_scale=5.0,
             eval_every=400, eval_samples=500, log_every=100, save_every=400),
+        "small": SMALL | dict(steps=600, global_batch=32, lr=5e-4),
+        "medium": MEDIUM | dict(augment=True, epochs=10, global_batch=256, micro_batch=32, lr=1e-5),
     },
     # The head that ranks learns at the base rate, as in the original (but not in the toy world).
     "retrieval": {
@@ -154,6 +168,9 @@ RECIPES = {
             model="toy", steps=240, global_batch=16, micro_batch=16, bucket=16, false_captions=7,
             clip=1.0, lr=5e-5, warmup=0.05, head_lr_scale=10.0, fusion_lr_scale=5.0,
             eval_every=120, eval_samples=500, log_every=100, save_every=400),
+        "small": SMALL | dict(steps=300, global_batch=16, false_captions=7, lr=2e-4),
+        "medium": MEDIUM | dict(augment=True, epochs=10, global_batch=128, micro_batch=8, lr=1e-5,
+                                head_lr_scale=1.0),
     },
 }
 
