@@ -142,18 +142,18 @@ class Config:
 # transformers are RoBERTa's first six layers.
 L14 = dict(patch_size=14, vit_width=1024, vit_layers=23, vit_heads=16)
 ROBERTA_LARGE = dict(text_width=1024, text_heads=16)
+# For minutes on a laptop's CPU; the vocabulary is trained on the captions. So narrow a model learns
+# faster from weights of std 0.08, near 128^-1/2, than from BERT's 0.02 (docs/LOG.md).
+NARROW = dict(patch_size=16, vit_width=128, vit_heads=4, text_width=128, text_layers=1,
+              text_heads=4, max_positions=66, mask_id=4, width=128, heads=4, fusion_layers=3,
+              reconstructor_text_layers=1, reconstructor_fusion_layers=3, init_std=0.08)
 PRESETS = {
-    # For minutes on a laptop's CPU; the vocabulary is trained on the captions. So narrow a model
-    # learns faster from weights of std 0.08, near 128^-1/2, than from BERT's 0.02 (docs/LOG.md).
-    "toy": Config(image_size=64, patch_size=16, vit_width=128, vit_layers=2, vit_heads=4,
-                  vocab_size=400, text_width=128, text_layers=1, text_heads=4, max_positions=66,
-                  mask_id=4, width=128, heads=4, fusion_layers=3, reconstructor_text_layers=1,
-                  reconstructor_fusion_layers=3, image_positions=1.0, dropout=0.0, init_std=0.08),
-    # For a few thousand photographs: an hour on a CPU, minutes on a GPU.
-    "small": Config(image_size=128, patch_size=16, vit_width=256, vit_layers=6, vit_heads=4,
-                    vocab_size=4096, text_width=256, text_layers=3, text_heads=4, max_positions=66,
-                    mask_id=4, width=256, heads=4, fusion_layers=3, reconstructor_text_layers=3,
-                    reconstructor_fusion_layers=3, dropout=0.1, init_std=0.06),
+    "toy": Config(image_size=64, vit_layers=2, vocab_size=400, image_positions=1.0, dropout=0.0,
+                  **NARROW),
+    "small": Config(image_size=112, vit_layers=4, vocab_size=4096, **NARROW),   # photographs
+    # For a GPU of 8 GB: CLIP's ViT-B/32 and RoBERTa's first layers fit in, few layers are new.
+    "medium": Config(image_size=224, vocab_size=16384, mask_id=4, text_layers=4, width=512, heads=8,
+                     fusion_layers=3, reconstructor_text_layers=3, reconstructor_fusion_layers=3),
     "base-b32": Config(),
     "base-b16": Config(patch_size=16),
     "base-l14": Config(image_size=224, **L14),
