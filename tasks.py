@@ -56,7 +56,7 @@ RECIPES = {
         "toy-itm": TOY | dict(
             itm=True, steps=2000, global_batch=32, micro_batch=32, eval_every=800,
             eval_samples=1000, lr=3e-4, head_lr_scale=3.3, fusion_lr_scale=3.3),
-        "small": SMALL | dict(steps=1200, global_batch=32, lr=1e-3),
+        "small": SMALL | dict(steps=1600, global_batch=32, lr=1e-3),
         "small-itm": SMALL | dict(itm=True, steps=400, global_batch=32, lr=5e-4),
         "medium": MEDIUM | dict(itm=True, steps=10_000, global_batch=256, micro_batch=32, lr=8e-5),
         # The paper's pretraining, and the objectives it compares with under the same recipe.
