@@ -35,7 +35,10 @@ def open_saved(out: Path) -> tuple[Path, dict] | tuple[None, None]:
     if not path.exists():
         return None, None
     try:
-        return path, weights.read(path)
+        saved = weights.read(path)
+        if not saved["tokenizer"]:
+            raise ValueError(f"{path}: its tokenizer is missing")
+        return path, saved
     except ValueError as error:
         raise ValueError(f"{error}; {whole_beside(path)}") from None
 

@@ -124,6 +124,12 @@ class Questions(Captions):
             row = first_row + outermost(int(labels.argmax()), label_lists)
             self.largest_place = f"{path} row {row}"
 
+    def check_labels(self, count: int):
+        """ValueError for labels that an answer list of `count` answers does not have."""
+        if self.largest_label >= count:
+            raise ValueError(f"{self.largest_place}: label {self.largest_label} is past the end of "
+                             f"the answer list, which has {count} answers")
+
     def details(self, i: int) -> dict:
         row = int(self.row_of[i])
         place = i - self.first_of(row)

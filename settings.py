@@ -18,7 +18,8 @@ import flm
 import vilt
 from disk import shortened
 from machine import Machine
-from tasks import MODELS, RECIPES, TASKS
+from recipes import MODELS, RECIPES
+from tasks import TASKS
 from weights import backbone_of
 
 
@@ -27,14 +28,14 @@ class Settings:
     """What train.py is told besides the model's Config."""
     # the run
     task: str = "pretrain"          # pretrain, vqa, nlvr2, caption or retrieval
-    recipe: str = ""                # name of a recipe in tasks.RECIPES; flags beat its settings
+    recipe: str = ""                # name of a recipe in recipes.RECIPES; flags beat its settings
     data: str = ""                  # directory of Arrow files
     datasets: tuple = ()          # names of datasets in it (coco vg sbu gcc …); none: all there are
     out: str = ""                   # directory of the run: config.json, metrics.jsonl, last.pt
     resume: bool = False            # go on from OUT/last.pt, if it is there
     seed: int = 0                   # seed of all random numbers
     # what it starts from
-    model: str = "base-b32"         # name of a model in tasks.MODELS; --load beats it
+    model: str = "base-b32"         # name of a model in recipes.MODELS; --load beats it
     load: str = ""                 # a checkpoint, ours or a released one: sizes, weights, tokenizer
     vit: str = ""                 # a file to start the image side from: CLIP's, or for ViLT a ViT's
     text: str = ""                  # a file to start the text side from: RoBERTa's or BERT's

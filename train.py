@@ -43,7 +43,8 @@ from data import GlobalBatches, evaluation_batches, token_lengths
 from machine import Machine, loader_workers
 from report import COUNTERS, Log, Sums, clock, describe, dry_run, write_config
 from settings import Settings, check, check_model, check_same_run, check_task, parse, split_batch
-from tasks import MODELS, Task, task_of, to_device
+from recipes import MODELS
+from tasks import Task, task_of, to_device
 
 
 # -------------------------------------------------------------------------------------------------

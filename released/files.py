@@ -315,7 +315,7 @@ def plain_tensors(contents: dict) -> Iterator[tuple[str, torch.Tensor]]:
         if isinstance(value, torch.Tensor):
             yield part, value
         elif type(value) is str:
-            value.encode()              # ValueError for half a character
+            value.encode(errors="surrogateescape")     # ValueError for half a character
             left -= len(value) // 64
         elif isinstance(value, dict | list | tuple):
             left -= len(value)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data import Captions, open_header, open_image
-from disk import sentence_of, shortened
+from disk import read_json, sentence_of, shortened
 from files import arrow_files, nested, open_arrow
 from sources.shards import KINDS, Kind, bar, fail, in_order
 
@@ -33,6 +33,12 @@ def open_table(path: Path) -> tuple[Kind, Captions]:
     elif "questions" in columns:
         kind = KINDS["VQA"]
     return kind, kind.table([path])
+
+
+def answer_lists(path: Path) -> list[Path]:
+    """The answer list that stands beside a file of questions, if there is one."""
+    return [other for other in sorted(path.parent.glob("*_answers.json"))
+            if path.name.startswith(other.name.removesuffix("answers.json"))]
 
 
 def all_values(table: Captions, column: str) -> pa.ChunkedArray:
@@ -130,6 +136,9 @@ def check_file(path: Path, fast: bool, workers: int) -> list[str]:
     """Prints what an Arrow file holds. Returns one sentence for each thing that is wrong."""
     try:
         kind, table = open_table(path)
+        if kind is KINDS["VQA"]:
+            for answers in answer_lists(path):
+                table.check_labels(len(read_json(answers, list)))
         texts = check_texts(kind, table)
         return texts + check_pictures(kind, table, path.name, fast, workers)
     except (OSError, ValueError, pa.ArrowException) as error:

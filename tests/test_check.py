@@ -1,8 +1,11 @@
 """prepare.py check: what it says about good files, and every kind of wrong one."""
 
+import json
+
 import pyarrow as pa
 import pytest
-from conftest import arrow, checked, jsonl, noise_picture, prepare_main, put, sentence
+from conftest import (ANSWERS, arrow, checked, jsonl, noise_picture, prepare_main, put, sentence,
+                      write_questions)
 
 pytestmark = pytest.mark.slow       # nothing else imports it, so `make quick` leaves it out
 
@@ -132,3 +135,12 @@ def test_check_takes_folders(tmp_path, finished, capsys):
     status, printed = checked(capsys, tmp_path)
     assert status == 1 and "five_caption_train.arrow" in printed and "bad.arrow" in printed
     assert "no .arrow files are in this folder" in sentence(capsys, "check", tmp_path / "empty")
+
+
+def test_check_finds_labels_that_the_answer_list_beside_them_does_not_have(tmp_path, capsys):
+    """As training would; without a list beside them, no label is too large."""
+    write_questions(tmp_path / "mine_vqa_train.arrow", 6, 0)
+    assert checked(capsys, tmp_path / "mine_vqa_train.arrow")[0] == 0
+    (tmp_path / "mine_vqa_answers.json").write_text(json.dumps(ANSWERS[:2]))
+    status, printed = checked(capsys, tmp_path / "mine_vqa_train.arrow")
+    assert status == 1 and "is past the end of the answer list, which has 2 answers" in printed

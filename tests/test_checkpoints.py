@@ -248,6 +248,7 @@ BROKEN = {
     "empty weights": (dict(model={}), "is missing"),
     "no optimizer": (dict(optimizer=KeyError), "optimizer is missing"),
     "empty optimizer": (dict(optimizer={}), "optimizer.state is a NoneType"),
+    "no tokenizer": (dict(tokenizer=None), "its tokenizer is missing"),
     "no step": (dict(step=KeyError), "step is missing"),
     "step before the first": (dict(step=-5), "step is -5"),
     "step past the last": (dict(step=10 ** 9), "but the run has 6 steps"),

@@ -11,6 +11,7 @@ from conftest import ANSWERS, TOL, finetune, original, task_on, write_captions, 
 import data
 import flm
 import layers
+import recipes
 import tasks
 import train
 import vilt
@@ -309,12 +310,12 @@ def test_a_resumed_fine_tuning_equals_one_that_never_stopped(world, tmp_path):
             assert torch.equal(resumed[name], tensor), name
 
 
-@pytest.mark.parametrize("task", [task for task in tasks.RECIPES if task != "pretrain"])
+@pytest.mark.parametrize("task", [task for task in recipes.RECIPES if task != "pretrain"])
 def test_every_recipe_can_be_asked_for(task):
-    for recipe, row in tasks.RECIPES[task].items():
+    for recipe, row in recipes.RECIPES[task].items():
         settings, flags = train.parse(["--task", task, "--recipe", recipe, "--data", "x", "--out", "y"])
         assert {**vars(settings), **flags}.items() >= {k: v for k, v in row.items()}.items()
-        assert isinstance(tasks.MODELS[row["model"]], vilt.Config if "vilt" in recipe else flm.Config)
+        assert isinstance(recipes.MODELS[row["model"]], vilt.Config if "vilt" in recipe else flm.Config)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from conftest import (TRAIN as RUN, TRAIN_FLM as SIZES, TRAIN_VILT as VILT, WORD
 
 import flm
 import machine
+import recipes
 import tasks
 import train
 import vilt
@@ -129,11 +130,11 @@ def test_recipes_are_listed(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--list-recipes"])
     printed = capsys.readouterr().out
-    assert stop.value.code == 0 and all(name in printed for recipes in tasks.RECIPES.values() for name in recipes)
+    assert stop.value.code == 0 and all(name in printed for recipes in recipes.RECIPES.values() for name in recipes)
 
 
 def test_the_head_that_ranks_learns_at_the_base_rate_as_in_the_original():
-    for name, row in tasks.RECIPES["retrieval"].items():
+    for name, row in recipes.RECIPES["retrieval"].items():
         if name != "toy":
             assert row["head_lr_scale"] == 1.0, name
 
@@ -376,10 +377,10 @@ def test_float32_is_float32_also_where_a_gpu_would_round_it(monkeypatch):
 
 
 def test_published_recipes_parse_and_resolve():
-    for task, recipes in tasks.RECIPES.items():
-        for name in recipes:
+    for task, rows in recipes.RECIPES.items():
+        for name in rows:
             settings, flags = train.parse(["--task", task, "--recipe", name, "--data", "d", "--out", "o"])
-            replace(tasks.MODELS[settings.model], **flags)
+            replace(recipes.MODELS[settings.model], **flags)
     settings, flags = train.parse(["--recipe", "flm-b32", "--data", "d", "--out", "o", "--steps", "5"])
     assert (settings.steps, settings.global_batch, settings.lr, settings.warmup) == (5, 4096, 8e-5, 0.05)
     assert flags == {"image_size": 288, "objective": "flm"}

@@ -461,7 +461,7 @@ def parse(argv):
     add("files", nargs="*", type=Path, help="Arrow files of captions (loader: default drawn)")
     add("--tokenizer", type=Path, default=".", help="padding: its directory (default: this one)")
     add("--preset", default="", metavar="NAME",
-        help="sizes of the model, see tasks.MODELS (default: base-b32; for vilt: vilt)")
+        help="sizes of the model, see recipes.MODELS (default: base-b32; for vilt: vilt)")
     add("--device", default="", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"],
         help="of the forward pass: float32, bfloat16 autocast or both (default: fp32)")
