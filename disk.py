@@ -175,6 +175,11 @@ def read_json(path: str | Path, what: type | None = None) -> Any:
     return contents
 
 
+def typed(argument: str) -> str:
+    """A text of the command line as it was typed, also in a locale without Unicode."""
+    return os.fsencode(argument).decode("utf-8", errors="replace")
+
+
 # -- what went wrong -------------------------------------------------------------------------------
 
 def shortened(words: object, limit: int = 200) -> str:

@@ -419,6 +419,8 @@ def main(argv=None):
     add_commands(parser, COMMANDS)
     with machine.running("eval.py"):
         args = parser.parse_args(argv)
+        for name in {"text", "question", "sentence"} & vars(args).keys():
+            setattr(args, name, disk.typed(getattr(args, name)))
         args.run(args)
 
 

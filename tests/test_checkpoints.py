@@ -386,3 +386,11 @@ def test_a_full_disk_names_the_file_and_the_checkpoint_that_stands(world, tmp_pa
     told = stop.value.code
     assert f"No space left on device ({tmp_path / 'run/last.pt'} of step 4 is whole); free some space" in told
     assert weights.read(tmp_path / "run/last.pt")["step"] == 4
+
+
+def test_a_run_whose_folder_has_a_name_without_unicode_resumes(world, tmp_path, trained):
+    """In a locale without Unicode, Python knows é as two bytes that are no characters, and settings hold them."""
+    saved = torch.load(trained / "step_4.pt", weights_only=False)
+    out = copy_of(trained, tmp_path / "run", **saved | {"settings": saved["settings"] | {"out": "runs/\udcc3\udca9"}})
+    train.main(command(world, out, *RUN, "--resume"))
+    assert_same(outcome(out), outcome(trained), 0)
