@@ -106,7 +106,6 @@ def new_scaler(machine) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
 
 
-
 def restore(run, state):
     """Fills a state that was made for this run with what its checkpoint holds."""
     saved = run.saved

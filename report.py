@@ -90,7 +90,7 @@ class Log:
         """Drops what metrics.jsonl says of later steps -> what is left of it."""
         if not self.path.exists():
             return []
-        lines = map(parse_line, self.path.read_text().splitlines()) if step else []
+        lines = map(parse_line, self.path.read_text(errors="replace").splitlines()) if step else []
         kept = [line for line in lines if line and line["step"] <= step]
         disk.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         return kept
@@ -213,10 +213,12 @@ class Log:
 
 
 def parse_line(line: str) -> dict | None:
-    """A line of metrics.jsonl; None for one that was cut off by a crash."""
+    """A line of metrics.jsonl; None for one that was cut off by a crash, or damaged."""
     try:
         metrics = json.loads(line)
-        return metrics if isinstance(metrics["step"], int) and metrics else None
+        loss = metrics["val_loss"] if "val_loss" in metrics else metrics["loss"]
+        whole = isinstance(metrics["step"], int) and isinstance(loss, float)
+        return metrics if whole else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 

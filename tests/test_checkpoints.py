@@ -317,6 +317,14 @@ def test_groups_and_rates_in_a_file_are_not_believed(world, tmp_path, trained):
     assert_same(outcome(out), outcome(trained), 0)
 
 
+def test_damaged_lines_of_metrics_are_dropped(world, tmp_path, trained):
+    out = copy_of(trained, tmp_path / "run")
+    whole = (out / "metrics.jsonl").read_bytes()
+    (out / "metrics.jsonl").write_bytes(b'\xff\xfe\n{"step": 1}\n[]\n{"step": "x", "loss": 1.0}\n' + whole + b'{"step": 6, "lo')
+    train.main(command(world, out, *RUN, "--resume"))
+    assert (out / "metrics.jsonl").read_bytes() == whole
+
+
 def test_a_kill_between_two_names_loses_nothing(world, tmp_path, trained):
     out = copy_of(trained, tmp_path / "run")
     (out / "last.pt").unlink()
