@@ -23,7 +23,7 @@ from tasks import to_device
 
 # What a run counts from its first step to its last; checkpoints keep it.
 COUNTERS = {"samples": 0, "unreadable": 0, "cut": 0, "tokens": 0, "padded_tokens": 0, "skipped": 0,
-            "seconds": 0.0}
+            "seconds": 0.0, "cpu_seconds": 0.0}
 
 
 class Halt(ValueError):
@@ -129,7 +129,7 @@ class Log:
                 self.sums.values += one.to(self.sums.values.device)
 
     def start_window(self):
-        self.began = time.perf_counter()
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
         self.samples, self.waiting = 0, 0.0
 
     def write(self, metrics: dict) -> bool:
@@ -147,9 +147,10 @@ class Log:
     @contextlib.contextmanager
     def paused(self):
         """What happens here is not counted as training."""
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         yield
         self.began += time.perf_counter() - began
+        self.cpu_began += time.process_time() - cpu_began
 
     def micro_batch(self, results: dict, counts: torch.Tensor, notes: dict):
         """Counts a micro-batch; Halt if too many images cannot be decoded."""
@@ -190,6 +191,7 @@ class Log:
                        "not finite; a lower --lr, --clip or --precision bf16 may help")
         seconds = time.perf_counter() - self.began
         counters["seconds"] += seconds
+        counters["cpu_seconds"] += time.process_time() - self.cpu_began
         counters["skipped"] = int(state.skipped)
         speed = self.samples / seconds
         metrics = {
@@ -198,7 +200,8 @@ class Log:
             "memory_gb": memory_gb(machine.device),
             "padding": 1 - counters["tokens"] / counters["padded_tokens"],
             "skipped": counters["skipped"], "unreadable": counters["unreadable"],
-            "cut": counters["cut"], "seconds": counters["seconds"]}
+            "cut": counters["cut"], "seconds": counters["seconds"],
+            "cpu_seconds": counters["cpu_seconds"]}
         self.write(metrics)
         remaining = (s.steps - state.step) * s.global_batch / speed
         parts = [f"step {state.step:>6}/{s.steps}", losses_line(metrics), f"lr {self.rate:.1e}",

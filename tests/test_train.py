@@ -176,7 +176,7 @@ def test_loss_falls_and_every_reported_number_is_there(world, tmp_path, capsys):
     assert training[-1]["loss"] < 0.8 * training[0]["loss"] and validation[-1]["val_loss"] < validation[0]["val_loss"]
     assert [x["step"] for x in validation] == [10, 20, 40] and [x["step"] for x in training][:3] == [1, 5, 10]
     assert {"loss", "reconstructed_loss", "reconstructed_accuracy", "samples_per_second", "data_wait", "memory_gb", "padding",
-            "skipped", "unreadable", "cut", "seconds", "gradient_norm"} <= training[-1].keys()
+            "skipped", "unreadable", "cut", "seconds", "cpu_seconds", "gradient_norm"} <= training[-1].keys()
     described = json.loads((tmp_path / "run/config.json").read_text())
     assert described["settings"]["global_batch"] == 16 and described["config"]["width"] == 16
     printed = capsys.readouterr().out
