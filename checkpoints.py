@@ -3,13 +3,14 @@
     OUT/last.pt      the newest, each --save-every steps, at the end, and when the run is stopped
     OUT/previous.pt  the one before it
     OUT/step_N.pt    kept for good, each --keep steps
-    OUT/best.pt      the best by a number of the validation, with --keep-best
+    OUT/best.pt      the best by a number of the validation, with --keep-best; best.json has it
 
 A checkpoint has its name only when all of it is on the disk. What comes back is compared with what
 the run would make itself: every key, type, shape and number (check_saved). So nothing is trained on
 from half of a state.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 import disk
 import weights
 from released.names import is_finite
-from report import COUNTERS
+from report import COUNTERS, Halt
 
 
 def open_saved(out: Path) -> tuple[Path, dict] | tuple[None, None]:
@@ -46,7 +47,8 @@ def open_saved(out: Path) -> tuple[Path, dict] | tuple[None, None]:
 def whole_beside(path: Path) -> str:
     """Which other checkpoint of a run can take the place of a damaged one, in words."""
     steps = sorted(path.parent.glob("step_*.pt"), key=lambda file: file.stat().st_mtime)
-    for other in [path.with_name("previous.pt"), *reversed(steps)]:
+    names = [path.with_name("previous.pt"), *reversed(steps), path.with_name("best.pt")]
+    for other in names:
         if other == path or not other.exists():
             continue
         try:
@@ -54,7 +56,7 @@ def whole_beside(path: Path) -> str:
         except ValueError:
             continue
         return f"{other} of step {step} is whole: rename it to {path.name} to go on from it"
-    return "no other checkpoint stands beside it"
+    return "no whole checkpoint stands beside it"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -87,15 +89,46 @@ def save(run, state, log, keep: bool = False):
     state.saved_step = state.step
 
 
-def save_best(run, state, log):
-    """Writes OUT/best.pt, the state of this step."""
-    if state.saved_step == state.step:
+class Best:
+    """The best value of --keep-best so far. OUT/best.json keeps it beside OUT/best.pt."""
+
+    def __init__(self, run):
+        self.name, self.value = run.settings.keep_best, None
+        self.path = run.out / "best.json"
+        if not self.name:
+            return
+        known = {}
+        if run.machine.rank == 0 and run.saved and self.path.exists():
+            known = disk.read_json(self.path)
+        known = run.machine.union(known if isinstance(known, dict) else {})
+        if known.get("name") == self.name and isinstance(known.get("value"), float):
+            self.value = known["value"]
+
+    def is_beaten_by(self, metrics: dict) -> bool:
+        """Whether a validation is better. Losses are better when lower, all else when higher."""
+        if not self.name:
+            return False
+        if self.name not in metrics:
+            raise Halt(f"--keep-best {self.name}: a validation of this run has "
+                       f"{', '.join(metrics)}")
+        value = metrics[self.name]
+        if self.value is None or math.isnan(value):
+            return not math.isnan(value)
+        return value < self.value if self.name.endswith("loss") else value > self.value
+
+    def save(self, run, state, log, metrics: dict):
+        """Writes OUT/best.pt, the state of this step, and then its value."""
+        self.value = metrics[self.name]
+        path = run.out / "best.pt"
+        if state.saved_step != state.step:
+            contents = contents_of(run, state, log)
+            if run.machine.rank == 0:
+                weights.save(path, **contents)
+        elif run.machine.rank == 0:
+            disk.also_as(run.checkpoint, path)
         if run.machine.rank == 0:
-            disk.also_as(run.checkpoint, run.out / "best.pt")
-        return
-    contents = contents_of(run, state, log)
-    if run.machine.rank == 0:
-        weights.save(run.out / "best.pt", **contents)
+            known = {"name": self.name, "value": self.value, "step": state.step}
+            disk.write_text(self.path, json.dumps(known) + "\n")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -115,7 +148,11 @@ def restore(run, state):
                    optim_state_dict=optimizer, options=StateDictOptions(full_state_dict=True))
     state.scaler.load_state_dict(saved["scaler"])
     state.step = state.saved_step = saved["step"]
+    if run.machine.rank > 0:
+        return                          # the file has the first process's counts
     state.counters |= saved["counters"]
+    if not run.checkpoint.exists():     # the run was killed between two names: open_saved
+        disk.also_as(run.out / "previous.pt", run.checkpoint)
 
 
 def named_groups(state) -> list[dict]:

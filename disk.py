@@ -116,8 +116,8 @@ def one_writer(lock: Path, what: str) -> Iterator[None]:
     """Holds a lock file during the block. ValueError names the process that holds it already.
 
     The system frees the lock of a process that ends, however it ends: a file that was left behind
-    locks nothing. On a disk without locks the block runs unprotected. A folder that was made for
-    the lock and is empty in the end is removed.
+    locks nothing. On a disk without locks the block runs unprotected. The folder of the
+    lock is removed in the end if it was made for it and is empty.
     """
     new_folder = not lock.parent.exists()
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -190,6 +190,9 @@ def shortened(words: object, limit: int = 200) -> str:
 
 def sentence_of(error: Exception) -> str:
     """An error in one line: what, where, and for the system's own errors what to do."""
+    text = str(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:     # in a data-loading process
+        return shortened(text.strip().splitlines()[-1].partition(": ")[2], 2000)
     if not isinstance(error, OSError) or not error.errno:
         return shortened(error, 2000) or type(error).__name__
     where = f"{error.filename}: " if error.filename else ""

@@ -54,7 +54,7 @@ class Machine:
     def say(self, *words, **how):
         """Prints, in the first process only."""
         if self.rank == 0:
-            print(*words, **how)
+            print(*words, **how, flush=True)
 
     def autocast(self):
         """The context in which the model runs."""
@@ -144,7 +144,13 @@ def set_up(device: str = "", precision: str = "") -> Machine:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
         on_gpu = device.type == "cuda"
-        store, *_ = next(dist.rendezvous("env://", rank, world, timeout=MEETING))
+        try:
+            store, *_ = next(dist.rendezvous("env://", rank, world, timeout=MEETING))
+        except dist.DistError as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise ValueError(f"the processes could not meet at {place}: another run may be there "
+                             f"(MASTER_PORT chooses another port), or one did not start "
+                             f"({disk.shortened(error)})") from None
         dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world,
                                 store=store, timeout=TIMEOUT, device_id=device if on_gpu else None)
     messages = dist.new_group(backend="gloo", timeout=TIMEOUT) if world > 1 else None
@@ -164,11 +170,14 @@ def running(command: str) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
+            if not dist.is_initialized():
+                raise
             if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
             gone = lost_processes()
             print(f"{command}: {gone} ended, so this one cannot go on (what happened there is told "
                   "there)", file=sys.stderr, flush=True)
+            sys.stdout.flush()
             os._exit(1)             # leaving the group would wait for who is gone
         finally:
             if dist.is_initialized():
@@ -201,7 +210,8 @@ class Signals:
     noted in `asked`, so that the loop can finish its step and save. A second one stops at once, if
     it comes a second later: launchers repeat the first one.
     """
-    WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    WATCHED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT")
+                    if hasattr(signal, name))           # Windows has no SIGUSR1
 
     def __enter__(self) -> "Signals":
         self.training, self.asked, self.since = False, 0, 0.0

@@ -66,8 +66,9 @@ class Log:
 
     Losses and accuracies are those of all processes. The other counts are those of this process:
     metrics.jsonl has the first one's. Every process names the images that it could not decode in
-    unreadable_RANK.txt. A resumed run first drops the lines that the interrupted one wrote after
-    its last checkpoint, an incomplete one included. Then it writes what an undisturbed run would.
+    unreadable_RANK.txt (after a resume, some of them twice). A resumed run first drops the lines of
+    metrics.jsonl that the interrupted one wrote after its last checkpoint, an incomplete one
+    included. Then it writes what an undisturbed run would.
     """
 
     def __init__(self, run, state):
@@ -78,7 +79,6 @@ class Log:
         self.losses = []                # of all reports
         self.spikes = 0                 # reports whose loss was far above those before (is_spike)
         self.validated = -1             # step of the last validation
-        self.best = None                # best value of --keep-best
         known = {"lines": self.lines_until(state.step)} if run.machine.rank == 0 else {}
         for metrics in run.machine.union(known)["lines"]:
             self.remember(metrics)
@@ -95,23 +95,13 @@ class Log:
         disk.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         return kept
 
-    def remember(self, metrics: dict) -> bool:
-        """Keeps what later reports need of a line -> whether it is the best of --keep-best."""
-        if "val_loss" not in metrics:
+    def remember(self, metrics: dict):
+        """Keeps what later reports need of a line."""
+        if "val_loss" in metrics:
+            self.validated = metrics["step"]
+        else:
             self.spikes += is_spike(metrics["loss"], self.losses[-10:])
             self.losses.append(metrics["loss"])
-            return False
-        self.validated = metrics["step"]
-        name = self.run.settings.keep_best
-        value = metrics.get(name)
-        short = not self.run.due(self.run.settings.eval_every, self.validated)
-        if value is None or short:
-            return False
-        lower_is_better = name.endswith("loss")
-        better = self.best is None or (value < self.best if lower_is_better else value > self.best)
-        if better:
-            self.best = value
-        return better
 
     def sums_of_all(self) -> list[torch.Tensor]:
         """The sums since the last report of each process: a checkpoint keeps them."""
@@ -132,11 +122,11 @@ class Log:
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
         self.samples, self.waiting = 0, 0.0
 
-    def write(self, metrics: dict) -> bool:
+    def write(self, metrics: dict):
         if self.run.machine.rank == 0:
             with disk.naming(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(metrics) + "\n")
-        return self.remember(metrics)
+        self.remember(metrics)
 
     @contextlib.contextmanager
     def waiting_for_data(self):
@@ -172,15 +162,11 @@ class Log:
         self.rate, self.norm = rate, norm
         self.samples += self.run.settings.global_batch
 
-    def validation(self, metrics: dict, step: int) -> bool:
-        """Prints and writes a validation -> whether it is the best of --keep-best."""
-        name = self.run.settings.keep_best
-        if name and name not in metrics:
-            raise Halt(f"--keep-best {name}: a validation of this run has {', '.join(metrics)}")
-        best = self.write({"step": step, **metrics})
+    def validation(self, metrics: dict, step: int, best: bool = False):
+        """Prints and writes a validation. best: of all so far, by --keep-best."""
+        self.write({"step": step, **metrics})
         self.run.machine.say(f"step {step:>6} | validation {losses_line(metrics, 'val_')}"
                              f"{' | the best' if best else ''}")
-        return best
 
     def report(self, state):
         """Prints and writes the means since the last report; Halt if gradients stay non-finite."""
@@ -211,7 +197,7 @@ class Log:
                            ("cut", "captions cut")):
             if counters[name]:
                 parts.append(f"{counters[name]} {what}")
-        machine.say(" | ".join(parts), flush=True)
+        machine.say(" | ".join(parts))
         self.start_window()
 
 

@@ -117,8 +117,8 @@ class Run:
     micro_batch: int
     accumulation: int               # micro-batches of one process per step
     answers: list | None            # vqa: the answer list
-    saved: dict | None              # that checkpoint; None once the model has its weights
-    source: object                  # the model of --load; None once ours has its weights
+    saved: dict | None              # the checkpoint it resumes from; None once training begins
+    source: object                  # the model of --load; None once training begins
 
     @property
     def out(self) -> Path:
@@ -160,7 +160,7 @@ class Run:
 
 @dataclass
 class State:
-    """What changes with every step; a checkpoint holds all but the last one."""
+    """What changes with every step; a checkpoint holds all of it but `skipped_in_a_row`."""
     model: torch.nn.Module          # as it is called: the bare model, or DDP around it
     bare: torch.nn.Module           # the model itself
     optimizer: torch.optim.Optimizer
@@ -269,16 +269,18 @@ def training_lengths(table, tok, out: Path, machine: Machine) -> np.ndarray:
 
     The file's name is derived from the data files and the tokenizer that they were counted with.
     """
-    files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in table.paths]
-    counted = [files, weights.pack_tokenizer(tok)]
-    name = blake2b(json.dumps(counted).encode(), digest_size=4).hexdigest()
-    path = out / f"token_lengths_{name}.npy"
-    if machine.rank == 0 and not path.exists():
-        lengths = token_lengths(table, tok)
-        with disk.complete_file(path) as partial, open(partial, "wb") as file:
-            np.save(file, lengths)
-    machine.wait()
-    return np.load(path)
+    path = None
+    if machine.rank == 0:
+        files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in table.paths]
+        counted = [files, weights.pack_tokenizer(tok)]
+        name = blake2b(json.dumps(counted).encode(), digest_size=4).hexdigest()
+        path = out / f"token_lengths_{name}.npy"
+        if not path.exists():
+            lengths = token_lengths(table, tok)
+            with disk.complete_file(path) as partial, open(partial, "wb") as file:
+                np.save(file, lengths)
+    # All processes wait here for the first one.
+    return np.load(machine.union({"path": path} if path else {})["path"])
 
 
 def build_state(run: Run) -> State:
@@ -364,6 +366,8 @@ def the_only_writer(settings: Settings, machine: Machine):
     out = Path(settings.out)
     with disk.one_writer(out / ".lock", settings.out):
         disk.remove_partials(out, "*.pt", "*.json", "*.jsonl", "*.npy")
+        disk.remove_partials(out / "tokenizer", "*")
+        (out / "next.pt").unlink(missing_ok=True)
         yield
 
 
@@ -373,7 +377,6 @@ def train(run: Run, signals):
     describe(run, state.bare, state.step)
     write_config(run, state.bare)
     log = Log(run, state)
-    run.saved = run.source = None           # they would hold the weights a second time
     signals.training = True
     try:
         stopped_by = loop(run, state, log, signals)
@@ -382,8 +385,9 @@ def train(run: Run, signals):
             error.strerror += f" ({run.checkpoint} of step {state.saved_step} is whole)"
         raise
     if stopped_by:
-        run.machine.say(f"train.py: stopped by {stopped_by.name} after step {state.step}: "
-                        f"--resume goes on from {run.checkpoint}", file=sys.stderr)
+        saved = f": --resume goes on from {run.checkpoint}" if state.saved_step else ""
+        run.machine.say(f"train.py: stopped by {stopped_by.name} after step {state.step}{saved}",
+                        file=sys.stderr)
         sys.exit(128 + stopped_by)
     run.machine.say(f"done after {clock(state.counters['seconds'])} of training: {run.checkpoint} "
                     f"| {int(state.skipped)} steps skipped | {log.spikes} loss spikes")
@@ -397,6 +401,8 @@ def loop(run: Run, state: State, log: Log, signals) -> signal.Signals | None:
     more than 10 images, and more than max_unreadable of those seen, cannot be decoded.
     """
     s = run.settings
+    best = checkpoints.Best(run)
+    run.saved = run.source = None           # they would hold the weights a second time
     batches = iter(run.loader(state.step))
     state.model.train()
     while True:
@@ -408,8 +414,12 @@ def loop(run: Run, state: State, log: Log, signals) -> signal.Signals | None:
         if samples and log.validated < state.step:
             with log.paused():
                 metrics = evaluate(run, state, samples, signals)
-            if metrics and log.validation(metrics, state.step):
-                checkpoints.save_best(run, state, log)
+            if metrics:
+                whole = run.due(s.eval_every, state.step)
+                is_best = whole and best.is_beaten_by(metrics)
+                if is_best:             # before the line: what is written down is kept
+                    best.save(run, state, log, metrics)
+                log.validation(metrics, state.step, is_best)
         asked = run.machine.largest(signals.asked)      # all processes stop after the same step
         if asked:
             if state.step > (state.saved_step or 0):

@@ -6,7 +6,7 @@ Numbers of texts, words and pictures, their sizes, the commonest words and answe
 more than once, within a file and across files: a picture of the validation split that is in the
 training split too makes every score too high. --out draws a contact sheet.
 
-All is linear in the number of texts and pictures, and keeps 40 bytes for each in memory.
+All is linear in the number of texts and pictures, and keeps about 300 bytes for each in memory.
 """
 
 import hashlib

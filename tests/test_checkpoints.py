@@ -3,16 +3,19 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import (ROOT, TRAIN as RUN, TRAIN_FLM as SIZES, TRAIN_VILT as VILT, assert_same, free_port, torchrun, write_captions,
                       train_command as command, train_outcome as outcome, write_caption_world)
 
+import checkpoints
 import disk
 import flm
 import train
@@ -365,19 +368,61 @@ def test_a_finished_run_is_extended_and_says_what_becomes_of_the_rate(world, tmp
     assert "steps 9 -> 6" in refused(world, out)
 
 
-def test_the_best_checkpoint_is_kept_also_over_a_resume(world, tmp_path, capsys):
-    best = [*RUN, "--eval-every", 1, "--save-every", 100, "--keep-best", "val_loss"]
-    train.main(command(world, tmp_path / "run", *best, "--steps", 8))
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+def test_the_best_checkpoint_is_kept_also_over_a_resume_that_extends_the_run(world, tmp_path, capsys):
+    """Step 5 is validated only because it is the last of the first run: the second one knows its value all the same."""
+    best = [*RUN, "--eval-every", 2, "--save-every", 100, "--keep-best", "val_loss"]
+
+    def losses():
+        lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+        return {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+
+    train.main(command(world, tmp_path / "run", *best, "--steps", 5))
+    before = losses()
     step = weights.read(tmp_path / "run/best.pt")["step"]
-    assert losses[step] == min(losses.values())
-    before = (tmp_path / "run/best.pt").read_bytes()
-    train.main(command(world, tmp_path / "run", *best, "--steps", 9, "--resume", "--lr", 1e-2))
-    losses[9] = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
-    assert ((tmp_path / "run/best.pt").read_bytes() == before) == (losses[9] >= losses[step])
+    assert sorted(before) == [2, 4, 5] and before[step] == min(before.values())
+    assert json.loads((tmp_path / "run/best.json").read_text()) == {"name": "val_loss", "value": before[step], "step": step}
+    train.main(command(world, tmp_path / "run", *best, "--steps", 9, "--resume"))
+    after = losses()
+    assert weights.read(tmp_path / "run/best.pt")["step"] == min(after, key=after.get)
+    assert capsys.readouterr().out.count("| the best") >= 1
     with pytest.raises(SystemExit, match="--keep-best acc: a validation of this run has val_loss"):
         train.main(command(world, tmp_path / "wrong", *RUN, "--keep-best", "acc"))
+
+
+def test_a_validation_that_is_not_a_number_is_never_the_best(tmp_path):
+    run = SimpleNamespace(settings=Settings(keep_best="val_loss"), out=tmp_path)
+    run.machine, run.saved = SimpleNamespace(rank=0, union=dict), None
+    best = checkpoints.Best(run)
+    assert not best.is_beaten_by({"val_loss": float("nan")}) and best.is_beaten_by({"val_loss": 5.0})
+    best.value = 5.0
+    assert best.is_beaten_by({"val_loss": 4.0}) and not best.is_beaten_by({"val_loss": float("nan")})
+    best.name = "val_accuracy"
+    assert best.is_beaten_by({"val_accuracy": 6.0}) and not best.is_beaten_by({"val_accuracy": 4.0})
+
+
+def test_what_goes_wrong_in_a_data_loading_process_is_a_sentence_too(tmp_path):
+    class Broken(torch.utils.data.Dataset):
+        def __getitem__(self, i):
+            raise ValueError("data/x.arrow row 3: 100 images in a row cannot be decoded")
+
+        def __len__(self):
+            return 1
+
+    with pytest.raises(SystemExit) as stop, disk.command("train.py"):
+        next(iter(torch.utils.data.DataLoader(Broken(), num_workers=1)))
+    assert stop.value.code == "train.py: data/x.arrow row 3: 100 images in a row cannot be decoded"
+
+
+def test_processes_that_cannot_meet_say_where(world, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1]), "RANK": "0",
+                  "LOCAL_RANK": "0"}
+        run = started(command(world, tmp_path / "run", *RUN), places)
+        _, words = run.communicate(timeout=120)
+    assert run.returncode == 1 and f"could not meet at 127.0.0.1:{places['MASTER_PORT']}" in words
+    assert "Traceback" not in words
 
 
 def test_a_full_disk_names_the_file_and_the_checkpoint_that_stands(world, tmp_path, monkeypatch):
