@@ -754,7 +754,7 @@ def test_the_commands_of_the_docstring_are_understood():
     commands = [line for line in prepare.__doc__.splitlines() if "  python prepare.py" in line]
     for command in commands:
         prepare.parser().parse_args(shlex.split(command)[2:])
-    assert len(commands) == 6
+    assert len(commands) == 7
 
 
 def test_a_refusal_on_the_command_line_is_one_sentence_without_a_traceback(tmp_path):
