@@ -13,9 +13,9 @@ MODELS = flm.PRESETS | vilt.PRESETS
 FOUR = ("coco", "vg", "sbu", "gcc")     # the four million images of the papers
 
 TOY = dict(model="toy", bucket=16, clip=1.0, warmup=0.05, log_every=100, save_every=400)
-# For photographs of one's own. `small` starts from scratch on a CPU. Tried on 6,000 photographs for
-# fewer steps, its captions began to depend on the picture and retrieval stayed at chance. `medium`,
-# for a GPU of 8 GB and CLIP's and RoBERTa's files, was never run: published rates.
+# For photographs of one's own. `small` starts from scratch on a CPU; the README says what to expect.
+# `medium` is for a GPU of 8 GB and starts from CLIP's and RoBERTa's files. It was never run: its
+# sizes come from --dry-run, its rates are the published ones, guessed for captions and retrieval.
 SMALL = dict(model="small", bucket=16, clip=1.0, head_lr_scale=1.0, fusion_lr_scale=1.0,
              eval_every=200, eval_samples=1000, log_every=20, save_every=200)
 MEDIUM = dict(model="medium", clip=1.0, head_lr_scale=5.0, fusion_lr_scale=5.0,
