@@ -13,7 +13,7 @@ MODELS = flm.PRESETS | vilt.PRESETS
 FOUR = ("coco", "vg", "sbu", "gcc")     # the four million images of the papers
 
 TOY = dict(model="toy", bucket=16, clip=1.0, warmup=0.05, log_every=100, save_every=400)
-# For photographs of one's own. `small` starts from scratch on a CPU; the README says what to expect.
+# For photographs of one's own. `small` starts from scratch on a CPU; README says what to expect.
 # `medium` is for a GPU of 8 GB and starts from CLIP's and RoBERTa's files. It was never run: its
 # sizes come from --dry-run, its rates are the published ones, guessed for captions and retrieval.
 SMALL = dict(model="small", bucket=16, clip=1.0, head_lr_scale=1.0, fusion_lr_scale=1.0,
