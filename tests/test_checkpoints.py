@@ -96,6 +96,7 @@ def test_a_run_of_two_processes_resumes_as_if_it_had_never_stopped(world, tmp_pa
         assert tensor.dtype == torch.float32 and torch.equal(models[1][name], tensor), name
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_in_another_precision(world, tmp_path):
     train.main(command(world, tmp_path / "run", *RUN))
     for precision in ("bf16", "fp16"):
@@ -103,6 +104,7 @@ def test_a_run_does_not_resume_in_another_precision(world, tmp_path):
             train.main(command(world, tmp_path / "run", *RUN, "--precision", precision, "--resume"))
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_on_other_data(world, tmp_path):
     for path in world.glob("*.arrow"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -113,6 +115,7 @@ def test_a_run_does_not_resume_on_other_data(world, tmp_path):
         train.main(command(world, tmp_path / "run", *arguments, "--resume"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_neither_overwritten_nor_resumed_under_other_settings(world, tmp_path, capsys):
     train.main(command(world, tmp_path / "run", *RUN))
     with pytest.raises(SystemExit, match="last.pt exists: --resume goes on"):
@@ -162,7 +165,9 @@ def signal_at(step, number):
     return train_step
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow)])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_been(world, tmp_path, trained, monkeypatch, number, code, capsys):
     arguments = command(world, tmp_path / "run", *RUN, "--keep", 2)
     before = signal.getsignal(number)
@@ -184,6 +189,7 @@ def test_a_run_that_is_stopped_before_training_has_begun_ends_at_once(world, tmp
     assert stop.value.code == 143 and "stopped by SIGTERM before training began" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_in_a_validation_validates_again(world, tmp_path, trained, monkeypatch):
     arguments = command(world, tmp_path / "run", *RUN, "--keep", 2)
     original, calls = train.evaluate, []
@@ -234,6 +240,7 @@ def test_a_process_that_dies_is_named_by_the_others(world, tmp_path):
 
 # -- what comes back ---------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_sums_of_losses_go_on_after_a_resume(world, tmp_path):
     """Reports are means since the last one: a resume between two must not forget the first half."""
     often = [*RUN, "--log-every", 4, "--steps", 8, "--save-every", 3, "--keep", 3]
@@ -264,6 +271,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, words", BROKEN.values(), ids=BROKEN.keys())
 def test_a_checkpoint_that_lacks_something_is_refused_and_the_good_one_is_named(world, tmp_path, trained, changes, words):
     out = copy_of(trained, tmp_path / "run", **changes)
@@ -304,12 +312,14 @@ WRONG_TENSORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", WRONG_TENSORS.values(), ids=WRONG_TENSORS.keys())
 def test_wrong_tensors_are_refused_before_anything_is_computed(world, tmp_path, trained, change):
     changes = change(torch.load(trained / "last.pt", weights_only=False))
     refused(world, copy_of(trained, tmp_path / "run", **changes))
 
 
+@pytest.mark.slow
 def test_groups_and_rates_in_a_file_are_not_believed(world, tmp_path, trained):
     """The run knows its own: a weight decay of 1e9 in a file changes nothing."""
     saved = torch.load(trained / "step_4.pt", weights_only=False)
@@ -320,6 +330,7 @@ def test_groups_and_rates_in_a_file_are_not_believed(world, tmp_path, trained):
     assert_same(outcome(out), outcome(trained), 0)
 
 
+@pytest.mark.slow
 def test_damaged_lines_of_metrics_are_dropped(world, tmp_path, trained):
     out = copy_of(trained, tmp_path / "run")
     whole = (out / "metrics.jsonl").read_bytes()
@@ -339,6 +350,7 @@ def test_a_kill_between_two_names_loses_nothing(world, tmp_path, trained):
 
 # -- more than one run -------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_two_runs_do_not_write_into_one_folder(world, tmp_path):
     slow = started(command(world, tmp_path / "run", *RUN, "--steps", 5000, "--eval-every", 0))
     try:
@@ -358,6 +370,7 @@ def test_two_runs_do_not_write_into_one_folder(world, tmp_path):
     assert not list((tmp_path / "run").glob("*.partial")) and not (tmp_path / "run/.lock").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_extended_and_says_what_becomes_of_the_rate(world, tmp_path, trained, capsys):
     out = copy_of(trained, tmp_path / "run")
     train.main(command(world, out, *RUN, "--resume", "--steps", 9))
@@ -368,6 +381,7 @@ def test_a_finished_run_is_extended_and_says_what_becomes_of_the_rate(world, tmp
     assert "steps 9 -> 6" in refused(world, out)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_also_over_a_resume_that_extends_the_run(world, tmp_path, capsys):
     """Step 5 is validated only because it is the last of the first run: the second one knows its value all the same."""
     best = [*RUN, "--eval-every", 2, "--save-every", 100, "--keep-best", "val_loss"]
@@ -400,6 +414,7 @@ def test_a_validation_that_is_not_a_number_is_never_the_best(tmp_path):
     assert best.is_beaten_by({"val_accuracy": 6.0}) and not best.is_beaten_by({"val_accuracy": 4.0})
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_a_data_loading_process_is_a_sentence_too(tmp_path):
     class Broken(torch.utils.data.Dataset):
         def __getitem__(self, i):
@@ -413,6 +428,7 @@ def test_what_goes_wrong_in_a_data_loading_process_is_a_sentence_too(tmp_path):
     assert stop.value.code == "train.py: data/x.arrow row 3: 100 images in a row cannot be decoded"
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_meet_say_where(world, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -425,6 +441,7 @@ def test_processes_that_cannot_meet_say_where(world, tmp_path):
     assert "Traceback" not in words
 
 
+@pytest.mark.slow
 def test_a_full_disk_names_the_file_and_the_checkpoint_that_stands(world, tmp_path, monkeypatch):
     original = weights.save
 
@@ -441,6 +458,7 @@ def test_a_full_disk_names_the_file_and_the_checkpoint_that_stands(world, tmp_pa
     assert weights.read(tmp_path / "run/last.pt")["step"] == 4
 
 
+@pytest.mark.slow
 def test_a_run_whose_folder_has_a_name_without_unicode_resumes(world, tmp_path, trained):
     """In a locale without Unicode, Python knows é as two bytes that are no characters, and settings hold them."""
     saved = torch.load(trained / "step_4.pt", weights_only=False)

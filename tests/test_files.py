@@ -533,6 +533,7 @@ ODD = st.sampled_from([None, True, -1, 0, 2 ** 31 - 1, 2 ** 31, 10 ** 9, 2 ** 70
                        float("inf"), -0.5, "", "three", "x" * 5000, [], {}, (1,)])
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(field=st.sampled_from([field.name for field in fields(flm.Config)]), value=ODD)
 def test_a_config_with_any_odd_value_is_refused_at_once_or_fits_the_weights(ours, field, value):
@@ -553,6 +554,7 @@ def test_a_config_with_any_odd_value_is_refused_at_once_or_fits_the_weights(ours
     assert time.monotonic() - begun < 5
 
 
+@pytest.mark.slow
 def test_values_that_are_not_plain_are_refused_before_anybody_prints_them(ours, tmp_path):
     contents = torch.load(ours / "ours.pt")
     loop, laughs, deep = {}, ["ha"], []

@@ -169,6 +169,7 @@ def test_spans_and_prediction_rate_are_for_training_only(world, tmp_path):
     assert 0.35 * words < len(training["reconstructed_rows"]) < 0.65 * words
 
 
+@pytest.mark.slow
 def test_loss_falls_and_every_reported_number_is_there(world, tmp_path, capsys):
     train.main(command(world, tmp_path / "run", *RUN, "--steps", 40, "--log-every", 5, "--eval-every", 20))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
