@@ -140,7 +140,7 @@ RECIPES = {
         "toy": TOY | dict(
             steps=240, global_batch=16, micro_batch=16, eval_every=120, eval_samples=500,
             false_captions=7, lr=5e-5, head_lr_scale=10.0, fusion_lr_scale=5.0),
-        "small": SMALL | dict(steps=300, global_batch=16, false_captions=7, lr=5e-4),
+        "small": SMALL | dict(steps=160, global_batch=16, false_captions=7, lr=1e-4),
         "medium": MEDIUM_TASK | dict(global_batch=128, micro_batch=8, lr=1e-5, head_lr_scale=1.0),
     },
 }
