@@ -284,7 +284,7 @@ def check_task(settings: Settings, config_flags: dict, config, micro_batch: int)
 def check_same_run(path, saved: dict, settings: Settings, config, files: list):
     """ValueError unless a run resumes with the settings and the data that it was started with.
 
-    (The answer list of vqa is compared in train.open_run.)
+    (The answer list of vqa is compared in runs.open_run.)
     Settings added since the checkpoint was written count as their defaults. More steps are allowed.
     files: [[name, rows]] of the training data.
     """

@@ -18,6 +18,7 @@ from conftest import (ROOT, TRAIN as RUN, TRAIN_FLM as SIZES, TRAIN_VILT as VILT
 import checkpoints
 import disk
 import flm
+import machine
 import train
 import weights
 from settings import Settings, check_same_run
@@ -148,10 +149,10 @@ def test_a_run_of_a_version_that_had_fewer_settings_resumes():
 
 # -- stopping ----------------------------------------------------------------------------------------
 
-def started(arguments, environment=None):
+def started(arguments, environment=None, group=False):
     return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | (environment or {}))
+                            start_new_session=group, env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | (environment or {}))
 
 
 def signal_at(step, number):
@@ -182,6 +183,36 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_been(wo
     assert_same(outcome(tmp_path / "run"), outcome(trained), 0)
 
 
+def test_a_second_signal_stops_at_once_but_not_the_repetition_of_the_first(monkeypatch):
+    ended, now = [], [100.0]
+    monkeypatch.setattr(machine.os, "_exit", ended.append)
+    monkeypatch.setattr(machine.time, "monotonic", lambda: now[0])
+    with machine.Signals() as signals:
+        signals.training = True
+        signals.note(signal.SIGINT, None)
+        now[0] += 0.5                           # torchrun repeats Ctrl-C
+        signals.note(signal.SIGINT, None)
+        assert signals.asked == signal.SIGINT and not ended
+        now[0] += 1.0
+        signals.note(signal.SIGTERM, None)
+    assert ended == [143]
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_data_loading_processes_too_loses_nothing(world, tmp_path):
+    """A scheduler signals all processes of a job, and Ctrl-C those of the terminal."""
+    arguments = command(world, tmp_path / "run", *RUN, "--steps", 5000, "--eval-every", 0, "--save-every", 5000,
+                        "--workers", 1)
+    run = started(arguments, group=True)
+    for line in run.stdout:
+        if line.startswith(f"step {5:>6}/"):
+            break
+    os.killpg(run.pid, signal.SIGINT)
+    _, words = run.communicate(timeout=120)
+    assert run.returncode == 130 and "stopped by SIGINT" in words and "Traceback" not in words
+    assert weights.read(tmp_path / "run/last.pt")["step"] >= 5
+
+
 def test_a_run_that_is_stopped_before_training_has_begun_ends_at_once(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "open_run", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))
     with pytest.raises(SystemExit) as stop:
@@ -208,14 +239,20 @@ def test_a_run_that_is_stopped_in_a_validation_validates_again(world, tmp_path, 
     assert_same(outcome(tmp_path / "run"), outcome(trained), 0)
 
 
-@pytest.mark.slow
-def test_all_processes_stop_after_the_same_step_when_one_is_asked(world, tmp_path):
+def two_in_their_fifth_step(world, out):
+    """A long run of two processes that has taken some steps."""
     places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    arguments = command(world, tmp_path / "run", *RUN, "--steps", 5000, "--eval-every", 0, "--save-every", 5000)
+    arguments = command(world, out, *RUN, "--steps", 5000, "--eval-every", 0, "--save-every", 5000)
     runs = [started(arguments, places | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     for line in runs[0].stdout:
         if line.startswith(f"step {5:>6}/"):
             break
+    return runs
+
+
+@pytest.mark.slow
+def test_all_processes_stop_after_the_same_step_when_one_is_asked(world, tmp_path):
+    runs = two_in_their_fifth_step(world, tmp_path / "run")
     runs[1].send_signal(signal.SIGTERM)         # only the second one, whose words nobody prints
     ends = [run.communicate(timeout=120) for run in runs]
     assert [run.returncode for run in runs] == [143, 143], ends
@@ -225,12 +262,7 @@ def test_all_processes_stop_after_the_same_step_when_one_is_asked(world, tmp_pat
 
 @pytest.mark.slow
 def test_a_process_that_dies_is_named_by_the_others(world, tmp_path):
-    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    arguments = command(world, tmp_path / "run", *RUN, "--steps", 5000, "--eval-every", 0, "--save-every", 5000)
-    runs = [started(arguments, places | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
-    for line in runs[0].stdout:
-        if line.startswith(f"step {5:>6}/"):
-            break
+    runs = two_in_their_fifth_step(world, tmp_path / "run")
     runs[1].kill()
     _, words = runs[0].communicate(timeout=120)
     runs[1].communicate()
@@ -399,8 +431,30 @@ def test_the_best_checkpoint_is_kept_also_over_a_resume_that_extends_the_run(wor
     after = losses()
     assert weights.read(tmp_path / "run/best.pt")["step"] == min(after, key=after.get)
     assert capsys.readouterr().out.count("| the best") >= 1
+    # A value that nothing beats: a resumed run must know it, and leave its checkpoint as it is.
+    disk.write_text(tmp_path / "run/best.json", json.dumps({"name": "val_loss", "value": 0.001, "step": step}))
+    kept = (tmp_path / "run/best.pt").read_bytes()
+    train.main(command(world, tmp_path / "run", *best, "--steps", 12, "--resume"))
+    assert sorted(losses())[-1] == 12 and (tmp_path / "run/best.pt").read_bytes() == kept
     with pytest.raises(SystemExit, match="--keep-best acc: a validation of this run has val_loss"):
         train.main(command(world, tmp_path / "wrong", *RUN, "--keep-best", "acc"))
+
+
+@pytest.mark.slow
+def test_the_short_validation_of_step_10_is_never_the_best(world, tmp_path, capsys):
+    """It has fewer captions, so its number cannot be compared with the others."""
+    train.main(command(world, tmp_path / "run", *RUN, "--steps", 12, "--eval-every", 100, "--keep-best", "val_loss"))
+    told = [line for line in capsys.readouterr().out.splitlines() if "| validation" in line]
+    assert [("the best" in line) for line in told] == [False, True]
+    assert weights.read(tmp_path / "run/best.pt")["step"] == 12
+
+
+def test_a_disk_without_hard_links_gets_copies(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("weights")
+    (tmp_path / "b").write_text("older")
+    monkeypatch.setattr(disk.os, "link", lambda *_: (_ for _ in ()).throw(OSError(1, "no links here")))
+    disk.also_as(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "weights" and sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_a_validation_that_is_not_a_number_is_never_the_best(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import metrics
-from metrics import ptb_tokens
+from ptb import ptb_tokens
 
 
 def load(shared, name):
