@@ -55,7 +55,7 @@ class Evaluation:
         if self.table is None:
             raise predict.no_split(args.data, self.datasets, self.split, task_class.KIND)
         self.count = len(self.table.row_of)                     # number of texts
-        self.files = ", ".join(self.table.paths)
+        self.files = self.table.named()
 
     def details(self) -> list[dict]:
         """What the table says of each text."""

@@ -281,7 +281,7 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def fits(found: pa.DataType, wanted: pa.DataType) -> bool:
-    """Whether a column of one type can be read as another.   A list may have no type: all empty."""
+    """Whether a column of one type can be read as another. Lists that are all empty have none."""
     if is_list(wanted):
         return is_list(found) and (pa.types.is_null(found.value_type)
                                    or fits(found.value_type, wanted.value_type))

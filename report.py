@@ -294,7 +294,7 @@ def dry_run(run):
     for title, values in (("settings", asdict(s)), ("model", asdict(run.config))):
         machine.say(f"{title}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
     for split, table in run.tables.items():
-        machine.say(f"{split}: " + (", ".join(table.paths) if table else "none"))
+        machine.say(f"{split}: {table.named() if table else 'none'}")
     shards = machine.world if s.shard else 1
     parameters = 4 * count_parameters(model) / shards
     parts = {"weights": parameters, "gradients": parameters, "AdamW's moments": 2 * parameters,
