@@ -51,7 +51,9 @@ class Settings:
     lr: float = 1e-4                # peak learning rate of the group "base"
     head_lr_scale: float = 5.0      # multiple of lr: vocabulary and task heads
     fusion_lr_scale: float = 5.0  # multiple of lr: fusion layers, reconstructor, what leads to them
-    warmup: float = 0.05            # share of the steps in which the rate rises; then it falls to 0
+    warmup: float = 0.05            # share of the steps in which the rate rises from 0
+    decay: float = 1.0              # share of the steps after them, the last ones, in which the
+                                    # rate falls to 0; between the two it stays at its peak
     weight_decay: float = 0.01      # of matrices and embeddings; vectors and image positions: none
     beta1: float = 0.9              # AdamW's decay of the mean gradient
     beta2: float = 0.98             # AdamW's decay of the mean squared gradient
@@ -229,6 +231,8 @@ def check(settings: Settings, machine: Machine):
                              "another --out")
     if s.seed < 0:
         raise ValueError(f"--seed {s.seed}: at least 0 is expected")
+    if not 0 < s.decay <= 1:
+        raise ValueError(f"--decay {s.decay}: a share above 0, at most 1, is expected")
     if s.shard and machine.world == 1:
         raise ValueError("--shard needs several processes: start with torchrun")
     if s.task == "retrieval" and s.false_captions < 1:

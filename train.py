@@ -86,11 +86,16 @@ def parameter_groups(model, settings: Settings) -> list[dict]:
 
 
 def rate_at(step: int, settings: Settings) -> float:
-    """The share of the peak rate at a step: linear from 0 over the warm-up, then linear to 0."""
+    """The share of the peak rate at a step: linear from 0, constant, linear to 0.
+
+    The warm-up is a share of all steps, the fall (`decay`) a share of those after it. As published,
+    the fall is all of them: the rate is never constant.
+    """
     warmup = round(settings.warmup * settings.steps)
     if step < warmup:
         return step / warmup
-    return max(0.0, (settings.steps - step) / max(1, settings.steps - warmup))
+    fall = max(1, round(settings.decay * (settings.steps - warmup)))
+    return min(1.0, max(0.0, (settings.steps - step) / fall))
 
 
 def say_new_schedule(run: Run):

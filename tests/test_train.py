@@ -305,6 +305,8 @@ def test_the_rate_rises_linearly_and_falls_to_zero():
     settings = Settings(steps=20, warmup=0.1)
     assert [train.rate_at(s, settings) for s in (0, 1, 2, 11, 20)] == pytest.approx([0, 0.5, 1, 0.5, 0])
     assert train.rate_at(0, replace(settings, warmup=0.0)) == 1
+    settings = replace(settings, decay=0.5)     # 2 steps of warm-up, 9 at the peak, 9 of the fall
+    assert [train.rate_at(s, settings) for s in (1, 2, 11, 14, 20)] == pytest.approx([0.5, 1, 1, 2 / 3, 0])
 
 
 def test_launchers_of_all_kinds_are_understood():
