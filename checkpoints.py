@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 import disk
 import weights
+from optimizer import moments_of
 from released.names import is_finite
 from report import COUNTERS, Halt
 
@@ -168,8 +169,7 @@ def check_saved(path: Path, saved: dict, run):
     The optimizer's groups and rates are not compared: they are not taken from the file.
     """
     model = weights.outline_of(run.config)          # names, shapes and types, without memory
-    moments = {name: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-               for name, parameter in model.named_parameters()}
+    moments = moments_of(model, run.settings)
     expected = {"model": model.state_dict(), "optimizer": {"state": moments}, "step": 0,
                 "scaler": new_scaler(run.machine).state_dict(), "counters": COUNTERS,
                 "task": run.settings.task}

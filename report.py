@@ -18,6 +18,7 @@ import torch.distributed as dist
 import disk
 import weights
 from machine import memory_gb
+from optimizer import moments_of
 from tasks import to_device
 
 
@@ -297,7 +298,9 @@ def dry_run(run):
         machine.say(f"{split}: {table.named() if table else 'none'}")
     shards = machine.world if s.shard else 1
     parameters = 4 * count_parameters(model) / shards
-    parts = {"weights": parameters, "gradients": parameters, "AdamW's moments": 2 * parameters,
+    kept = [tensor for kept in moments_of(model, s).values() for tensor in kept.values()]
+    parts = {"weights": parameters, "gradients": parameters,
+             "optimizer's moments": sum(4 * tensor.numel() for tensor in kept) / shards,
              "activations": activation_bytes(run, model)}
     described = ", ".join(f"{name} {size / 2 ** 30:.2f}" for name, size in parts.items())
     machine.say(f"memory of a process: about {sum(parts.values()) / 2 ** 30:.2f} GB ({described})")

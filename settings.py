@@ -51,6 +51,8 @@ class Settings:
     lr: float = 1e-4                # peak learning rate of the group "base"
     head_lr_scale: float = 5.0      # multiple of lr: vocabulary and task heads
     fusion_lr_scale: float = 5.0  # multiple of lr: fusion layers, reconstructor, what leads to them
+    muon_lr: float = 0.0            # peak learning rate of Muon, which steps the matrices of base
+                                    # and fusion in AdamW's place; 0: AdamW steps all
     warmup: float = 0.05            # share of the steps in which the rate rises from 0
     decay: float = 1.0              # share of the steps after them, the last ones, in which the
                                     # rate falls to 0; between the two it stays at its peak
@@ -233,6 +235,8 @@ def check(settings: Settings, machine: Machine):
         raise ValueError(f"--seed {s.seed}: at least 0 is expected")
     if not 0 < s.decay <= 1:
         raise ValueError(f"--decay {s.decay}: a share above 0, at most 1, is expected")
+    if s.shard and s.muon_lr:
+        raise ValueError("--muon-lr needs whole matrices, which --shard cuts")
     if s.shard and machine.world == 1:
         raise ValueError("--shard needs several processes: start with torchrun")
     if s.task == "retrieval" and s.false_captions < 1:

@@ -33,78 +33,14 @@ from tqdm import tqdm
 import checkpoints
 import disk
 import machine as machines
-import vilt
 import weights
 from data import evaluation_batches, token_lengths
 from machine import Machine, loader_workers
+from optimizer import new_optimizer, rate_at
 from report import COUNTERS, Log, Sums, clock, describe, dry_run, write_config
 from runs import Run, open_run
 from settings import Settings, check, parse
 from tasks import to_device
-
-
-# -------------------------------------------------------------------------------------------------
-# Optimizer and schedule.
-
-# Parameters whose names begin with these learn at head_lr_scale or fusion_lr_scale times the rate.
-HEAD = ("vocab_head.", "itm_head.", "patch_head.", "head.")
-FUSION = ("text_to_fusion.", "image_to_fusion.", "fusion_layers.", "text_reconstructor.",
-          "fusion_reconstructor.", "pooler.")
-# Tables without weight decay; vectors have none either. (The originals decay these and the class
-# token, and FLM also CLIP's ln_*: their lists of names come from another library.)
-UNDECAYED = ("vit.position", "image_position", "position")
-
-
-def parameter_groups(model, settings: Settings) -> list[dict]:
-    """AdamW's groups: {base, head, fusion} x {decayed, not}; every parameter is in exactly one.
-
-    base     lr                      ViT, text embedding, text layers, type vectors; all of a ViLT
-                                     but its heads
-    head     lr x head_lr_scale      vocabulary head, matching, a task's head
-    fusion   lr x fusion_lr_scale    FLM's fusion layers, reconstructor, pooler, what leads to them
-
-    Decayed are all parameters of two or more dimensions but UNDECAYED: weights of linear layers and
-    convolutions, embeddings with the text's positions, type vectors. Not decayed are biases,
-    LayerNorms, the class token, and the image's positions. As published (recipe flm-b32): lr 8e-5,
-    both scales 5, weight decay 0.01, betas 0.9 and 0.98.
-    """
-    scales = {"base": 1.0, "head": settings.head_lr_scale, "fusion": settings.fusion_lr_scale}
-    groups = {(group, decayed): [] for group in scales for decayed in (True, False)}
-    fusion = () if isinstance(model.config, vilt.Config) else FUSION
-    for name, parameter in model.named_parameters():
-        group = "base"
-        if name.startswith(HEAD):
-            group = "head"
-        elif name.startswith(fusion):
-            group = "fusion"
-        decayed = parameter.ndim >= 2 and name not in UNDECAYED
-        groups[group, decayed].append(parameter)
-    assert sum(map(len, groups.values())) == len(list(model.parameters()))
-    return [{"params": parameters, "scale": scales[group],
-             "weight_decay": settings.weight_decay if decayed else 0.0}
-            for (group, decayed), parameters in groups.items() if parameters]
-
-
-def rate_at(step: int, settings: Settings) -> float:
-    """The share of the peak rate at a step: linear from 0, constant, linear to 0.
-
-    The warm-up is a share of all steps, the fall (`decay`) a share of those after it. As published,
-    the fall is all of them: the rate is never constant.
-    """
-    warmup = round(settings.warmup * settings.steps)
-    if step < warmup:
-        return step / warmup
-    fall = max(1, round(settings.decay * (settings.steps - warmup)))
-    return min(1.0, max(0.0, (settings.steps - step) / fall))
-
-
-def say_new_schedule(run: Run):
-    """Says what becomes of the rate where a run resumes with more steps than it had."""
-    s, step, steps = run.settings, run.saved["step"], run.saved["settings"].get("steps", 0)
-    if s.steps > steps > 0:
-        before, after = s.lr * rate_at(step, replace(s, steps=steps)), s.lr * rate_at(step, s)
-        run.machine.say(f"{steps:,} steps become {s.steps:,}: the schedule stretches, and the rate "
-                        f"at step {step:,} goes from {before:.1e} to {after:.1e}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -136,8 +72,7 @@ def build_state(run: Run) -> State:
         shard(bare, machine.precision)
     if s.compile:
         bare.compile(dynamic=True)          # lengths and numbers of targets differ between batches
-    optimizer = torch.optim.AdamW(parameter_groups(bare, s), lr=s.lr, betas=(s.beta1, s.beta2),
-                                  eps=1e-8, fused=True)
+    optimizer = new_optimizer(bare, s)
     none = torch.tensor(0.0, device=machine.device)
     state = State(bare, bare, optimizer, checkpoints.new_scaler(machine), 0, None, dict(COUNTERS),
                   none, none)
@@ -214,6 +149,15 @@ def the_only_writer(settings: Settings, machine: Machine):
         yield
 
 
+def say_new_schedule(run: Run):
+    """Says what becomes of the rate where a run resumes with more steps than it had."""
+    s, step, steps = run.settings, run.saved["step"], run.saved["settings"].get("steps", 0)
+    if s.steps > steps > 0:
+        before, after = s.lr * rate_at(step, replace(s, steps=steps)), s.lr * rate_at(step, s)
+        run.machine.say(f"{steps:,} steps become {s.steps:,}: the schedule stretches, and the rate "
+                        f"at step {step:,} goes from {before:.1e} to {after:.1e}")
+
+
 def train(run: Run, signals):
     """Trains until the last step is done, or until a signal asks to stop (then SystemExit)."""
     state = build_state(run)
@@ -283,12 +227,12 @@ def train_step(run: Run, state: State, micro_batches: list, log: Log):
     # Dropout's random numbers are a function of the step, as the data is: nothing has to be saved.
     seeds = np.random.SeedSequence([s.seed, state.step, run.machine.rank])
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-    rate = s.lr * rate_at(state.step, s)
+    share = rate_at(state.step, s)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
+        group["lr"] = share * group["peak"]
     backward(run, state, micro_batches, log)
     norm = update(run, state)
-    log.step(rate, norm)
+    log.step(share * s.lr, norm)
     state.step += 1
 
 

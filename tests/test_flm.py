@@ -15,8 +15,8 @@ import flm
 import layers
 from layers import Mask, ReconstructorLayer, StreamLayer, TextEmbedding, ViT, VocabHead, roberta_positions
 from released import names
-import train
 import weights
+from optimizer import parameter_groups, rate_at
 from settings import Settings
 
 TOL = 1e-5      # rounding is 3e-6, every known mistake at least 1e-5 (a wrong eps) and mostly 3e-2
@@ -255,12 +255,12 @@ def test_optimizer_steps_equal_the_original(original):
     recorded = original[1]
     model, batch, t = original_training_model(recorded), batch_of(recorded, leaks=True), recorded["train"]
     settings = Settings(lr=1e-3, steps=t["optim"]["max_steps"], warmup=2 / t["optim"]["max_steps"])
-    groups = train.parameter_groups(model, settings)
+    groups = parameter_groups(model, settings)
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-8)
     losses, first_grads = [], None
     for step in range(3):
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * group["scale"] * train.rate_at(step, settings)
+            group["lr"] = group["peak"] * rate_at(step, settings)
         assert sorted({g["lr"] for g in optimizer.param_groups}) == pytest.approx(sorted(set(t["step_lrs"][step])))
         optimizer.zero_grad()
         loss = total(model, with_pad_row_leak(model, batch), batch)

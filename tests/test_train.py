@@ -18,6 +18,7 @@ import tasks
 import train
 import vilt
 import weights
+from optimizer import Muon, moments_of, orthogonal, parameter_groups, rate_at
 from settings import Settings, split_batch, documented_fields
 from tokenizer import BPE
 
@@ -289,7 +290,7 @@ def test_files_that_are_no_checkpoint_are_refused_in_a_sentence(tmp_path, make, 
 def test_parameter_groups_follow_the_rule():
     model = flm.FLM(replace(flm.PRESETS["toy"], itm=True))
     settings = Settings(head_lr_scale=7.0, fusion_lr_scale=5.0, weight_decay=0.1)
-    group_of = {id(p): g for g in train.parameter_groups(model, settings) for p in g["params"]}
+    group_of = {id(p): g for g in parameter_groups(model, settings) for p in g["params"]}
     rule = {"vit.patch.weight": (1, 0.1), "vit.position": (1, 0), "vit.cls": (1, 0), "vit.norm_pre.weight": (1, 0),
             "embed.word.weight": (1, 0.1), "embed.norm.bias": (1, 0), "text_layers.0.mlp.0.bias": (1, 0), "token_type": (1, 0.1),
             "fusion_layers.1.cross_attention.kv.weight": (5, 0.1), "fusion_layers.1.cross_norm.weight": (5, 0),
@@ -298,15 +299,58 @@ def test_parameter_groups_follow_the_rule():
     parameters = dict(model.named_parameters())
     for name, (scale, decay) in rule.items():
         group = group_of[id(parameters[name])]
-        assert (group["scale"], group["weight_decay"]) == (scale, decay), name
+        assert (group["peak"], group["weight_decay"]) == (pytest.approx(scale * settings.lr), decay), name
+    muon = replace(settings, muon_lr=0.02)
+    stepped = {name for name, kept in moments_of(model, muon).items() if "mean" in kept}
+    assert {"vit.patch.weight", "text_layers.0.mlp.2.weight", "pooler.weight", "text_to_fusion.weight",
+            "fusion_reconstructor.0.cross_attention.kv.weight"} <= stepped
+    assert not [name for name in stepped if "head." in name or "embed" in name or "position" in name or "norm" in name or "bias" in name]
+    assert [group["peak"] for group in parameter_groups(model, muon) if group["muon"]] == [0.02]
+
+
+def test_muon_steps_as_torch_does():
+    torch.manual_seed(0)
+    ours = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False), torch.nn.Linear(40, 16, bias=False))
+    theirs = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False), torch.nn.Linear(40, 16, bias=False))
+    theirs.load_state_dict(ours.state_dict())
+    before = [weight.detach().clone() for weight in ours.parameters()]
+    optimizer = Muon([{"params": list(ours.parameters()), "muon": True, "weight_decay": 0.1}], lr=0.02)
+    oracle = torch.optim.Muon(theirs.parameters(), lr=0.02, weight_decay=0.1, momentum=0.95)
+    for _ in range(5):
+        x = torch.randn(100, 24)
+        for model, stepped in ((ours, optimizer), (theirs, oracle)):
+            stepped.zero_grad()
+            model(x).square().sum().backward()
+            stepped.step()
+    for start, a, b in zip(before, ours.parameters(), theirs.parameters(), strict=True):
+        assert (a - b).norm() < 0.1 * (b - start).norm()        # torch iterates in bfloat16
+    singular = torch.linalg.svdvals(orthogonal(torch.randn(3, 40, 16)))
+    assert 0.6 < singular.min() and singular.max() < 1.25
+
+
+def test_muon_treats_stacked_matrices_apart_and_skips_what_is_not_finite():
+    torch.manual_seed(0)
+    stacked, first, second = (torch.nn.Parameter(torch.randn(n, 8)) for n in (16, 8, 8))
+    with torch.no_grad():
+        stacked.copy_(torch.cat([first, second]))
+    optimizer = Muon([{"params": [stacked, first, second], "muon": True, "weight_decay": 0.0}], lr=0.1)
+    stacked.grad = torch.randn(16, 8)
+    first.grad, second.grad = stacked.grad.chunk(2)
+    optimizer.step()
+    torch.testing.assert_close(stacked, torch.cat([first, second]))
+    before, stacked.grad = stacked.detach().clone(), torch.full((16, 8), torch.nan)
+    kept = optimizer.state[stacked]["mean"].clone()
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(stacked, before) and torch.equal(optimizer.state[stacked]["mean"], kept)
 
 
 def test_the_rate_rises_linearly_and_falls_to_zero():
     settings = Settings(steps=20, warmup=0.1)
-    assert [train.rate_at(s, settings) for s in (0, 1, 2, 11, 20)] == pytest.approx([0, 0.5, 1, 0.5, 0])
-    assert train.rate_at(0, replace(settings, warmup=0.0)) == 1
+    assert [rate_at(s, settings) for s in (0, 1, 2, 11, 20)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert rate_at(0, replace(settings, warmup=0.0)) == 1
     settings = replace(settings, decay=0.5)     # 2 steps of warm-up, 9 at the peak, 9 of the fall
-    assert [train.rate_at(s, settings) for s in (1, 2, 11, 14, 20)] == pytest.approx([0.5, 1, 1, 2 / 3, 0])
+    assert [rate_at(s, settings) for s in (1, 2, 11, 14, 20)] == pytest.approx([0.5, 1, 1, 2 / 3, 0])
 
 
 def test_launchers_of_all_kinds_are_understood():

@@ -21,6 +21,7 @@ import tasks
 import train
 import vilt
 import weights
+from optimizer import rate_at
 from settings import Settings
 from tokenizer import BPE, WordPiece
 
@@ -319,7 +320,7 @@ def test_a_flag_of_the_other_model_is_refused(world, tmp_path, capsys):
 def test_published_recipes_warm_up_for_2500_steps(steps):
     settings = train.parse(["--recipe", f"vilt-{steps // 1000}k", "--data", "d", "--out", "o"])[0]
     assert settings.steps == steps and settings.global_batch == 4096 and settings.lr == 1e-4
-    rates = [train.rate_at(step, settings) for step in (0, 1250, 2500, steps)]
+    rates = [rate_at(step, settings) for step in (0, 1250, 2500, steps)]
     assert rates == pytest.approx([0, 0.5, 1, 0])
 
 
