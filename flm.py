@@ -145,12 +145,13 @@ ROBERTA_LARGE = dict(text_width=1024, text_heads=16)
 # For minutes on a laptop's CPU; the vocabulary is trained on the captions. So narrow a model learns
 # faster from weights of std 0.08, near 128^-1/2, than from BERT's 0.02 (docs/LOG.md).
 NARROW = dict(patch_size=16, vit_width=128, vit_heads=4, text_width=128, text_layers=1,
-              text_heads=4, max_positions=66, mask_id=4, width=128, heads=4, fusion_layers=3,
-              reconstructor_text_layers=1, reconstructor_fusion_layers=3, init_std=0.08)
+              text_heads=4, max_positions=66, mask_id=4, width=128, heads=4,
+              reconstructor_text_layers=1, init_std=0.08)
 PRESETS = {
-    "toy": Config(image_size=64, vit_layers=2, vocab_size=400, image_positions=1.0, dropout=0.0,
-                  **NARROW),
-    "small": Config(image_size=112, vit_layers=4, vocab_size=4096, **NARROW),   # photographs
+    "toy": Config(image_size=64, vit_layers=2, vocab_size=400, fusion_layers=2,
+                  reconstructor_fusion_layers=2, image_positions=1.0, dropout=0.0, **NARROW),
+    "small": Config(image_size=112, vit_layers=4, vocab_size=4096, fusion_layers=3,     # photographs
+                    reconstructor_fusion_layers=3, **NARROW),
     # For a GPU of 8 GB: CLIP's ViT-B/32 and RoBERTa's first layers fit in, few layers are new.
     "medium": Config(image_size=224, vocab_size=16384, mask_id=4, text_layers=4, width=512, heads=8,
                      fusion_layers=3, reconstructor_text_layers=3, reconstructor_fusion_layers=3),

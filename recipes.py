@@ -24,11 +24,9 @@ MEDIUM_TASK = MEDIUM | dict(augment=True, epochs=10)
 
 RECIPES = {
     "pretrain": {
-        # In the drawn world, ViT and text layers learn at a third of the others' rate: at the
-        # full one, content drowns out position in the image tokens.
         "toy": TOY | dict(
-            steps=4000, global_batch=32, micro_batch=32, eval_every=800, eval_samples=1000,
-            lr=3e-4, head_lr_scale=3.3, fusion_lr_scale=3.3),
+            steps=900, global_batch=32, micro_batch=32, eval_every=300, eval_samples=1000,
+            lr=1e-3, head_lr_scale=1.0, fusion_lr_scale=1.0, muon_lr=0.01, warmup=0.03),
         # More of it, with image-text matching: that trains the class vector, which tasks read.
         "toy-itm": TOY | dict(
             itm=True, steps=2000, global_batch=32, micro_batch=32, eval_every=800,
