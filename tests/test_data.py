@@ -20,7 +20,8 @@ from PIL import Image
 import data
 import disk
 import files
-from data import CaptionDataset, Captions, GlobalBatches, Questions, Statements, evaluation_batches, mask_words, pad_texts
+from batches import GlobalBatches, evaluation_batches
+from data import CaptionDataset, Captions, Questions, Statements, mask_words, pad_texts
 from files import CAPTIONS
 from sources.shards import Writer
 from tokenizer import BPE

@@ -42,6 +42,7 @@ import tasks
 import tokenizer
 import vilt
 import weights
+from batches import GlobalBatches
 from files import CAPTIONS
 from generate import generate
 from predict import match_score
@@ -404,7 +405,7 @@ def padding(args):
     # A large batch would repeat a small file: captions are drawn as from a larger one.
     drawn = rng.choice(lengths, 16 * 4096)
     for size in (4096, 1024, 256, 64):
-        sampler = data.GlobalBatches(drawn, size, seed=0)
+        sampler = GlobalBatches(drawn, size, seed=0)
         ordered = np.stack([drawn[sampler.batch(k)] for k in range(sampler.steps_per_epoch)])
         shuffled = rng.permuted(ordered, axis=1)
         for order, batches in (("sorted", ordered), ("as drawn", shuffled)):
