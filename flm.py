@@ -489,7 +489,7 @@ class FLM(nn.Module):
         mask = text.mask.reshape(B * S)
         without = len(layers) - len(reconstructors)
         for i, layer in enumerate(layers):
-            streams = layer(streams, mask, visual, image_of)
+            streams = layer(streams, mask, visual, image_of=image_of)
             if i >= without:
                 q = reconstructors[i - without](q, streams, text.query_mask)
         return replace(text, streams=streams, queries=q)

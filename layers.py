@@ -265,12 +265,11 @@ class StreamLayer(nn.Module):
         self.mlp, self.mlp_norm = feed_forward(width, nn.GELU()), nn.LayerNorm(width, eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Mask | None, image=None, image_of=None,
-                cache=None) -> Tensor:
-        """The layer's output (B, S, L, D).
+    def forward(self, x: Tensor, mask: Mask | None, image=None, cache=None,
+                image_of=None) -> Tensor:
+        """The layer's output (B, S, L, D). cache: a generate.KVCache of the words before these.
 
         image_of (B,): the image of each caption; None: B / M neighbours to an image.
-        cache: a generate.KVCache of the words before these.
         """
         B, S, L, D = x.shape
         y = x.reshape(B * S, L, D)                          # each stream looks at itself
