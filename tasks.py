@@ -5,7 +5,8 @@ A task's class says what it reads, what it hides, what it asks, and which head t
 
 What is hidden and predicted is drawn here: masked words, prefixes, hidden spans, patches, and which
 rows predict. Each sample's own generator draws it, so it does not depend on the number of
-processes. Only the wrong images of image-text matching depend on the micro-batch.
+processes. Only the wrong images of image-text matching depend on the micro-batch, and which
+sample's generator draws what is random of an image that several share: it is the first.
 
 Letters: B batch, M images of it (B, or fewer), L text length, K patches, D width.
 """
@@ -144,7 +145,7 @@ class Task:
         batch |= patch_layout(c, pictures, rngs)
         counts = self.draw(samples, batch)
         unreadable = [line for sample in samples for line in sample["unreadable"]]
-        # What the log calls samples are images (or pairs of them): of them some are unreadable.
+        # The log's samples are images, or pairs of them: its share of unreadable ones is of these.
         notes = {"counts": counts, "samples": len(owners), "tokens": sum(map(len, texts)),
                  "padded_tokens": batch["ids"].numel(), "unreadable": unreadable,
                  "cut": sum(sample["cut"] for sample in samples)}

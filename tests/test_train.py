@@ -45,7 +45,7 @@ def test_any_split_of_the_global_batch_gives_the_same_losses_and_weights(world, 
 
 
 @pytest.mark.parametrize("sizes, more", [(SIZES, ("--itm", "--bucket", 3)), (VILT, ())], ids=["flm", "vilt"])
-def test_captions_that_share_an_image_resume_in_the_middle_of_an_epoch_as_if_never_stopped(world, tmp_path, sizes, more):
+def test_captions_that_share_an_image_resume_in_the_middle_of_an_epoch_as_if_never_stopped(world, tmp_path, sizes, more, capsys):
     """An epoch has 7 steps: the run stops in its first epoch, and ends in its second."""
     more = [*RUN, "--steps", 9, "--eval-every", 0, "--captions-per-image", 2, "--augment", "--dropout", 0.1, "--save-every", 5, *more]
     train.main(command(world, tmp_path / "whole", *more, "--keep", 5, sizes=sizes))
@@ -56,6 +56,7 @@ def test_captions_that_share_an_image_resume_in_the_middle_of_an_epoch_as_if_nev
     train.main(command(world, tmp_path / "again", *more, "--resume", sizes=sizes))
     (lines, whole), (lines_again, again) = outcome(tmp_path / "whole"), outcome(tmp_path / "again")
     assert lines[-4:] == lines_again and lines[-1]["step"] == 9
+    assert "up to 2 captions share an image" in capsys.readouterr().out
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
