@@ -64,8 +64,8 @@ class Settings:
                                     # numbers come from training on it too
     max_tokens: int = 50            # tokens of a caption with <s> and </s>; longer ones are cut
     false_captions: int = 15        # retrieval: false captions beside each image's own
-    captions_per_image: int = 1     # at most so many captions share an image in a micro-batch: it is
-                                    # decoded, and passes the ViT, once for all of them
+    captions_per_image: int = 1     # at most so many captions share an image in a micro-batch: it
+                                    # is decoded, and passes the ViT, once for all of them
     bucket: int = 1                 # global batches sorted by length together; more: less padding
     pad_to: int = 0                 # pad captions to a multiple of N tokens; 0: 8 on GPU, 1 on CPU
     augment: bool = False           # RandAugment(2, 9) of the training images before the resize
