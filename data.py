@@ -2,8 +2,7 @@
 
     table = Captions(find_files("data/toy", ["toy"], "train"))          # memory-mapped, checked
     dataset = CaptionDataset(table, tok, Square(64), max_tokens=50, train=True)
-    sampler = GlobalBatches(token_lengths(table, tok), global_batch=64, seed=0)
-    samples = [dataset[epoch, i] for epoch, i in next(sampler.micro_batches(0, 1, 64))]
+    samples = dataset.samples([(0, 3), (0, 7)])         # epoch 0, the captions 3 and 7
     ids = pad_texts([sample["ids"] for sample in samples], tok.pad_id)
     images = pad_pictures([sample["image"] for sample in samples])
 
@@ -343,10 +342,13 @@ class CaptionDataset(torch.utils.data.Dataset):
     """Samples of a Captions table (or Questions, Statements): `dataset[epoch, i]` is text i.
 
     A sample is a pure function of (seed, epoch, i): the number of workers or processes, and
-    resuming, change nothing. An image that cannot be decoded is named in the sample's "unreadable".
-    In training the first text of the next row with a readable image is used instead; the run stops
-    (report.Log.micro_batch) where more than 10, and more than 1 % (--max-unreadable), cannot be.
-    In evaluation, where every question needs an answer, the image is black.
+    resuming, change nothing. Texts of one image can be asked for as a group, `(epoch, i, j, …)`.
+    The image is then decoded once, and the generator of the first text draws what is random of it.
+
+    An image that cannot be decoded is named in the sample's "unreadable". In training the next row
+    with a readable image is used instead, and its first text, or as many as the group has. The run
+    stops (report.Log.micro_batch) where more than 10, and more than 1 % (--max-unreadable), cannot
+    be. In evaluation, where every question needs an answer, the image is black.
 
     clean: str -> str, applied to every text. around: token ids put between `<s>` and the text, and
     between the text and `</s>`. augment: RandAugment(2, 9).
@@ -366,23 +368,48 @@ class CaptionDataset(torch.utils.data.Dataset):
         return len(self.table.row_of)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, i = key
-        rng = np.random.default_rng([self.seed, epoch, i])
+        [sample] = self.samples([key])
+        return sample
+
+    def samples(self, keys: list[tuple[int, ...]]) -> list[dict]:
+        """The samples of a batch: each key is (epoch, text), or (epoch, text, …) of a group."""
+        samples = []
+        for epoch, *texts in keys:
+            samples += self.group(epoch, texts)
+        return samples
+
+    __getitems__ = samples          # under this name torch's DataLoader asks for a whole batch
+
+    def group(self, epoch: int, texts: list[int]) -> list[dict]:
+        """A sample for each of some texts of one image."""
+        rngs = [np.random.default_rng([self.seed, epoch, i]) for i in texts]
         unreadable = []
         for _ in range(100):
-            row = int(self.table.row_of[i])
-            pictures, wrong = self.pictures(row, rng)
+            row = int(self.table.row_of[texts[0]])
+            pictures, wrong = self.pictures(row, rngs[0])
             unreadable += wrong
             if not wrong or not self.train:
                 break
-            i = int(np.searchsorted(self.table.row_of, row, side="right")) % len(self)  # next row
+            texts = self.texts_after(row, len(texts))
         else:
             raise ValueError("100 images in a row cannot be decoded, the last one "
                              f"{unreadable[-1]}")
-        ids, cut = self.tokens(i)
-        sample = {"image": pictures[0], "images": pictures, "ids": ids, "cut": cut, "row": row,
-                  "index": i, "unreadable": unreadable, "rng": rng, "train": self.train}
-        return sample | self.table.details(i)
+        samples = []
+        for i, rng in zip(texts, rngs, strict=True):
+            ids, cut = self.tokens(i)
+            sample = {"image": pictures[0], "images": pictures, "ids": ids, "cut": cut, "row": row,
+                      "index": i, "rng": rng, "train": self.train,
+                      "shares_image": bool(samples),        # with the sample before it
+                      "unreadable": [] if samples else unreadable}
+            samples.append(sample | self.table.details(i))
+        return samples
+
+    def texts_after(self, row: int, count: int) -> list[int]:
+        """The first `count` texts of the next row that has any; of too few, some come again."""
+        row_of = self.table.row_of
+        first = int(np.searchsorted(row_of, row, side="right")) % len(self)
+        there = int(np.searchsorted(row_of, row_of[first], side="right")) - first
+        return [first + k % there for k in range(count)]
 
     def pictures(self, row: int, rng=None) -> tuple[list[Tensor], list[str]]:
         """The images of a row, and a line for each that cannot be decoded and is black."""
@@ -466,70 +493,3 @@ def mask_words(ids: list[int], word_starts: list[bool], rate: float, mask_id: in
     swapped = picked[(fate >= 0.8) & (fate < 0.9)]
     ids[swapped] = rng.choice(replacements, len(swapped))
     return ids, picked
-
-
-# -------------------------------------------------------------------------------------------------
-# Order. What is seen at a step is a pure function of (seed, epoch, step): resuming is arithmetic.
-
-class GlobalBatches:
-    """Shuffles, cuts into global batches, sorts each by caption length, deals micro-batches.
-
-    Sorting leaves next to no padding, and the same global batch is trained on by any number of
-    processes. Micro-batches are dealt forwards and backwards in turn (1 2 3 4, 4 3 2 1, …), so that
-    with two or more for each process all have about the same work. With a single one each, the
-    process with the longest captions sets the pace, as it would in any other order.
-    The captions that do not fill the last batch of an epoch sit out; every epoch is shuffled again.
-
-    A small batch has few lengths to sort. With `bucket` above 1, the captions of that many global
-    batches are sorted together: one batch has short captions and another long ones, in random
-    order.
-    """
-
-    def __init__(self, lengths: np.ndarray, global_batch: int, seed: int, bucket: int = 1):
-        if global_batch > len(lengths):
-            raise ValueError(f"global batch {global_batch}: there are only {len(lengths)} captions "
-                             "to train on")
-        if bucket < 1:
-            raise ValueError(f"--bucket {bucket}: at least 1 global batch is sorted at a time")
-        self.lengths, self.size, self.seed, self.bucket = lengths, global_batch, seed, bucket
-        self.steps_per_epoch = len(lengths) // global_batch
-        self.epoch, self.order = None, None
-
-    def batch(self, step: int) -> np.ndarray:
-        """The global batch of a step: caption numbers (size,), shortest first."""
-        epoch, k = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, self.shuffle(np.random.default_rng([self.seed, epoch]))
-        numbers = self.order[k * self.size:(k + 1) * self.size]
-        return numbers[np.argsort(self.lengths[numbers], kind="stable")]
-
-    def shuffle(self, rng) -> np.ndarray:
-        """The order of an epoch: caption numbers, one global batch after the other."""
-        order = rng.permutation(len(self.lengths))
-        if self.bucket == 1:
-            return order
-        order = order[:self.steps_per_epoch * self.size]
-        group = np.arange(len(order)) // (self.size * self.bucket)
-        batches = order[np.lexsort((self.lengths[order], group))].reshape(-1, self.size)
-        return rng.permutation(batches).reshape(-1)
-
-    def micro_batches(self, start: int, stop: int, micro_batch: int, rank: int = 0, world: int = 1):
-        """This process's micro-batches of the steps start..stop-1: lists of (epoch, caption)."""
-        for step in range(start, stop):
-            numbers, epoch = self.batch(step), step // self.steps_per_epoch
-            rounds = numbers.reshape(-1, world, micro_batch)    # (accumulation, world, micro_batch)
-            for i, of_ranks in enumerate(rounds):
-                column = rank if i % 2 == 0 else world - 1 - rank
-                yield [(epoch, int(number)) for number in of_ranks[column]]
-
-
-def evaluation_batches(lengths, numbers, size: int) -> list[list[tuple[int, int]]]:
-    """Batches of captions of similar length, each of `numbers` exactly once: (epoch 0, number).
-
-    lengths: the sorting key of each of `numbers`, in their order.
-    """
-    numbers = np.asarray(numbers)[np.argsort(lengths, kind="stable")]
-    batches = []
-    for first in range(0, len(numbers), size):
-        batches.append([(0, int(i)) for i in numbers[first:first + size]])
-    return batches

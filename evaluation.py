@@ -22,6 +22,7 @@ import disk
 import machine
 import predict
 import tasks
+from batches import evaluation_batches
 from settings import Settings
 from tasks import to_device
 
@@ -93,7 +94,7 @@ class Evaluation:
         """{number: answer} of these texts, computed by all processes together."""
         place, tok = self.machine, self.model.tokenizer
         lengths = data.token_lengths(self.table, tok, numbers)
-        batches = data.evaluation_batches(lengths, numbers, self.args.batch_size)
+        batches = evaluation_batches(lengths, numbers, self.args.batch_size)
         batches = first_small(batches[place.rank::place.world])
         loader = DataLoader(self.task.dataset(self.table, train=False), batch_sampler=batches,
                             collate_fn=self.task.collate,

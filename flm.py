@@ -150,7 +150,7 @@ NARROW = dict(patch_size=16, vit_width=128, vit_heads=4, text_width=128, text_la
 PRESETS = {
     "toy": Config(image_size=64, vit_layers=2, vocab_size=400, fusion_layers=2,
                   reconstructor_fusion_layers=2, image_positions=1.0, dropout=0.0, **NARROW),
-    "small": Config(image_size=112, vit_layers=4, vocab_size=4096, fusion_layers=3,     # photographs
+    "small": Config(image_size=112, vit_layers=4, vocab_size=4096, fusion_layers=3,  # photographs
                     reconstructor_fusion_layers=3, **NARROW),
     # For a GPU of 8 GB: CLIP's ViT-B/32 and RoBERTa's first layers fit in, few layers are new.
     "medium": Config(image_size=224, vocab_size=16384, mask_id=4, text_layers=4, width=512, heads=8,
@@ -457,30 +457,30 @@ class FLM(nn.Module):
             text = text.class_query()
         return self._run(self.text_layers, self.text_reconstructor, text)
 
-    def fuse(self, visual: Tensor, text: Text) -> Fused:
-        """Reads captions with their images -> Fused.
+    def fuse(self, visual: Tensor, text: Text, image_of=None) -> Fused:
+        """Reads captions with their images: visual (M, P, D), text of B captions -> Fused.
 
-        visual (M, P, D); text of B captions, B / M neighbours to an image.
+        image_of (B,): the image of each caption, 0..M-1; without it, B / M neighbours to an image.
         """
         c = self.config
-        check_pairs(len(visual), len(text))
+        check_pairs(len(visual), len(text), image_of)
         streams = self.text_to_fusion(text.streams)                                   # (B, S, L, D)
         if c.objective != "flm":
             text = replace(text, streams=streams + self.token_type[0])
-            x = self._run(self.fusion_layers, [], text, visual).streams[:, 0]            # (B, L, D)
+            x = self._run(self.fusion_layers, [], text, visual, image_of).streams[:, 0]  # (B, L, D)
             name = "reconstructed" if c.objective == "mlm" else "left_to_right"
             return Fused(pooled=self._pool(x), **{name: x})
         types = torch.stack([self.token_type[0], self.stream_type[0]])                      # (2, D)
         q = self.text_to_fusion(text.queries) + self.stream_type[1]                      # (B, Q, D)
         text = replace(text, streams=streams + types[:, None], queries=q)
-        text = self._run(self.fusion_layers, self.fusion_reconstructor, text, visual)
+        text = self._run(self.fusion_layers, self.fusion_reconstructor, text, visual, image_of)
         return Fused(self._pool(text.queries), text.streams[:, 0], text.streams[:, 1], text.queries)
 
     def vocab_logits(self, x: Tensor) -> Tensor:
         """Scores every token of the vocabulary: (…, D) -> (…, V)."""
         return self.vocab_head(x)
 
-    def _run(self, layers, reconstructors, text: Text, visual: Tensor | None = None) -> Text:
+    def _run(self, layers, reconstructors, text: Text, visual=None, image_of=None) -> Text:
         """Runs the streams through `layers` and the queries through `reconstructors`.
 
         The reconstructors stand beside the last layers. Each reads the streams after its layer.
@@ -490,7 +490,7 @@ class FLM(nn.Module):
         mask = text.mask.reshape(B * S)
         without = len(layers) - len(reconstructors)
         for i, layer in enumerate(layers):
-            streams = layer(streams, mask, visual)
+            streams = layer(streams, mask, visual, image_of=image_of)
             if i >= without:
                 q = reconstructors[i - without](q, streams, text.query_mask)
         return replace(text, streams=streams, queries=q)
@@ -504,12 +504,12 @@ class FLM(nn.Module):
     def forward(self, batch: dict) -> dict:
         """The losses of a batch: output -> (sum of its targets' losses, number predicted right).
 
-        `batch` holds `image` (B, 3, H, W) normalised, `ids` (B, L), and what `tasks.PretrainFLM`
-        drew: for every output `<output>_rows`, the rows that predict, as indices into B L;
-        `masked_ids` (mlm); `prefix` (prefix); `first` and `last` (flm with spans); for itm
-        `other_image` and `same_image`. The losses are sums: the mean is over the targets of the
-        *global* batch, which only the training loop knows (train.backward). A task's head: see
-        `layers.task_loss`.
+        `batch` holds `image` (M, 3, H, W) normalised, `ids` (B, L), where M < B `image_of` (B,),
+        and what `tasks.PretrainFLM` drew: for every output `<output>_rows`, the rows that predict,
+        as indices into B L; `masked_ids` (mlm); `prefix` (prefix); `first`, `last` (flm with
+        spans); for itm `other_image`, `same_image`. The losses are sums: the mean is over the
+        targets of the *global* batch, which only the loop knows (train.backward). A task's head:
+        see `layers.task_loss`.
         """
         c, ids = self.config, batch["ids"]
         if c.head in TASK_HEADS:
@@ -517,7 +517,7 @@ class FLM(nn.Module):
         visual = self.encode_image(batch["image"])
         text = self.encode_text(batch.get("masked_ids", ids), batch.get("first"), batch.get("last"),
                                 batch.get("prefix"))
-        fused = self.fuse(visual, text)
+        fused = self.fuse(visual, text, batch.get("image_of"))
 
         # Only rows that predict go through the head, those of all outputs in one matrix product.
         outputs = [name for name in c.loss_weights if name != "itm"]
@@ -550,7 +550,7 @@ class FLM(nn.Module):
         """
         if self.config.objective == "mlm":          # it read masked words: now it reads the caption
             text = self.encode_text(batch["ids"])
-            own = self.fuse(visual, text).pooled                                            # (B, D)
+            own = self.fuse(visual, text, batch.get("image_of")).pooled                     # (B, D)
         else:
             text = text.class_query()
             own = fused.pooled

@@ -61,7 +61,8 @@ class Attention(nn.Module):
 
     x (B, Q, D), memory (M, K, D) or what `keys_and_values` made of it -> (B, Q, D).
     With a mask, (B, Q, K), there is a memory for every row of the batch: M = B. Without one, M may
-    divide B: one image and several captions, and no copy of the image.
+    divide B: one image and several captions, and no copy of the image. Where images have different
+    numbers of captions, memory_of (B,) says which memory belongs to each row.
     A fully masked row outputs zeros before the output projection: Attention returns `out.bias`.
     """
 
@@ -72,16 +73,21 @@ class Attention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)       # apart from q: it can be computed once and kept
         self.out = nn.Linear(width, width)
 
-    def keys_and_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """All of the attention that does not depend on x: (M, K, D) -> two of (M, heads, K, d)."""
-        M, K, D = memory.shape
-        kv = self.kv(memory).view(M, K, 2, self.heads, D // self.heads)
-        k, v = kv.permute(2, 0, 3, 1, 4)
+    def keys_and_values(self, memory: Tensor, memory_of=None) -> tuple[Tensor, Tensor]:
+        """All of the attention that does not depend on x: (M, K, D) -> two of (M, heads, K, d).
+
+        With memory_of (B,), those of each of B rows: two of (B, heads, K, d).
+        """
+        kv = self.kv(memory)                                                # (M, K, 2D)
+        if memory_of is not None:
+            kv = kv.index_select(0, memory_of)                              # (B, K, 2D)
+        M, K, D = len(kv), memory.shape[1], memory.shape[2]
+        k, v = kv.view(M, K, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         return k, v
 
-    def forward(self, x: Tensor, memory, mask: Mask | None = None) -> Tensor:
+    def forward(self, x: Tensor, memory, mask: Mask | None = None, memory_of=None) -> Tensor:
         B, Q, D = x.shape
-        k, v = memory if isinstance(memory, tuple) else self.keys_and_values(memory)
+        k, v = memory if isinstance(memory, tuple) else self.keys_and_values(memory, memory_of)
         M = len(k)
         dropout = self.dropout if self.training else 0.0
         # Captions of one image stand side by side, as one caption of B / M Q rows.
@@ -259,8 +265,12 @@ class StreamLayer(nn.Module):
         self.mlp, self.mlp_norm = feed_forward(width, nn.GELU()), nn.LayerNorm(width, eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Mask | None, image=None, cache=None) -> Tensor:
-        """The layer's output (B, S, L, D). cache: a generate.KVCache of the words before these."""
+    def forward(self, x: Tensor, mask: Mask | None, image=None, cache=None,
+                image_of=None) -> Tensor:
+        """The layer's output (B, S, L, D). cache: a generate.KVCache of the words before these.
+
+        image_of (B,): the image of each caption; None: B / M neighbours to an image.
+        """
         B, S, L, D = x.shape
         y = x.reshape(B * S, L, D)                          # each stream looks at itself
         words = y
@@ -270,7 +280,7 @@ class StreamLayer(nn.Module):
         x = self.self_norm(x + self.dropout(y))
         if image is not None:
             y = x.reshape(B, S * L, D)                  # the streams side by side look at the image
-            y = self.cross_attention(y, image).view(B, S, L, D)
+            y = self.cross_attention(y, image, memory_of=image_of).view(B, S, L, D)
             x = self.cross_norm(x + self.dropout(y))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
@@ -352,13 +362,14 @@ def task_logits(model, batch: dict) -> Tensor:
     nlvr2 reads the text with each image alone, joins both class vectors, and tells the second image
     by its type vector, token_type[2].
     `batch` holds `image` (B, 3, H, W), for nlvr2 `image_1` too, and `ids` (B, L), for retrieval
-    (B · captions, L): several captions of each image, which is encoded once.
+    (B · captions, L): several captions of each image, which is encoded once. With `image_of` (B,),
+    the image of each text, there may be fewer images.
     """
     text = model.encode_text(batch["ids"], class_only=True)
     pooled = []
     for which in range(2 if model.config.head == "nlvr2" else 1):
         visual = encode_batch_images(model, batch, which)
-        pooled.append(model.fuse(visual, text).pooled)
+        pooled.append(model.fuse(visual, text, batch.get("image_of")).pooled)
     return model.head(torch.cat(pooled, dim=-1))
 
 
@@ -428,8 +439,8 @@ def check_rates(config, *names: str):
             raise ValueError(f"{name} {getattr(config, name)} is outside 0..1")
 
 
-def check_pairs(images: int, captions: int):
-    """ValueError unless every image has the same number of captions."""
-    if captions % images:
+def check_pairs(images: int, captions: int, image_of=None):
+    """ValueError unless every image has the same number of captions, or image_of tells them."""
+    if image_of is None and captions % images:
         raise ValueError(f"{captions} captions for {images} images: each image has the same number "
                          "of them")

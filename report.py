@@ -257,6 +257,9 @@ def describe(run, model, step: int):
     machine.say(f"{len(table.row_of):,} {texts} of {len(table):,} images | global batch "
                 f"{s.global_batch} = {machine.world} processes x {run.accumulation} x "
                 f"{run.micro_batch} | {s.steps} steps from step {step} = {epochs:.1f} epochs")
+    if s.captions_per_image > 1:
+        machine.say(f"up to {s.captions_per_image} {texts} share an image: it passes the model "
+                    "once for all of them")
 
 
 def write_config(run, model):
@@ -310,7 +313,7 @@ def activation_bytes(run, model) -> int:
     """Bytes that the forward pass of one micro-batch keeps for the backward pass."""
     dataset = run.task.dataset(run.tables["train"], train=True)
     longest = list(run.sampler.micro_batches(0, 1, run.micro_batch))[-1]
-    batch, _ = run.task.collate([dataset[key] for key in longest])
+    batch, _ = run.task.collate(dataset.samples(longest))
     weights_at = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 

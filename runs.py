@@ -18,7 +18,8 @@ import machine as machines
 import tokenizer
 import vilt
 import weights
-from data import GlobalBatches, token_lengths
+from batches import GlobalBatches
+from data import token_lengths
 from machine import Machine, loader_workers
 from recipes import MODELS
 from settings import Settings, check_model, check_same_run, check_task, split_batch
@@ -114,7 +115,7 @@ def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
     task = task_class(replace(settings, max_tokens=max_tokens, pad_to=pad_to), config, tok)
     lengths = training_lengths(tables["train"], tok, Path(settings.out), machine)
     sampler = GlobalBatches(lengths.clip(max=max_tokens), settings.global_batch, settings.seed,
-                            settings.bucket)
+                            settings.bucket, tables["train"].row_of, settings.captions_per_image)
     if settings.epochs:
         settings = replace(settings, steps=round(settings.epochs * sampler.steps_per_epoch))
     run = Run(settings, machine, config, task, tables, sampler, micro_batch, accumulation, answers,

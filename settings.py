@@ -66,6 +66,8 @@ class Settings:
                                     # numbers come from training on it too
     max_tokens: int = 50            # tokens of a caption with <s> and </s>; longer ones are cut
     false_captions: int = 15        # retrieval: false captions beside each image's own
+    captions_per_image: int = 1     # at most so many captions share an image in a micro-batch: it
+                                    # is decoded, and passes the ViT, once for all of them
     bucket: int = 1                 # global batches sorted by length together; more: less padding
     pad_to: int = 0                 # pad captions to a multiple of N tokens; 0: 8 on GPU, 1 on CPU
     augment: bool = False           # RandAugment(2, 9) of the training images before the resize
@@ -92,7 +94,8 @@ class Settings:
 
 
 # What may differ between a run and its resumption. The order of the data and the mean gradient
-# stay the same. (A new micro_batch changes what dropout draws, and the wrong images of matching.)
+# stay the same. (A new micro_batch changes what dropout draws, the wrong images of matching, and
+# which groups of --captions-per-image are cut.)
 FREE_TO_CHANGE = {"resume", "out", "data", "epochs", "micro_batch", "workers", "device", "compile",
                   "shard", "log_every", "eval_every", "eval_samples", "pad_to", "save_every",
                   "keep", "keep_best", "max_unreadable", "max_skipped", "tokenizer", "trust",
@@ -242,6 +245,11 @@ def check(settings: Settings, machine: Machine):
     if s.task == "retrieval" and s.false_captions < 1:
         raise ValueError(f"--false-captions {s.false_captions}: at least 1 is expected, or there "
                          "is no choice")
+    if s.captions_per_image < 1:
+        raise ValueError(f"--captions-per-image {s.captions_per_image}: at least 1 is expected")
+    if s.captions_per_image > 1 and s.task == "retrieval":
+        raise ValueError(f"--captions-per-image {s.captions_per_image}: retrieval shows an image "
+                         "with one true caption, and --false-captions says with how many others")
     split_batch(s, machine)
 
 
@@ -284,9 +292,10 @@ def check_task(settings: Settings, config_flags: dict, config, micro_batch: int)
     if config_flags.get("label_smoothing") and config.head != "vocab":
         raise ValueError(f"--label-smoothing {config_flags['label_smoothing']}: is for words, "
                          f"which head {config.head} does not predict")
-    if config.head == "vocab" and config.itm and micro_batch < 2:
+    most = settings.captions_per_image
+    if config.head == "vocab" and config.itm and micro_batch <= most:
         raise ValueError("image-text matching takes its wrong images from the micro-batch: it must "
-                         "hold at least 2 pairs")
+                         f"hold at least {most + 1} pairs")
 
 
 def check_same_run(path, saved: dict, settings: Settings, config, files: list):

@@ -5,9 +5,10 @@ A task's class says what it reads, what it hides, what it asks, and which head t
 
 What is hidden and predicted is drawn here: masked words, prefixes, hidden spans, patches, and which
 rows predict. Each sample's own generator draws it, so it does not depend on the number of
-processes. Only the wrong images of image-text matching depend on the micro-batch.
+processes. Only the wrong images of image-text matching depend on the micro-batch, and which
+sample's generator draws what is random of an image that several share: it is the first.
 
-Letters: B batch, L text length, D width.
+Letters: B batch, M images of it (B, or fewer), L text length, K patches, D width.
 """
 
 from collections import defaultdict
@@ -74,6 +75,16 @@ def patch_layout(config, pictures: list[Tensor], rngs=None) -> dict[str, Tensor]
     return {"sizes": torch.tensor(sizes), "patches": patches}
 
 
+def image_owners(samples: list[dict]) -> list[dict]:
+    """Those of the samples that have an image of their own; each other one has that before it."""
+    return [sample for sample in samples if not sample["shares_image"]]
+
+
+def image_numbers(batch: dict) -> Tensor:
+    """Which of a batch's images belongs to each text, (B,); without `image_of`, each its own."""
+    return batch.get("image_of", torch.arange(len(batch["ids"])))
+
+
 # -------------------------------------------------------------------------------------------------
 # What all tasks share.
 
@@ -118,18 +129,24 @@ class Task:
     def collate(self, samples: list[dict]) -> tuple[dict, dict]:
         """Samples -> (batch, notes): tensors for the model, and what the loop counts and reports.
 
+        Where samples share images, each image is in the batch once, and `image_of` (B,) says which
+        one belongs to each sample.
         The masks and targets are drawn here, on the CPU, so the loop knows the number of targets
         without asking the device.
         """
-        c, texts = self.config, self.texts(samples)
-        rngs = [sample["rng"] for sample in samples] if samples[0]["train"] else None
-        pictures = [sample["image"] for sample in samples]
+        c, texts, owners = self.config, self.texts(samples), image_owners(samples)
+        rngs = [sample["rng"] for sample in owners] if samples[0]["train"] else None
+        pictures = [sample["image"] for sample in owners]
         batch = {"image": pad_pictures(pictures),
                  "ids": pad_texts(texts, c.pad_id, self.settings.pad_to, c.max_tokens)}
+        if len(owners) < len(samples):
+            owns = torch.tensor([not sample["shares_image"] for sample in samples])
+            batch["image_of"] = owns.cumsum(0) - 1                                          # (B,)
         batch |= patch_layout(c, pictures, rngs)
         counts = self.draw(samples, batch)
         unreadable = [line for sample in samples for line in sample["unreadable"]]
-        notes = {"counts": counts, "samples": len(samples), "tokens": sum(map(len, texts)),
+        # The log's samples are images, or pairs of them: its share of unreadable ones is of these.
+        notes = {"counts": counts, "samples": len(owners), "tokens": sum(map(len, texts)),
                  "padded_tokens": batch["ids"].numel(), "unreadable": unreadable,
                  "cut": sum(sample["cut"] for sample in samples)}
         return batch, notes
@@ -177,18 +194,21 @@ class Pretrain(Task):
         return torch.from_numpy(np.concatenate(places))
 
     @staticmethod
-    def other_pictures(samples: list[dict]) -> tuple[Tensor, Tensor]:
+    def other_pictures(samples: list[dict], batch: dict) -> tuple[Tensor, Tensor]:
         """A wrong image for every caption, from the micro-batch: all images move on by one shift.
 
         -> (index (B,) of each caption's image, (B,) bool: it happens to be the right one after all)
-        A training micro-batch holds at least two pairs (settings.check_task). A validation batch of
-        one pair gets its own image, which counts as right.
+        Captions that share an image get the same wrong one. It can be right after all where two
+        groups of a micro-batch are of one row.
+        A training micro-batch holds at least two images (settings.check_task). A validation batch
+        of one pair gets its own image, which counts as right.
         """
-        B = len(samples)
-        shift = int(samples[0]["rng"].integers(1, max(2, B)))
-        other = (torch.arange(B) + shift) % B
+        M = len(batch["image"])
+        shift = int(samples[0]["rng"].integers(1, max(2, M)))
+        other = (image_numbers(batch) + shift) % M                                          # (B,)
         row = torch.tensor([sample["row"] for sample in samples])
-        return other, row == row[other]
+        row_of_image = torch.tensor([sample["row"] for sample in image_owners(samples)])    # (M,)
+        return other, row == row_of_image[other]
 
 
 class PretrainFLM(Pretrain):
@@ -205,7 +225,7 @@ class PretrainFLM(Pretrain):
             self.draw_rows(samples, batch, c)
         counts = {name: len(batch[f"{name}_rows"]) for name in c.loss_weights if name != "itm"}
         if c.itm:
-            batch["other_image"], batch["same_image"] = self.other_pictures(samples)
+            batch["other_image"], batch["same_image"] = self.other_pictures(samples, batch)
             counts["itm"] = 2 * len(samples)
         return counts
 
@@ -246,11 +266,11 @@ class PretrainViLT(Pretrain):
         batch["mlm_rows"] = self.mask_words(samples, batch)
         counts = {"mlm": len(batch["mlm_rows"])}
         if c.itm:                           # half of the captions are shown another's image
-            other, same = self.other_pictures(samples)
+            other, same = self.other_pictures(samples, batch)
             right = torch.zeros(B, dtype=torch.bool)
             half = (B + 1) // 2
             right[torch.from_numpy(samples[0]["rng"].permutation(B)[:B - half])] = True
-            batch["image_of"] = torch.where(right, torch.arange(B), other)
+            batch["shown_image"] = torch.where(right, image_numbers(batch), other)
             batch["same_image"] = right | same
             counts["itm"] = B
             if c.wpa_weight:
@@ -261,15 +281,19 @@ class PretrainViLT(Pretrain):
         return counts
 
     def mask_patches(self, samples, batch):
-        """Adds `mpp_rows`, the patches asked for, and `hidden_patches` (B, K), 80 % of them."""
-        picked = np.zeros(batch["patches"].shape, dtype=bool)                               # (B, K)
+        """Adds `mpp_rows`, the patches asked for, and `hidden_patches` (M, K), 80 % of them.
+
+        Captions that share an image are asked for the same patches of it.
+        """
+        picked = np.zeros(batch["patches"].shape, dtype=bool)                               # (M, K)
         hidden = picked.copy()
         real_counts = (batch["patches"] >= 0).sum(1).tolist()
-        for b, (sample, real) in enumerate(zip(samples, real_counts, strict=True)):
+        for m, (sample, real) in enumerate(zip(image_owners(samples), real_counts, strict=True)):
             rng = sample["rng"]
-            picked[b, :real] = rng.random(real) < self.config.patch_mask_rate
-            hidden[b, :real] = picked[b, :real] & (rng.random(real) < 0.8)
-        batch["mpp_rows"] = torch.from_numpy(np.flatnonzero(picked))
+            picked[m, :real] = rng.random(real) < self.config.patch_mask_rate
+            hidden[m, :real] = picked[m, :real] & (rng.random(real) < 0.8)
+        asked = picked[image_numbers(batch)]                                                # (B, K)
+        batch["mpp_rows"] = torch.from_numpy(np.flatnonzero(asked))
         batch["hidden_patches"] = torch.from_numpy(hidden)
 
 
@@ -324,8 +348,9 @@ class NLVR2(Task):
     KIND, TABLE, HEAD = "nlvr2", Statements, "nlvr2"
 
     def draw(self, samples, batch):
-        seconds = [sample["images"][1] for sample in samples]
-        rngs = [sample["rng"] for sample in samples] if samples[0]["train"] else None
+        owners = image_owners(samples)
+        seconds = [sample["images"][1] for sample in owners]
+        rngs = [sample["rng"] for sample in owners] if samples[0]["train"] else None
         batch["image_1"] = pad_pictures(seconds)
         for name, tensor in patch_layout(self.config, seconds, rngs).items():
             batch[f"{name}_1"] = tensor
@@ -381,8 +406,8 @@ class OneOfMany(CaptionDataset):
     """Samples with `others`: the token ids of `false_captions` captions of other images."""
     false_captions = 15
 
-    def __getitem__(self, key):
-        sample = super().__getitem__(key)
+    def group(self, epoch, texts):
+        [sample] = super().group(epoch, texts)
         rows, chosen = self.table.row_of, []
         if rows[0] == rows[-1]:
             raise ValueError(f"{self.table.named()}: captions of one image only, so none is false")
@@ -390,7 +415,7 @@ class OneOfMany(CaptionDataset):
             drawn = int(sample["rng"].integers(len(rows)))
             if rows[drawn] != sample["row"]:
                 chosen.append(drawn)
-        return sample | {"others": [self.tokens(i)[0] for i in chosen]}
+        return [sample | {"others": [self.tokens(i)[0] for i in chosen]}]
 
 
 class Retrieval(Task):

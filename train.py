@@ -9,7 +9,8 @@
 
 The global batch is split over the processes and into micro-batches, which are accumulated. The
 gradient is that of the mean over the global batch, however it was split. (The split only changes
-which random numbers dropout draws, and which images are the wrong ones of image-text matching.)
+which random numbers dropout draws, which images are the wrong ones of image-text matching, and with
+--captions-per-image where a group of captions is cut in two, whose parts are augmented apart.)
 A step is an optimizer step, everywhere.
 
 SIGTERM, SIGUSR1 or Ctrl-C let the step end; then the state is saved, and --resume goes on from it.
@@ -34,7 +35,8 @@ import checkpoints
 import disk
 import machine as machines
 import weights
-from data import evaluation_batches, token_lengths
+from batches import evaluation_batches
+from data import token_lengths
 from machine import Machine, loader_workers
 from optimizer import new_optimizer, rate_at
 from report import COUNTERS, Log, Sums, clock, describe, dry_run, write_config

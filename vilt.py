@@ -335,13 +335,20 @@ class ViLT(nn.Module):
         tokens = self.embed(ids, position) + self.token_type[0]                          # (B, L, D)
         return Text(tokens, ids != self.config.pad_id, 1 if class_only else None)
 
-    def fuse(self, visual: Visual, text: Text) -> Fused:
-        """Reads captions with their images: visual of M, text of B, B / M neighbours -> Fused."""
-        check_pairs(len(visual), len(text))
+    def fuse(self, visual: Visual, text: Text, image_of=None) -> Fused:
+        """Reads captions with their images: visual of M images, text of B captions -> Fused.
+
+        image_of (B,): the image of each caption, 0..M-1; without it, B / M neighbours to an image.
+        """
+        check_pairs(len(visual), len(text), image_of)
         B, L = text.mask.shape
-        captions = B // len(visual)
-        image = visual.tokens.repeat_interleave(captions, dim=0)                         # (B, P, D)
-        image_real = visual.mask.repeat_interleave(captions, dim=0)                         # (B, P)
+        if image_of is None:
+            captions = B // len(visual)
+            image = visual.tokens.repeat_interleave(captions, dim=0)                     # (B, P, D)
+            image_real = visual.mask.repeat_interleave(captions, dim=0)                     # (B, P)
+        else:
+            image = visual.tokens.index_select(0, image_of)
+            image_real = visual.mask.index_select(0, image_of)
         x = torch.cat([text.tokens, image], dim=1)                                   # (B, L + P, D)
         mask = Mask.of(torch.cat([text.mask, image_real], dim=1)[:, None])           # (B, 1, L + P)
         for block in self.blocks[:-1]:
@@ -372,11 +379,12 @@ class ViLT(nn.Module):
     def forward(self, batch: dict) -> dict:
         """The losses of a batch: output -> (sum of its targets' losses, number predicted right).
 
-        `batch` holds `image` (B, 3, H, W) normalised, `sizes`, `patches`, `ids` (B, L), and what
-        `tasks.PretrainViLT` drew: `masked_ids`; `mlm_rows`, the masked words as indices into B L;
-        for itm `image_of` (B,), the image that each caption is shown, and `same_image` (B,),
-        whether it is its own; for mpp `mpp_rows`, the masked patches as indices into B K, and
-        `hidden_patches` (B, K), where their content is hidden.
+        `batch` holds `image` (M, 3, H, W) normalised, `sizes`, `patches`, `ids` (B, L), where M < B
+        `image_of` (B,), the image of each caption, and what `tasks.PretrainViLT` drew:
+        `masked_ids`; `mlm_rows`, the masked words as indices into B L; for itm `shown_image` (B,),
+        the image that each caption is shown, and `same_image` (B,), whether it is its own; for mpp
+        `mpp_rows`, the masked patches as indices into B K, and `hidden_patches` (M, K), where their
+        content is hidden.
         Alignment has no right or wrong: its second value is NaN. A task's head: `layers.task_loss`.
         """
         c, ids = self.config, batch["ids"]
@@ -385,8 +393,8 @@ class ViLT(nn.Module):
         B, L = ids.shape
         visual = self.encode_image(batch["image"], batch["sizes"], batch["patches"])
         words_alone = replace(self.encode_text(batch["masked_ids"]), queries=L)
-        x = self.fuse(visual, words_alone).reconstructed.reshape(B * L, c.width)
-        x = x.index_select(0, batch["mlm_rows"])                                      # (targets, D)
+        x = self.fuse(visual, words_alone, batch.get("image_of")).reconstructed          # (B, L, D)
+        x = x.reshape(B * L, c.width).index_select(0, batch["mlm_rows"])              # (targets, D)
         targets = ids.reshape(-1).index_select(0, batch["mlm_rows"])
         results = {"mlm": loss_and_hits(self.vocab_logits(x), targets)}
         if c.itm:
@@ -398,7 +406,7 @@ class ViLT(nn.Module):
     def _itm(self, visual: Visual, batch: dict) -> dict:
         """Image-text matching and, with the features of the same pass, word-patch alignment."""
         c, ids, same = self.config, batch["ids"], batch["same_image"]
-        shown = visual[batch["image_of"]]
+        shown = visual[batch["shown_image"]]
         text = self.encode_text(ids, class_only=not c.wpa_weight)
         fused = self.fuse(shown, text)
         results = {"itm": loss_and_hits(self.itm_head(fused.pooled), same.long())}
@@ -413,10 +421,13 @@ class ViLT(nn.Module):
         """Masked patch prediction: the mean colour of each masked patch, in 256 steps a channel."""
         visual = self.encode_image(batch["image"], batch["sizes"], batch["patches"],
                                    hidden=batch["hidden_patches"])
-        patches = self.fuse(visual, self.encode_text(batch["ids"])).image[:, 1:]         # (B, K, D)
+        text, image_of = self.encode_text(batch["ids"]), batch.get("image_of")
+        patches = self.fuse(visual, text, image_of).image[:, 1:]                         # (B, K, D)
         rows = batch["mpp_rows"]
         x = patches.reshape(-1, self.config.width).index_select(0, rows)              # (targets, D)
-        colours = self.patch_colours(batch["image"], batch["patches"])                   # (B, K, 3)
+        colours = self.patch_colours(batch["image"], batch["patches"])                   # (M, K, 3)
+        if image_of is not None:
+            colours = colours.index_select(0, image_of)                                  # (B, K, 3)
         colours = colours.reshape(-1, 3).index_select(0, rows)                        # (targets, 3)
         return loss_and_hits(self.patch_head(x).view(-1, 256), colours.reshape(-1))
 

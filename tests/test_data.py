@@ -1,6 +1,7 @@
 """Arrow files, pictures, masking and the order of the batches."""
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -20,7 +21,8 @@ from PIL import Image
 import data
 import disk
 import files
-from data import CaptionDataset, Captions, GlobalBatches, Questions, Statements, evaluation_batches, mask_words, pad_texts
+from batches import GlobalBatches, draw_groups, evaluation_batches
+from data import CaptionDataset, Captions, Questions, Statements, mask_words, pad_texts
 from files import CAPTIONS
 from sources.shards import Writer
 from tokenizer import BPE
@@ -434,6 +436,48 @@ def test_undecodable_images_are_replaced_by_the_next_row_and_named(tmp_path, tok
     assert dataset[0, 18]["row"] == 0                               # the last row's follower is the first
 
 
+def test_an_undecodable_image_is_named_once_for_its_group_which_moves_on_to_the_next_row(tmp_path, tok):
+    table = Captions([write_captions(tmp_path / "a.arrow", 6, captions=3, broken={1, 2})])
+    dataset = CaptionDataset(table, tok, data.Square(16), 50, train=True)
+    samples = dataset.samples([(0, 0), (0, 3, 5)])                  # row 0; the first and third caption of row 1
+    assert [sample["row"] for sample in samples] == [0, 3, 3] and [sample["index"] for sample in samples] == [0, 9, 10]
+    assert [len(sample["unreadable"]) for sample in samples] == [0, 2, 0]
+    assert [sample["shares_image"] for sample in samples] == [False, False, True]
+
+
+def test_a_group_that_moves_on_to_an_image_with_fewer_captions_keeps_its_size(tmp_path, tok):
+    files = [write_captions(tmp_path / "a.arrow", 1, captions=3, broken={0}), write_captions(tmp_path / "b.arrow", 2, captions=2)]
+    dataset = CaptionDataset(Captions(files), tok, data.Square(16), 50, train=True)
+    assert [sample["index"] for sample in dataset.samples([(0, 0, 1, 2)])] == [3, 4, 3]
+
+
+def test_a_group_is_the_same_captions_with_its_image_decoded_once_and_augmented_by_the_first(tmp_path, tok, monkeypatch):
+    table = Captions([write_captions(tmp_path / "a.arrow", 4, captions=3)])
+    dataset = CaptionDataset(table, tok, data.Square(16), 50, True, augment=True)
+    one_by_one = [dataset[2, i] for i in (3, 5, 4, 6)]
+    decoded, decode = [], data.decode
+    monkeypatch.setattr(data, "decode", lambda *arguments: decoded.append(1) or decode(*arguments))
+    samples = dataset.samples([(2, 3, 5, 4), (2, 6)])
+    assert len(decoded) == 2
+    assert [sample["ids"] for sample in samples] == [sample["ids"] for sample in one_by_one]
+    assert all(sample["image"] is samples[0]["image"] for sample in samples[:3])
+    for k in (0, 3):
+        assert torch.equal(samples[k]["image"], one_by_one[k]["image"])
+        assert samples[k]["rng"].random() == one_by_one[k]["rng"].random()
+    assert len({sample["rng"].random() for sample in samples}) == 4         # or all would mask the same
+
+
+def test_the_loader_asks_for_groups_as_a_whole(tmp_path, tok):
+    table = Captions([write_captions(tmp_path / "a.arrow", 8, captions=3)])
+    dataset = CaptionDataset(table, tok, data.Square(16), 50, True)
+    sampler = GlobalBatches(data.token_lengths(table, tok), 12, 0, 1, table.row_of, 2)
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler.micro_batches(0, 4, 6), collate_fn=list)
+    found = [[(sample["index"], sample["shares_image"]) for sample in samples] for samples in loader]
+    keys = list(sampler.micro_batches(0, 4, 6))
+    assert found == [[(i, place > 0) for _, *group in batch for place, i in enumerate(group)] for batch in keys]
+    assert any(shares for batch in found for _, shares in batch)
+
+
 def test_samples_depend_on_seed_epoch_and_index_alone(tmp_path, tok):
     table = Captions([write_captions(tmp_path / "a.arrow", 4)])
     draw = lambda seed, epoch, i: CaptionDataset(table, tok, data.Square(16), 50, True, seed, augment=True)[epoch, i]
@@ -547,6 +591,80 @@ def test_small_batches_from_one_bucket_hold_captions_of_like_length_and_come_in_
     assert abs(np.corrcoef(means, np.arange(25))[0, 1]) < 0.5          # no curriculum from short to long
     with pytest.raises(ValueError, match="--bucket 0"):
         GlobalBatches(LENGTHS, 20, 0, 0)
+
+
+@pytest.mark.parametrize("bucket, recorded", [(1, "8c78f3ee72fb11b1"), (3, "0b20444e039db56c"), (50, "48b10f0870adf595")])
+def test_without_groups_the_order_is_that_of_runs_before_there_were_groups(bucket, recorded):
+    """Or a run that was started then would go on with other captions. The digests are of that code."""
+    sampler = GlobalBatches(LENGTHS, 100, 1, bucket)
+    order = np.stack([sampler.batch(step) for step in range(25)]).astype("<i8")
+    assert hashlib.blake2b(order.tobytes(), digest_size=8).hexdigest() == recorded
+
+
+# Captions of images: from none to nine of each.
+COUNTS = np.random.default_rng(6).integers(0, 10, 230)
+ROW_OF = np.repeat(np.arange(len(COUNTS)), COUNTS)[:1003]
+
+
+def grouped(most, size, bucket=1, seed=0):
+    return GlobalBatches(LENGTHS, size, seed, bucket, ROW_OF, most)
+
+
+@pytest.mark.parametrize("most", [2, 3, 5])
+def test_groups_are_of_one_image_as_few_as_can_be_and_drawn_anew_in_every_epoch(most):
+    counts, partners = np.bincount(ROW_OF), []
+    for epoch in range(2):
+        group_of = draw_groups(LENGTHS, ROW_OF, most, np.random.default_rng(epoch))
+        groups = [np.flatnonzero(group_of == group) for group in range(group_of.max() + 1)]
+        assert {len(group) for group in groups} == set(range(1, most + 1))
+        assert all(len(set(ROW_OF[group])) == 1 for group in groups)
+        assert len(groups) == sum(-(-count // most) for count in counts)
+        partners.append({tuple(group) for group in groups if len(group) > 1})
+    assert 0 < len(partners[0] & partners[1]) < 0.9 * len(partners[0])
+
+
+def test_captions_of_like_length_share_a_group():
+    spread = lambda group_of: np.mean([np.ptp(LENGTHS[group_of == group]) for group in range(group_of.max() + 1)])
+    rng = np.random.default_rng(0)
+    shuffled = np.lexsort((rng.random(1003), ROW_OF))                       # within each image
+    assert spread(draw_groups(LENGTHS, ROW_OF, 2, rng)) < 0.5 * spread(draw_groups(np.arange(1003)[shuffled], ROW_OF, 2, rng))
+
+
+@pytest.mark.parametrize("most, bucket", [(2, 1), (2, 4), (5, 1), (5, 4)])
+def test_with_groups_every_epoch_shows_every_caption_once_in_batches_of_the_asked_size(most, bucket):
+    sampler, seen = grouped(most, 100, bucket), []
+    for epoch in range(2):
+        keys = [key for batch in sampler.micro_batches(10 * epoch, 10 * epoch + 10, 25) for key in batch]
+        assert all(key[0] == epoch for key in keys)
+        seen.append([number for _, *group in keys for number in group])
+        assert len(seen[-1]) == len(set(seen[-1])) == 1000
+        assert all(len(group) <= most and len(set(ROW_OF[group])) == 1 for _, *group in keys)
+        # Only ends of micro-batches, of which there are 40, cut a group in two.
+        whole = len(set(sampler.group_of[seen[-1]]))
+        assert whole <= len(keys) <= whole + 40
+    assert seen[0] != seen[1]
+
+
+def test_with_groups_the_global_batch_is_the_same_for_any_number_of_processes():
+    whole = {step: sorted(grouped(3, 96).batch(step)) for step in (3, 25)}
+    for world, micro in ((1, 96), (1, 24), (2, 24), (4, 24), (3, 8)):
+        for step, everything in whole.items():
+            dealt = [list(grouped(3, 96).micro_batches(step, step + 1, micro, rank, world)) for rank in range(world)]
+            sizes = {sum(len(group) for _, *group in batch) for rank in dealt for batch in rank}
+            assert sizes == {micro} and len({len(rank) for rank in dealt}) == 1
+            assert sorted(n for rank in dealt for batch in rank for _, *group in batch for n in group) == everything
+
+
+@pytest.mark.parametrize("bucket", [1, 4])
+def test_with_groups_resuming_at_a_step_is_never_having_stopped(bucket):
+    sampler = lambda start: grouped(2, 100, bucket).micro_batches(start, 25, 50)
+    assert list(sampler(0))[2 * 17:] == list(sampler(17))
+
+
+def test_micro_batches_of_groups_are_sorted_by_their_longest_caption():
+    for batch in zip(*[iter(grouped(2, 500).micro_batches(0, 2, 50))] * 10):
+        longest = [max(LENGTHS[number] for _, *group in micro for number in group) for micro in batch]
+        assert longest == sorted(longest)
 
 
 def test_a_global_batch_larger_than_the_data_is_refused():

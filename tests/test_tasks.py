@@ -265,6 +265,79 @@ def test_what_a_head_says_does_not_depend_on_the_rest_of_the_batch(world, name, 
     assert together.std(0).min() > 1e-2         # or nothing was compared
 
 
+# -- captions that share an image ------------------------------------------------------------------------------------------
+
+PAIRS = [("pretrain", "flm"), ("pretrain", "mlm"), ("pretrain", "ar"), ("pretrain", "vilt"), ("vqa", "flm"), ("vqa", "vilt"),
+         ("nlvr2", "mlm"), ("caption", "flm")]
+
+
+def groups_of(table, most):
+    """The keys of all texts of a table in groups, the smaller ones among the others."""
+    return [(0, *[int(i) for i in texts[first:first + most]]) for row in range(len(table))
+            for texts in [np.flatnonzero(table.row_of == row)] for first in range(0, len(texts), most)]
+
+
+def with_repeated_images(batch):
+    """The same batch with an image for each text: as if all texts had come one by one and drawn the same."""
+    image_of = batch["image_of"]
+    repeated = {name: value for name, value in batch.items() if name != "image_of"}
+    for name in {"image", "image_1", "sizes", "patches", "hidden_patches"} & batch.keys():
+        repeated[name] = batch[name][image_of]
+    for name in {"other_image", "shown_image"} & batch.keys():
+        repeated[name] = torch.tensor([image_of.tolist().index(number) for number in batch[name].tolist()])
+    return repeated
+
+
+@pytest.mark.parametrize("name, kind", PAIRS)
+def test_texts_that_share_an_image_give_the_losses_and_gradients_of_as_many_copies_of_it(world, name, kind):
+    task = task_on(world, name, kind)
+    task.config = replace(task.config, **({"itm": True, "pooler": True} if name == "pretrain" else {}))
+    table = task.table(task.settings, "train")
+    samples = task.dataset(table, True).samples(groups_of(table, 2))
+    if name == "nlvr2":                     # a row has one statement here: every second one takes the images before it
+        for sample in samples[1::2]:
+            sample["shares_image"] = True
+    batch, notes = task.collate(samples)
+    assert 1 < len(batch["image"]) == notes["samples"] < len(batch["ids"]) == len(samples)
+    torch.manual_seed(0)
+    model = weights.model_of(task.config).double()
+    found = []
+    for some in (batch, with_repeated_images(batch)):
+        ready = tasks.to_device(some, torch.device("cpu"), task.config)
+        ready = {key: value.double() if value.is_floating_point() else value for key, value in ready.items()}
+        model.zero_grad()
+        results = model(ready)
+        sum(loss for loss, _ in results.values()).backward()
+        found.append(({key: loss.item() for key, (loss, _) in results.items()}, [p.grad.clone() for p in model.parameters()]))
+    (losses, gradients), (expected_losses, expected) = found
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["flm", "vilt"])
+def test_a_batch_without_groups_is_what_it_was(world, kind):
+    _, batch, _ = collated(task_on(world, "pretrain", kind))
+    assert "image_of" not in batch and len(batch["image"]) == len(batch["ids"]) == 6
+
+
+@pytest.mark.parametrize("kind, shown", [("flm", "other_image"), ("vilt", "shown_image")])
+def test_wrong_images_come_from_other_groups_and_same_image_says_where_they_are_of_the_same_row(world, kind, shown):
+    task = task_on(world, "pretrain", kind)
+    task.config = replace(task.config, itm=True, pooler=True)
+    dataset = task.dataset(task.table(task.settings, "train"), True)
+    for epoch in range(5):
+        samples = dataset.samples([(epoch, 0, 1), (epoch, 2, 3), (epoch, 4), (epoch, 5), (epoch, 6, 7)])    # rows 0 1 2 2 3
+        batch, _ = task.collate(samples)
+        assert batch["image_of"].tolist() == [0, 0, 1, 1, 2, 3, 4, 4]
+        own, row_of_image = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), torch.tensor([0, 1, 2, 2, 3])
+        assert torch.equal(batch["same_image"], row_of_image[batch[shown]] == own)
+        if kind == "flm":
+            assert (batch["other_image"] != batch["image_of"]).all()
+        else:
+            assert (batch["shown_image"] != batch["image_of"]).sum() == 4          # half of the captions
+
+
 # -- from the pretrained model to the fine-tuned one ---------------------------------------------------------------------
 
 def test_fine_tuning_begins_from_the_pretrained_weights_and_carries_all_that_evaluation_needs(world, tmp_path, capsys):
@@ -341,6 +414,7 @@ def test_with_another_answer_list_the_head_starts_from_random_weights_and_no_run
 
 @pytest.mark.parametrize("task, kind, arguments, sentence", [
     ("retrieval", "flm", ("--false-captions", 0), "--false-captions 0: at least 1"),
+    ("retrieval", "flm", ("--captions-per-image", 2), "--captions-per-image 2: retrieval shows an image with one true caption"),
     ("vqa", "flm", ("--recipe", "vilt", "--datasets", "mine"), "--recipe vilt starts from a model of vilt; .*flm.pt is one of flm"),
     ("vqa", "vilt", ("--recipe", "flm-b32", "--datasets", "mine"), "--recipe flm-b32 starts from a model of flm; .*vilt.pt is one of vilt"),
     ("vqa", "flm", ("--label-smoothing", 0.1), "--label-smoothing 0.1: is for words, which head vqa does not predict"),

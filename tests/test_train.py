@@ -30,8 +30,9 @@ def world(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes, more", [
-    (SIZES, ()), (SIZES, ("--shard",)), (SIZES, ("--objective", "mlm", "--itm")), (VILT, ()), (VILT, ("--no-itm",))],
-    ids=["flm", "flm sharded", "mlm with itm", "vilt", "vilt without itm"])
+    (SIZES, ()), (SIZES, ("--shard",)), (SIZES, ("--captions-per-image", 2)), (SIZES, ("--objective", "mlm", "--itm")),
+    (VILT, ()), (VILT, ("--no-itm",))],
+    ids=["flm", "flm sharded", "flm with shared images", "mlm with itm", "vilt", "vilt without itm"])
 def test_any_split_of_the_global_batch_gives_the_same_losses_and_weights(world, tmp_path, sizes, more):
     two = torchrun(2, command(world, tmp_path / "2x2", *RUN, *more, "--micro-batch", 4, sizes=sizes))
     common = [m for m in more if m != "--shard"]
@@ -42,6 +43,22 @@ def test_any_split_of_the_global_batch_gives_the_same_losses_and_weights(world, 
     if "--itm" not in more and (sizes is SIZES or "--no-itm" in more):      # its negatives come from the micro-batch
         train.main(command(world, tmp_path / "1x1", *RUN, *common, sizes=sizes))
         assert_same(outcome(tmp_path / "1x4"), outcome(tmp_path / "1x1"), 2e-5)
+
+
+@pytest.mark.parametrize("sizes, more", [(SIZES, ("--itm", "--bucket", 3)), (VILT, ())], ids=["flm", "vilt"])
+def test_captions_that_share_an_image_resume_in_the_middle_of_an_epoch_as_if_never_stopped(world, tmp_path, sizes, more, capsys):
+    """An epoch has 7 steps: the run stops in its first epoch, and ends in its second."""
+    more = [*RUN, "--steps", 9, "--eval-every", 0, "--captions-per-image", 2, "--augment", "--dropout", 0.1, "--save-every", 5, *more]
+    train.main(command(world, tmp_path / "whole", *more, "--keep", 5, sizes=sizes))
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again/last.pt").write_bytes((tmp_path / "whole/step_5.pt").read_bytes())
+    with pytest.raises(SystemExit, match="captions_per_image 2 -> 3"):
+        train.main(command(world, tmp_path / "again", *more, "--captions-per-image", 3, "--resume", sizes=sizes))
+    train.main(command(world, tmp_path / "again", *more, "--resume", sizes=sizes))
+    (lines, whole), (lines_again, again) = outcome(tmp_path / "whole"), outcome(tmp_path / "again")
+    assert lines[-4:] == lines_again and lines[-1]["step"] == 9
+    assert "up to 2 captions share an image" in capsys.readouterr().out
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
 @pytest.mark.slow
@@ -241,6 +258,8 @@ def test_undecodable_images_are_logged_and_stop_the_run_when_many(tmp_path, worl
 @pytest.mark.parametrize("arguments, message", [
     (["--global-batch", 15, "--micro-batch", -4], "--global-batch 15 --micro-batch -4: 1 processes cannot share it"),
     (["--global-batch", 500], "global batch 500: there are only 120 captions"),
+    (["--captions-per-image", 0], "--captions-per-image 0: at least 1 is expected"),
+    (["--captions-per-image", 2, "--itm", "--micro-batch", 2], "from the micro-batch: it must hold at least 3 pairs"),
     (["--precision", "fp8"], "--precision fp8"), (["--seed", -1], "--seed -1"),
     (["--data", "/nowhere"], "/nowhere: there is no such directory"), (["--datasets", "coco"], "no caption files of dataset 'coco'"),
     (["--shard"], "--shard needs several processes"), (["--width", 31], "width 31 does not divide by heads"),

@@ -198,9 +198,9 @@ def test_whole_words_are_masked_at_the_asked_rate():
 def test_half_of_the_captions_are_shown_another_picture_and_its_label_says_so(world, tmp_path):
     _, dataset, batch, notes = collated(world, tmp_path, TINY_VILT, count=10)
     own = torch.arange(10)
-    assert (batch["image_of"] != own).sum() == 5 and notes["counts"]["itm"] == notes["counts"]["wpa"] == 10
+    assert (batch["shown_image"] != own).sum() == 5 and notes["counts"]["itm"] == notes["counts"]["wpa"] == 10
     rows = torch.tensor([dataset[0, 2 * i]["row"] for i in range(10)])
-    assert torch.equal(batch["same_image"], rows == rows[batch["image_of"]])
+    assert torch.equal(batch["same_image"], rows == rows[batch["shown_image"]])
 
 
 def test_the_losses_are_what_the_formulas_say(world, tmp_path):
@@ -224,7 +224,7 @@ def test_the_losses_are_what_the_formulas_say(world, tmp_path):
         rows = [r % L for r in batch["mlm_rows"].tolist() if r // L == b]
         logits = model.vocab_logits(model.fuse(show(b)[0], model.encode_text(masked)).reconstructed[0, rows])
         expected["mlm"] += F.cross_entropy(logits, ids[0, rows], reduction="sum").item()
-        visual, _ = show(int(batch["image_of"][b]))
+        visual, _ = show(int(batch["shown_image"][b]))
         fused = model.fuse(visual, model.encode_text(ids))
         same = batch["same_image"][b]
         expected["itm"] -= torch.log_softmax(model.itm_head(fused.pooled), -1)[0, int(same)].item()

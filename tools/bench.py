@@ -48,6 +48,7 @@ from predict import match_score
 from settings import Settings
 from sources.shards import Writer
 from tasks import Caption, PretrainFLM, PretrainViLT, Retrieval, shape_of
+from tools.bench_padding import padding
 
 # -- Measuring -------------------------------------------------------------------------------------
 
@@ -134,8 +135,11 @@ def print_table(rows):
 
 # -- Training steps on random pictures and words ---------------------------------------------------
 
-def make_batch(task_class, preset, args, pad_to):
-    """A task, a batch of it on the device, and for each output: weight / number of targets."""
+def make_batch(task_class, preset, args, pad_to, share=1):
+    """A task, a batch of it on the device, and for each output: weight / number of targets.
+
+    share: number of samples that share an image; all batches have args.batch images.
+    """
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(5, preset.vocab_size))]
     tok = task_class.add_special_tokens(tokenizer.WordPiece({w: i for i, w in enumerate(words)}))
     config = task_class.adapt(replace(preset, vocab_size=len(tok), cls_id=tok.cls_id,
@@ -143,7 +147,7 @@ def make_batch(task_class, preset, args, pad_to):
     task = task_class(Settings(max_tokens=config.max_tokens, pad_to=pad_to), config, tok)
     shapes = [(640, 480), (480, 640), (640, 427), (427, 640), (500, 500), (640, 400)]   # as COCO's
     samples = []
-    for b in range(args.batch):
+    for b in range(args.batch * share):
         rng = np.random.default_rng([0, b])
         ids = rng.integers(5, preset.vocab_size, (args.captions, args.tokens))
         ids[:, 0], ids[:, -1] = tok.cls_id, tok.sep_id
@@ -151,7 +155,8 @@ def make_batch(task_class, preset, args, pad_to):
         _, (width, height) = shape_of(config)(*shapes[b % len(shapes)])
         picture = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
         samples.append({"ids": first, "others": others, "image": picture, "row": b, "rng": rng,
-                        "train": True, "cut": False, "unreadable": []})
+                        "train": True, "cut": False, "unreadable": [],
+                        "shares_image": b % share > 0})
     batch, notes = task.collate(samples)
     scales = {name: weight / notes["counts"][name] for name, weight in config.loss_weights.items()}
     return task, tasks.to_device(batch, args.device, config), scales
@@ -209,6 +214,17 @@ def original_pretraining(model, batch):
 def step(args):
     """a training step of ours beside the original's"""
     return compare(flm_steps(PretrainFLM, original_pretraining, args), args.batch, "pairs", args)
+
+
+def share(args):
+    """the work of a training step where 1, 2, 3 or 5 captions share an image, without padding"""
+    rows = []
+    for count in (1, 2, 3, 5):
+        task, batch, _ = make_batch(PretrainFLM, flm.PRESETS[args.preset], args, 1, count)
+        used = 3 * flops(task.config, batch) / len(batch["ids"])        # forwards and backwards
+        rows.append({"captions": count, "way": "of an image", "GFLOP each": used / 1e9})
+    alone = rows[0]["GFLOP each"]
+    return [row | {"fewer %": 100 * (1 - row["GFLOP each"] / alone)} for row in rows]
 
 
 # -- The parts of a step, by torch's profiler ------------------------------------------------------
@@ -352,7 +368,7 @@ def captions(args):
     return compare(ways, args.batch, "captions", args)
 
 
-# -- The loader, and padding -----------------------------------------------------------------------
+# -- The loader ------------------------------------------------------------------------------------
 
 def draw_photos(path, count=128):
     """Writes pictures of smooth noise, as JPEGs that cost about what a photograph costs."""
@@ -390,31 +406,6 @@ def loader(args):
         return compare(ways, len(photos), "pictures", args)
 
 
-def share_of_pads(lengths, multiple):
-    """Pads in % of all tokens of micro-batches padded to a multiple: lengths (micro-batches, B)"""
-    padded = np.ceil(lengths.max(axis=1) / multiple) * multiple
-    return float(100 * (1 - lengths.sum() / (padded.sum() * lengths.shape[1])))
-
-
-def padding(args):
-    """the share of pads in micro-batches of 64 real captions, sorted by length and not"""
-    table, rng, rows = data.Captions(args.files), np.random.default_rng(0), []
-    lengths = data.token_lengths(table, tokenizer.load(args.tokenizer)).clip(max=50)
-    print(f"{len(lengths):,} captions of {lengths.mean():.2f} tokens; pads in % of all tokens")
-    # A large batch would repeat a small file: captions are drawn as from a larger one.
-    drawn = rng.choice(lengths, 16 * 4096)
-    for size in (4096, 1024, 256, 64):
-        sampler = data.GlobalBatches(drawn, size, seed=0)
-        ordered = np.stack([drawn[sampler.batch(k)] for k in range(sampler.steps_per_epoch)])
-        shuffled = rng.permuted(ordered, axis=1)
-        for order, batches in (("sorted", ordered), ("as drawn", shuffled)):
-            row = {"order": order, "global batch": size}
-            for multiple in (1, 2, 4, 8, 50):           # no caption is longer than 50
-                row[f"to {multiple}"] = share_of_pads(batches.reshape(-1, 64), multiple)
-            rows.append(row)
-    return rows
-
-
 # -- A GPU -----------------------------------------------------------------------------------------
 
 def flops(config: flm.Config, batch: dict, forward: Callable = flm.FLM.forward) -> int:
@@ -447,8 +438,9 @@ def gpu(args):
 
 # -- The command line ------------------------------------------------------------------------------
 
-COMMANDS = {"step": step, "parts": parts, "vilt": vilt_step, "tune": tune, "retrieval": retrieval,
-            "captions": captions, "loader": loader, "padding": padding, "gpu": gpu}
+COMMANDS = {"step": step, "share": share, "parts": parts, "vilt": vilt_step, "tune": tune,
+            "retrieval": retrieval, "captions": captions, "loader": loader, "padding": padding,
+            "gpu": gpu}
 
 
 def parse(argv):

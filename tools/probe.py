@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 import machine
 import vilt
-from data import CaptionDataset, Captions, evaluation_batches, pad_texts, token_lengths
+from batches import evaluation_batches
+from data import CaptionDataset, Captions, pad_texts, token_lengths
 from eval import REQUIRED, add_commands, at_least, one_model
 from disk import read_json
 from files import find_files
