@@ -433,12 +433,16 @@ class CaptionDataset(torch.utils.data.Dataset):
             return decode(encoded, self.shape, self.train, self.augment)
 
     def tokens(self, i: int) -> tuple[list[int], bool]:
-        """Text i as token ids, `<s>` and `</s>` included, and whether it was cut to max_tokens.
+        """Text i as token ids, and whether it was cut: `encode`."""
+        return self.encode(self.table.text(i))
+
+    def encode(self, text: str) -> tuple[list[int], bool]:
+        """A text as token ids, `<s>` and `</s>` included, and whether it was cut to max_tokens.
 
         The end of the text is cut off, never the tokens around it. Logs and eval.py count it.
         """
         before, after = self.around
-        ids = self.tok.encode(self.clean(self.table.text(i)))
+        ids = self.tok.encode(self.clean(text))
         kept = ids[:self.max_tokens - 2 - len(before) - len(after)]
         return [self.tok.cls_id, *before, *kept, *after, self.tok.sep_id], len(kept) < len(ids)
 

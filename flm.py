@@ -18,10 +18,10 @@ for the tokens i = 1 .. n-1:
 where first_i .. last_i is the span hidden from query i: the word itself, or more (`draw_spans`).
 
 Where to find what
-    which rows may look at which columns    flm.left_to_right_mask … flm.reconstructor_mask
-    which output predicts which token       flm.SHIFT, flm.predicting_rows
-    what is hidden and asked in training    tasks.PretrainFLM.draw, flm.draw_spans
-    the wrong images of matching            tasks.Pretrain.other_pictures, flm.FLM._itm
+    which rows may look at which columns    masks.left_to_right_mask … masks.reconstructor_mask
+    which output predicts which token       masks.SHIFT, masks.predicting_rows
+    what is hidden and asked in training    tasks.PretrainFLM.draw, masks.draw_spans
+    the wrong pairs of matching             tasks.Pretrain.other_pictures, exchange.Exchange
     the total loss over a global batch      flm.Config.loss_weights, train.backward
     the ViT, attention, the layers          layers.ViT, layers.Attention, layers.StreamLayer
     captions; scoring N images x M texts    generate.generate, predict.fill_scores
@@ -33,7 +33,6 @@ In every mask, True = the row may look at the column.
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -42,6 +41,8 @@ from torch import Tensor
 from layers import (TASK_HEADS, Mask, ReconstructorLayer, StreamLayer, TextEmbedding, ViT,
                     VocabHead, check_config, check_divides, check_pairs, check_rates, loss_and_hits,
                     resize_positions, roberta_positions, sine_waves, task_head, task_loss)
+from masks import (SHIFT, bidirectional_mask, left_to_right_mask, prefix_mask, reconstructor_mask,
+                   right_to_left_mask)
 
 OBJECTIVES = ("flm", "mlm", "ar", "prefix")
 
@@ -164,149 +165,6 @@ PRESETS = {
     "large-l14": Config(image_size=224, **L14, **ROBERTA_LARGE),
     "large-l14-336": Config(image_size=336, **L14, **ROBERTA_LARGE),
 }
-
-
-# -------------------------------------------------------------------------------------------------
-# Masks. FLM is a paper about masks: the whole method is in these functions. `real` (B, L) is True
-# at real tokens, which come first. Row 0, the class position, reads the whole caption; no other row
-# sees column 0, so it cannot leak.
-
-def bidirectional_mask(real: Tensor) -> Tensor:
-    """mlm: every row sees every real token.   real (B, L) -> (B, L, L)
-
-                <s>  a  girl  plays </s>
-        <s>      x   x   x     x     x
-        a        x   x   x     x     x
-        girl     x   x   x     x     x
-        plays    x   x   x     x     x
-        </s>     x   x   x     x     x
-    """
-    return real[:, None, :].expand(-1, real.shape[1], -1)
-
-
-def left_to_right_mask(real: Tensor) -> Tensor:
-    """ar, and FLM's left-to-right stream: word i sees the words 1..i.   real (B, L) -> (B, L, L)
-
-                <s>  a  girl  plays </s>
-        <s>      x   x   x     x     x
-        a        .   x   .     .     .
-        girl     .   x   x     .     .
-        plays    .   x   x     x     .
-        </s>     .   x   x     x     x
-    """
-    row, column = _rows_and_columns(real)
-    return real[:, None, :] & ((row == 0) | ((column >= 1) & (column <= row)))
-
-
-def right_to_left_mask(real: Tensor) -> Tensor:
-    """FLM's right-to-left stream: word i sees the words i..n-1.   real (B, L) -> (B, L, L)
-
-                <s>  a  girl  plays </s>
-        <s>      x   x   x     x     x
-        a        .   x   x     x     x
-        girl     .   .   x     x     x
-        plays    .   .   .     x     x
-        </s>     .   .   .     .     x
-    """
-    row, column = _rows_and_columns(real)
-    return real[:, None, :] & ((row == 0) | ((column >= 1) & (column >= row)))
-
-
-def prefix_mask(real: Tensor, prefix: Tensor) -> Tensor:
-    """PrefixLM: the first `prefix` words see each other, the rest is causal.
-
-    real (B, L), prefix (B,) -> (B, L, L). With prefix = 2:
-
-                <s>  a  girl  plays </s>
-        <s>      x   x   x     x     x
-        a        .   x   x     .     .
-        girl     .   x   x     .     .
-        plays    .   x   x     x     .
-        </s>     .   x   x     x     x
-    """
-    row, column = _rows_and_columns(real)
-    inside = (column >= 1) & (column <= prefix[:, None, None]) & (row >= 1)
-    return left_to_right_mask(real) | (real[:, None, :] & inside)
-
-
-def reconstructor_mask(real: Tensor, first=None, last=None) -> Tensor:
-    """What each query sees of [left-to-right stream ; right-to-left stream]: figure 3 of the paper.
-
-    Query i sees the left-to-right stream left of its hidden span first[i]..last[i], and the
-    right-to-left stream right of it: everything but the rows that know its word. The span holds i;
-    without `first` and `last` it is i alone.
-    real (B, L), first and last (B, L), inclusive -> (B, L, 2L)
-
-                left-to-right stream        | right-to-left stream
-                <s>  a  girl  plays </s>    | <s>  a  girl  plays </s>
-        <s>      x   x   x     x     x      |  x   x   x     x     x
-        a        .   .   .     .     .      |  .   .   x     x     x
-        girl     .   x   .     .     .      |  .   .   .     x     x
-        plays    .   x   x     .     .      |  .   .   .     .     x
-        </s>     .   x   x     x     .      |  .   .   .     .     .
-    """
-    row, column = _rows_and_columns(real)
-    first = row if first is None else first[:, :, None]
-    last = row if last is None else last[:, :, None]
-    left = (column >= 1) & (column < first)
-    right = (column >= 1) & (column > last)
-    sides = [real[:, None, :] & ((row == 0) | side) for side in (left, right)]
-    return torch.cat(sides, dim=-1)
-
-
-def _rows_and_columns(real: Tensor) -> tuple[Tensor, Tensor]:
-    position = torch.arange(real.shape[1], device=real.device)
-    return position[None, :, None], position[None, None, :]     # (1, L, 1), (1, 1, L)
-
-
-def draw_spans(n: int, length: int, rate: float, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a caption's span corruption (section 3): the words that each query must do without.
-
-    With each of the m = n - 1 predicted tokens, K ~ Binomial(m - 1, (m·rate - 1) / (m - 1))
-    neighbours are hidden, in one span. The token is in its middle (with an odd K, left or right of
-    it at random), but a span that would leave the caption is shifted back into it, not cut. So the
-    mean share of hidden tokens is `rate`, for any 1/m <= rate <= 1.
-    Returns first, last: int64 (length,), inclusive. Other rows hide themselves alone.
-    """
-    first = np.arange(length)
-    last = first.copy()
-    m = n - 1
-    if m > 1:
-        share = max(0.0, (m * rate - 1) / (m - 1))
-        extra = rng.binomial(m - 1, share, size=m)
-        left = (extra + rng.integers(0, 2, size=m)) // 2
-        first[1:n] = np.clip(first[1:n] - left, 1, m - extra)
-        last[1:n] = first[1:n] + extra
-    return first, last
-
-
-# Row i of an output predicts token i + SHIFT[output]. All outputs also know the image.
-#
-# output         row i has read             predicts  rows    never a target besides <s>      weight
-# reconstructed  all but its hidden span    w_i       1..n-1                                  1
-# left_to_right  w_1 .. w_i                 w_i+1     1..n-2  w_1: row 0 has read it          w_f
-# right_to_left  w_i .. w_n-1               w_i-1     2..n-1  </s>: no real row follows it    w_r
-#
-# The weights are divided by 1 + w_f + w_r. `<s>` is always the same, so it is never predicted.
-# Objective mlm has `reconstructed` alone, and its rows are the masked words. ar and prefix have
-# `left_to_right` alone; prefix predicts no word of the prefix.
-SHIFT = {"reconstructed": 0, "left_to_right": 1, "right_to_left": -1}
-
-
-def predicting_rows(objective: str, n: int, prefix: int = 0) -> dict[str, range]:
-    """Output -> the rows that predict a token, in a caption of n real tokens: the table above.
-
-    n counts `<s>` and `</s>`. Padding predicts nothing. Objective mlm draws its rows at random.
-
-    >>> predicting_rows("flm", 5)
-    {'reconstructed': range(1, 5), 'left_to_right': range(1, 4), 'right_to_left': range(2, 5)}
-    >>> predicting_rows("prefix", 5, prefix=2)
-    {'left_to_right': range(2, 4)}
-    """
-    if objective == "flm":
-        return {"reconstructed": range(1, n), "left_to_right": range(1, n - 1),
-                "right_to_left": range(2, n)}
-    return {"left_to_right": range(max(1, prefix), n - 1)}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -449,8 +307,8 @@ class FLM(nn.Module):
             queries[:, 0] = c.cls_id
         q = self.embed(queries, position)                                                # (B, Q, D)
         streams = torch.stack([x, x], dim=1)                                          # (B, 2, L, D)
-        masks = [left_to_right_mask(real), right_to_left_mask(real)]
-        mask = torch.stack(masks, dim=1)                                              # (B, 2, L, L)
+        sides = [left_to_right_mask(real), right_to_left_mask(real)]
+        mask = torch.stack(sides, dim=1)                                              # (B, 2, L, L)
         query_mask = reconstructor_mask(real, first, last)                              # (B, Q, 2L)
         text = Text(streams, Mask.of(mask), q, Mask.of(query_mask))
         if class_only:
@@ -544,9 +402,9 @@ class FLM(nn.Module):
     def _itm(self, visual: Tensor, text: Text, fused: Fused, batch: dict) -> tuple[Tensor, Tensor]:
         """Image-text matching: each caption once with its own image, once with a wrong one.
 
-        The wrong image, batch["other_image"] (B,), is another one of the micro-batch, so it is
-        encoded already: only the fusion layers run again, and of the reconstructor the class query
-        alone. Where it happens to be the right one after all, batch["same_image"] (B,) is True.
+        The wrong image, batch["other_image"] (B,), is another one of the micro-batch, so only the
+        fusion layers run again, and of the reconstructor the class query. batch["same_image"] (B,):
+        whether it is right after all. With batch["wrong_ids"] (B, L), some captions are wrong.
         """
         if self.config.objective == "mlm":          # it read masked words: now it reads the caption
             text = self.encode_text(batch["ids"])
@@ -554,6 +412,8 @@ class FLM(nn.Module):
         else:
             text = text.class_query()
             own = fused.pooled
+        if "wrong_ids" in batch:                    # half of the captions have a word exchanged
+            text = self.encode_text(batch["wrong_ids"], class_only=True)
         other = self.fuse(visual.index_select(0, batch["other_image"]), text).pooled        # (B, D)
         logits = self.itm_head(torch.cat([own, other]))                                    # (2B, 2)
         same = batch["same_image"]

@@ -65,6 +65,8 @@ class Settings:
     hold_out: bool = True           # keep the validation split out of training; some published
                                     # numbers come from training on it too
     max_tokens: int = 50            # tokens of a caption with <s> and </s>; longer ones are cut
+    exchange: str = ""              # JSON {group: [words]}; half of FLM's wrong pairs in matching
+                                    # (--itm) are then captions with a word exchanged in its group
     false_captions: int = 15        # retrieval: false captions beside each image's own
     captions_per_image: int = 1     # at most so many captions share an image in a micro-batch: it
                                     # is decoded, and passes the ViT, once for all of them
@@ -226,7 +228,7 @@ def list_recipes():
 def check(settings: Settings, machine: Machine):
     """ValueError or FileNotFoundError for settings that do not go together."""
     s = settings
-    for flag in ("vit", "text", "load"):
+    for flag in ("vit", "text", "load", "exchange"):
         path = getattr(s, flag)
         if path and not Path(path).exists():
             raise FileNotFoundError(f"--{flag} {path}: there is no such file")
@@ -292,6 +294,8 @@ def check_task(settings: Settings, config_flags: dict, config, micro_batch: int)
     if config_flags.get("label_smoothing") and config.head != "vocab":
         raise ValueError(f"--label-smoothing {config_flags['label_smoothing']}: is for words, "
                          f"which head {config.head} does not predict")
+    if settings.exchange and not (isinstance(config, flm.Config) and config.itm):
+        raise ValueError("--exchange: is for FLM's image-text matching (--itm)")
     most = settings.captions_per_image
     if config.head == "vocab" and config.itm and micro_batch <= most:
         raise ValueError("image-text matching takes its wrong images from the micro-batch: it must "

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 import flm
+import masks
 import vilt
 from data import (CLIP_MEAN, CLIP_STD, CaptionDataset, Captions, Questions, Square, Statements,
                   Whole, mask_words, normalize, pad_pictures, pad_texts)
 from disk import read_json
+from exchange import Exchange, ExchangedWords
 from files import FILES, find_files, known_datasets
 from rebuilt import rebuilt_answers
 
@@ -214,6 +216,13 @@ class Pretrain(Task):
 class PretrainFLM(Pretrain):
     """Language modeling with any of flm.OBJECTIVES, and image-text matching on request."""
 
+    def dataset(self, table, train):
+        if not (self.config.itm and self.settings.exchange):
+            return super().dataset(table, train)
+        dataset = super().dataset(table, train, ExchangedWords)
+        dataset.exchange = Exchange(self.settings.exchange)
+        return dataset
+
     def draw(self, samples, batch):
         c = self.config
         if not samples[0]["train"]:
@@ -226,8 +235,24 @@ class PretrainFLM(Pretrain):
         counts = {name: len(batch[f"{name}_rows"]) for name in c.loss_weights if name != "itm"}
         if c.itm:
             batch["other_image"], batch["same_image"] = self.other_pictures(samples, batch)
+            if self.settings.exchange:
+                self.exchange_words(samples, batch)
             counts["itm"] = 2 * len(samples)
         return counts
+
+    def exchange_words(self, samples, batch):
+        """Makes about half of the wrong pairs hard: the right image, a word of the caption changed.
+
+        Adds `wrong_ids` (B, L): what stands beside `other_image` in the wrong pairs.
+        """
+        texts, own = self.texts(samples), image_numbers(batch)
+        for b, sample in enumerate(samples):
+            if sample["wrong_ids"] and sample["rng"].random() < 0.5:
+                texts[b] = sample["wrong_ids"]
+                batch["other_image"][b] = own[b]
+                batch["same_image"][b] = False
+        batch["wrong_ids"] = pad_texts(texts, self.config.pad_id, self.settings.pad_to,
+                                       self.config.max_tokens)
 
     def draw_rows(self, samples, batch, c):
         """Adds the rows that predict, `<output>_rows`, and what is hidden from each query.
@@ -243,8 +268,8 @@ class PretrainFLM(Pretrain):
                 prefix = int(rng.integers(0, max(1, n - 2)))    # 0..n-3: leaves a token to predict
             prefixes.append(prefix)
             if c.objective == "flm" and c.corruption_rate:
-                spans.append(flm.draw_spans(n, L, c.corruption_rate, rng))
-            for name, positions in flm.predicting_rows(c.objective, n, prefix).items():
+                spans.append(masks.draw_spans(n, L, c.corruption_rate, rng))
+            for name, positions in masks.predicting_rows(c.objective, n, prefix).items():
                 positions = np.asarray(positions, dtype=np.int64)
                 if c.prediction_rate < 1:
                     positions = positions[rng.random(len(positions)) < c.prediction_rate]

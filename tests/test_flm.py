@@ -13,6 +13,7 @@ from conftest import TINY, caption, tiny
 
 import flm
 import layers
+import masks
 from layers import Mask, ReconstructorLayer, StreamLayer, TextEmbedding, ViT, VocabHead, roberta_positions
 from released import names
 import weights
@@ -32,8 +33,8 @@ def drawing(function):
 
 
 @pytest.mark.parametrize("function, arguments, columns", [
-    (flm.bidirectional_mask, (), 5), (flm.left_to_right_mask, (), 5), (flm.right_to_left_mask, (), 5),
-    (flm.prefix_mask, (torch.tensor([2]),), 5), (flm.reconstructor_mask, (), 10)])
+    (masks.bidirectional_mask, (), 5), (masks.left_to_right_mask, (), 5), (masks.right_to_left_mask, (), 5),
+    (masks.prefix_mask, (torch.tensor([2]),), 5), (masks.reconstructor_mask, (), 10)])
 def test_masks_are_what_their_docstrings_draw(function, arguments, columns):
     picture = drawing(function)
     assert picture.shape == (5, columns)
@@ -42,20 +43,20 @@ def test_masks_are_what_their_docstrings_draw(function, arguments, columns):
 
 def test_masks_hide_padding():
     real = torch.tensor([[True] * 4 + [False] * 3])
-    for mask in (flm.bidirectional_mask(real), flm.left_to_right_mask(real), flm.right_to_left_mask(real),
-                 flm.prefix_mask(real, torch.tensor([3]))):
+    for mask in (masks.bidirectional_mask(real), masks.left_to_right_mask(real), masks.right_to_left_mask(real),
+                 masks.prefix_mask(real, torch.tensor([3]))):
         assert not mask[:, :, 4:].any() and mask[:, :4, :4].any()
-    both = flm.reconstructor_mask(real)
+    both = masks.reconstructor_mask(real)
     assert not both[:, :, 4:7].any() and not both[:, :, 11:].any()
 
 
 def test_masks_equal_the_original():
     recorded = torch.load(FIXTURE, weights_only=True)
-    real, masks = recorded["inputs"]["text_masks"].bool(), recorded["masks"]
+    real, theirs = recorded["inputs"]["text_masks"].bool(), recorded["masks"]
     rows = real[:, :, None]                         # what pad rows see has no consequence
-    for ours, name in ((flm.left_to_right_mask(real), "extend_text_masks"), (flm.right_to_left_mask(real), "extend_text_masks_r"),
-                       (flm.reconstructor_mask(real), "bi_attention_mask")):
-        assert torch.equal(ours & rows, (masks[name][:, 0] == 0) & rows), name
+    for ours, name in ((masks.left_to_right_mask(real), "extend_text_masks"), (masks.right_to_left_mask(real), "extend_text_masks_r"),
+                       (masks.reconstructor_mask(real), "bi_attention_mask")):
+        assert torch.equal(ours & rows, (theirs[name][:, 0] == 0) & rows), name
 
 
 @pytest.mark.parametrize("n, rate", [(8, 0.15), (8, 0.5), (8, 1.0), (14, 0.3), (32, 0.5), (50, 0.9)])
@@ -63,7 +64,7 @@ def test_span_corruption_hides_the_requested_share(n, rate):
     rng, draws = np.random.default_rng(0), 3000
     hidden = np.zeros(n - 1)
     for _ in range(draws):
-        first, last = flm.draw_spans(n, 60, rate, rng)
+        first, last = masks.draw_spans(n, 60, rate, rng)
         i = np.arange(1, n)
         assert (first[1:n] >= 1).all() and (last[1:n] <= n - 1).all() and (first[1:n] <= i).all() and (last[1:n] >= i).all()
         hidden += (last - first + 1)[1:n]
@@ -73,7 +74,7 @@ def test_span_corruption_hides_the_requested_share(n, rate):
 
 
 def test_no_span_corruption_hides_the_word_alone():
-    first, last = flm.draw_spans(9, 12, 0.0, np.random.default_rng(0))
+    first, last = masks.draw_spans(9, 12, 0.0, np.random.default_rng(0))
     assert (first == np.arange(12)).all() and (last == first).all()
 
 
@@ -161,7 +162,7 @@ def batch_of(recorded, leaks):
     ids, lens = recorded["inputs"]["text_ids"], recorded["inputs"]["lens"]
     rows = {"reconstructed": [], "left_to_right": [], "right_to_left": []}
     for b, n in enumerate(lens):
-        for name, positions in flm.predicting_rows("flm", n).items():
+        for name, positions in masks.predicting_rows("flm", n).items():
             positions = list(positions)
             if leaks and name == "right_to_left" and n < ids.shape[1]:
                 positions.append(n)                 # the first pad row predicts </s>, which it sees
@@ -205,7 +206,7 @@ def test_losses_equal_the_original_with_its_leaks(original):
 def with_pad_row_leak(model, batch):
     """Runs the model with the original's view of pad rows in the reverse stream: they see every word."""
     reverse = flm.right_to_left_mask
-    flm.right_to_left_mask = lambda real: torch.where(real[:, :, None], reverse(real), flm.left_to_right_mask(real))
+    flm.right_to_left_mask = lambda real: torch.where(real[:, :, None], reverse(real), masks.left_to_right_mask(real))
     try:
         return model(batch)
     finally:
@@ -221,8 +222,8 @@ def test_losses_without_the_leaks_equal_those_of_the_recorded_logits(original):
     for name, logits, start in (("left_to_right", out["l2r_logits"], 1), ("right_to_left", out["r2l_logits"], 2)):
         loss = 0.0
         for b, n in enumerate(lens):
-            for i in flm.predicting_rows("flm", n)[name]:
-                loss += F.cross_entropy(logits[b, i - start], ids[b, i + flm.SHIFT[name]])
+            for i in masks.predicting_rows("flm", n)[name]:
+                loss += F.cross_entropy(logits[b, i - start], ids[b, i + masks.SHIFT[name]])
         assert abs(results[name][0] - loss) < 20 * TOL, name                            # sums of 19 terms
 
 
@@ -302,7 +303,7 @@ def test_single_stream_objectives_equal_the_original(objective):
         torch.testing.assert_close(logits[real], theirs[real], atol=TOL, rtol=0)
         loss = F.cross_entropy(logits.flatten(0, 1), I["text_labels_mlm"].flatten(), ignore_index=-100)
     else:
-        rows = [(b, i) for b, n in enumerate(real.sum(1).tolist()) for i in flm.predicting_rows("ar", n)["left_to_right"]]
+        rows = [(b, i) for b, n in enumerate(real.sum(1).tolist()) for i in masks.predicting_rows("ar", n)["left_to_right"]]
         loss = torch.stack([F.cross_entropy(logits[b, i], ids[b, i + 1]) for b, i in rows]).mean()
     assert abs(loss - out[f"{objective}_loss"]) < TOL
 
@@ -323,7 +324,7 @@ def test_no_reconstructed_word_knows_itself(rate):
     visual = model.encode_image(torch.randn(1, 3, 24, 24))
     for seed, n in enumerate((3, 5, 9, 12)):
         ids = caption(n, 12, seed)
-        first, last = (torch.from_numpy(e)[None] for e in flm.draw_spans(n, 12, rate, np.random.default_rng(seed)))
+        first, last = (torch.from_numpy(e)[None] for e in masks.draw_spans(n, 12, rate, np.random.default_rng(seed)))
         base = model.fuse(visual, model.encode_text(ids, first, last)).reconstructed[0]
         for j in range(1, n):
             changed = ids.clone()
@@ -371,7 +372,7 @@ def test_padding_changes_nothing(objective):
 def test_rows_that_see_nothing_stay_finite_forwards_and_backwards():
     model = tiny().train()
     ids = caption(2, 8)                                             # <s> </s>: a caption without a word
-    first, last = (torch.from_numpy(e)[None] for e in flm.draw_spans(2, 8, 1.0, np.random.default_rng(0)))
+    first, last = (torch.from_numpy(e)[None] for e in masks.draw_spans(2, 8, 1.0, np.random.default_rng(0)))
     fused = model.fuse(model.encode_image(torch.randn(1, 3, 24, 24)), model.encode_text(ids, first, last))
     (fused.reconstructed.sum() + fused.left_to_right.sum() + fused.right_to_left.sum()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
@@ -472,7 +473,7 @@ def test_text_layers_equal_transformers_roberta(width, heads, layers, length):
     stack.load_state_dict(below("text_layers.", state))
     x = embed(ids, roberta_positions(real))[:, None]                # one stream
     for layer in stack:
-        x = layer(x, Mask.of(flm.bidirectional_mask(real)))
+        x = layer(x, Mask.of(masks.bidirectional_mask(real)))
     x = x[:, 0]
     expected = theirs(input_ids=ids, attention_mask=real.long()).last_hidden_state
     torch.testing.assert_close(x[real], expected[real], atol=TOL, rtol=0)

@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import flm
+import masks
 import layers
 import machine
 import tasks
@@ -201,7 +202,7 @@ def original_pretraining(model, batch):
     """
     ids, results = batch["ids"], {}
     fused = model.fuse(model.encode_image(batch["image"]), model.encode_text(ids))
-    for name, shift in flm.SHIFT.items():
+    for name, shift in masks.SHIFT.items():
         rows = batch[f"{name}_rows"]
         targets = torch.full_like(ids, -100).flatten()                      # (B L)
         targets[rows] = ids.flatten()[rows + shift]

@@ -31,6 +31,7 @@ import data
 import disk
 import files
 import flm
+import masks
 
 # Okabe and Ito's colours: colour-blind readers can tell them apart, and so can a grey print.
 BLUE, ORANGE, VERMILLION = "#0072B2", "#E69F00", "#D55E00"
@@ -91,11 +92,11 @@ def draw_panels(words: Sequence[str], rate: float = 0.4, prefix: int = 3,
     ids = np.arange(n) + 10                             # any ids: only the positions matter
     _, masked = data.mask_words(ids, [True] * len(words), flm.Config.mask_rate, 4, ids, rng)
     masked = masked.tolist()
-    spans = [torch.from_numpy(ends)[None] for ends in flm.draw_spans(n, n, rate, rng)]     # (1, n)
+    spans = [torch.from_numpy(ends)[None] for ends in masks.draw_spans(n, n, rate, rng)]  # (1, n)
 
     def targets(objective, output, prefix=0):
-        rows = flm.predicting_rows(objective, n, prefix)[output]
-        return {row: row + flm.SHIFT[output] for row in rows}
+        rows = masks.predicting_rows(objective, n, prefix)[output]
+        return {row: row + masks.SHIFT[output] for row in rows}
 
     def stream(mask, hidden=()):
         seen = mask[0].numpy().copy()                                           # (n, n)
@@ -103,16 +104,16 @@ def draw_panels(words: Sequence[str], rate: float = 0.4, prefix: int = 3,
         return seen & before, seen & ~before
 
     def reconstructor(*span):
-        mask = flm.reconstructor_mask(real, *span)[0].numpy()                   # (n, 2n)
+        mask = masks.reconstructor_mask(real, *span)[0].numpy()                   # (n, 2n)
         return mask[:, :n], mask[:, n:], targets("flm", "reconstructed")
 
     return [
         Panel("MLM", "masked words, from both sides",
-              *stream(flm.bidirectional_mask(real), masked), {i: i for i in masked}, masked),
-        Panel("AR", "every next word, from the left", *stream(flm.left_to_right_mask(real)),
+              *stream(masks.bidirectional_mask(real), masked), {i: i for i in masked}, masked),
+        Panel("AR", "every next word, from the left", *stream(masks.left_to_right_mask(real)),
               targets("ar", "left_to_right")),
         Panel("Prefix", "every next word after a prefix",
-              *stream(flm.prefix_mask(real, torch.tensor([prefix]))),
+              *stream(masks.prefix_mask(real, torch.tensor([prefix]))),
               targets("prefix", "left_to_right", prefix)),
         Panel("FLM", "every word, from both sides", *reconstructor()),
         Panel("FLM, larger spans", "every word, with more hidden around it",

@@ -41,6 +41,10 @@ from tools.toy_world import (COLOURS, KINDS, PLURAL, RELATIONS, Scene, Shape, dr
 SPLITS = ("train", "val", "test", "holdout")
 NLVR2_SPLITS = dict(zip(SPLITS, ("train", "dev", "test", "holdout"), strict=True))
 SCENES = "toy_scenes.jsonl"
+# Colours and kinds are not among them: a pair that no caption shows, such as a red star, would be
+# learned as always wrong.
+EXCHANGE = {"across": ["left", "right"], "along": ["above", "below"], "edges": ["top", "bottom"],
+            "sizes": ["small", "big"], "numbers": ["two", "three", "four", "five"]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -147,6 +151,7 @@ def make(out: str | Path, images: int = 20000, eval_images: int = 1000, size: in
                     stated.write(row)
     words = {"colours": list(COLOURS), "shapes": [*KINDS, *(PLURAL[kind] for kind in KINDS)],
              "relations": list(RELATIONS)}
+    disk.write_text(out / "toy_exchange.json", json.dumps(EXCHANGE, indent=1) + "\n")
     disk.write_text(out / "toy_words.json", json.dumps(words, indent=1) + "\n")
     disk.write_text(out / "toy_vqa_answers.json", json.dumps(ANSWERS, indent=1) + "\n")
 
