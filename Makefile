@@ -16,7 +16,7 @@ FLAGS     ?=
 PROCESSES ?= 1
 
 .DEFAULT_GOAL := all
-.PHONY: all vqa nlvr2 caption retrieval vilt pictures masks test quick faults lint bench clean help
+.PHONY: all vqa nlvr2 caption retrieval vilt pictures masks speedrun test quick faults lint bench clean help
 
 all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (15 minutes)
 	@echo "pictures: docs/masks.png, $(RUN)/curves.png, $(RUN)/words.png"
@@ -111,6 +111,12 @@ vqa nlvr2 caption retrieval: | .venv/.installed
 	    --data $(DATA)
 
 endif
+
+# ---------------------------------------------------------------------------------------------------
+# How fast it learns.
+
+speedrun: | $(DATA)/toy_words.json  ## time until colours and shapes are both at 95 %, median of three seeds (docs/RECORDS.md)
+	OMP_NUM_THREADS=1 $(PY) -m tools.speedrun --data $(DATA) --out runs/speedrun --flags '$(FLAGS)'
 
 # ---------------------------------------------------------------------------------------------------
 # For those who change the code.
