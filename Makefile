@@ -16,7 +16,7 @@ FLAGS     ?=
 PROCESSES ?= 1
 
 .DEFAULT_GOAL := all
-.PHONY: all vqa nlvr2 caption retrieval vilt pictures masks test quick faults lint bench clean help
+.PHONY: all vqa nlvr2 caption retrieval vilt pictures masks compare test quick faults lint bench clean help
 
 all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (15 minutes)
 	@echo "pictures: docs/masks.png, $(RUN)/curves.png, $(RUN)/words.png"
@@ -111,6 +111,12 @@ vqa nlvr2 caption retrieval: | .venv/.installed
 	    --data $(DATA)
 
 endif
+
+# ---------------------------------------------------------------------------------------------------
+# The claim. What was interrupted goes on; FLAGS='--minutes 1 --seeds 1' is a rough picture.
+
+compare: | $(if $(filter toy,$(RECIPE)),$(DATA)/toy_words.json,.venv/.installed)  ## quality against training time: FLM beside its rivals (hours)
+	$(PY) -m tools.compare --data $(DATA) --recipe $(RECIPE) --out runs/compare $(FLAGS)
 
 # ---------------------------------------------------------------------------------------------------
 # For those who change the code.

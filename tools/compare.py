@@ -20,7 +20,8 @@ Where to find what
     what is to be done, and in what order   compare_plan.py
     a run: its schedule, its time           compare_run.py
     what the models are asked               compare_quality.py
-    ratios, intervals, tables, pictures     compare_result.py
+    times, ratios, their intervals          compare_result.py
+    the tables and pictures                 compare_page.py
 """
 
 import argparse
@@ -33,6 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,7 +44,7 @@ import disk
 from recipes import RECIPES
 from report import clock
 from tasks import FINE_TUNING
-from tools import compare_result
+from tools import compare_page
 from tools.compare_plan import Comparison, Unit
 from tools.compare_quality import TOY_WORDS
 
@@ -50,7 +52,7 @@ from tools.compare_quality import TOY_WORDS
 # Working through what there is to do.
 
 def work_through(comparison: Comparison, workers: int):
-    """Does all that is not done yet, a stage after the other, and writes the results so far."""
+    """Does all that is not done yet, a stage after the other."""
     forecast = Forecast(comparison, workers)
     print_plan(comparison, forecast)
     with processes(workers) as pool:
@@ -61,8 +63,6 @@ def work_through(comparison: Comparison, workers: int):
                 says = comparison.keep(units[k], result)
                 forecast.took(units[k], seconds)
                 print(f"{says} | {forecast}", flush=True)
-            if units and units[0].kind in ("moment", "task"):
-                compare_result.write(comparison.out)
 
 
 @contextmanager
@@ -113,7 +113,13 @@ def as_they_finish(works: list[Callable], pool) -> Iterator[tuple[int, object, f
         return
     number_of = {pool.submit(timed, work): k for k, work in enumerate(works)}
     for future in as_completed(number_of):
-        yield number_of[future], *future.result()
+        try:
+            yield number_of[future], *future.result()
+        except SystemExit:                  # it was told to stop
+            raise KeyboardInterrupt from None
+        except BrokenProcessPool:
+            raise ValueError("a process ended before its work was done, perhaps for want of "
+                             "memory; the same command goes on") from None
 
 
 def timed(work: Callable) -> tuple[object, float]:
@@ -264,7 +270,7 @@ def main(argv: list[str] | None = None):
     out = Path(options.out)
     with disk.command("compare.py", "the same command goes on"):
         if options.report:
-            compare_result.write(out)
+            compare_page.write(out)
             print_results(out)
             return
         check(options)
@@ -278,7 +284,7 @@ def main(argv: list[str] | None = None):
             comparison = Comparison(options)
             comparison.write()
             work_through(comparison, options.workers)
-            compare_result.write(out)
+            compare_page.write(out)
         print_results(out)
 
 

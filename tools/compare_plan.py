@@ -195,7 +195,7 @@ class Comparison:
             moments[unit.moment] = result
             known = result["cloze"][self.way(c)]
             groups = ", ".join(f"{group} {percent(known[group]['right'])}"
-                               for group in [*list(known)[:2], ALL])
+                               for group in dict.fromkeys([*list(known)[:2], ALL]))
             says = f"step {result['steps']}, {result['seconds']:.0f} s: {groups} ({self.way(c)})"
         else:
             moments[unit.moment]["tasks"][unit.task] = result

@@ -67,11 +67,8 @@ def open_quality(data: str, groups: str, captions: int) -> Quality:
     if captions < 1:
         raise ValueError(f"--captions {captions}: at least 1 is expected")
     for split in ("test", "val"):
-        try:
-            if find_files(data, (), split):
-                return Quality(found, split, captions)
-        except FileNotFoundError:
-            continue
+        if find_files(data, (), split):
+            return Quality(found, split, captions)
     raise FileNotFoundError(f"{data}: no captions of split test or val to ask for words of")
 
 

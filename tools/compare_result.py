@@ -1,6 +1,7 @@
-"""What a comparison found: times to a quality, their ratios with intervals, tables and pictures.
+"""What a comparison found: times to a quality, and their ratios with intervals.
 
-    write("runs/compare")       # compare.json, compare.md, compare.png, variants.png
+    found = collect(Path("runs/compare"))       # the runs, as compare.json has them
+    add_results(found)                          # … and `times`, `ratios`
 
 A *yardstick* is one kind of quality: the colours that are known from both sides, the score in VQA.
 A contender's *curve* has a point for each moment: seconds of training, quality. Between two moments
@@ -17,16 +18,12 @@ of the time to its first moment where it is there by then: both err in the rival
 interval over three seeds is a rough one.
 """
 
-import contextlib
-import json
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 import disk
-from tools import plot
 from tools.compare_quality import ALL, BOTH, LEFT
 
 QUALITIES = (0.5, 0.8, 0.9, 0.95)
@@ -113,11 +110,22 @@ def ratio_of(rival: Curve, ours: Curve) -> tuple[float, Reached, Reached | None]
     return (theirs.seconds / own.seconds if own else 0.0), theirs, own
 
 
+def ratios_at(rival: Curve, ours: Curve) -> dict[str, float]:
+    """The ratio at each of QUALITIES that both reach, and not by their first moments already."""
+    found = {}
+    for quality in QUALITIES:
+        theirs, own = time_to(rival, quality), time_to(ours, quality)
+        if theirs and own and not theirs.within and not own.within:
+            found[str(quality)] = theirs.seconds / own.seconds
+    return found
+
+
 def compare(rival: list[Curve], ours: list[Curve]) -> dict:
     """The ratio of a rival (its seeds' curves) to ours, with its interval.
 
-    -> {"quality", "seconds": {"rival", "ours"}, "within": {"rival", "ours"}, "ratio", "interval"}
-    seconds.ours and ratio are None where ours never gets there; interval is None for one seed.
+    -> {"quality", "seconds": {"rival", "ours"}, "within": {"rival", "ours"}, "ratio", "interval",
+    "at": ratios at QUALITIES}. seconds.ours and ratio are None where ours never gets there, the
+    interval is None for one seed.
     """
     ratio, theirs, own = ratio_of(mean_curve(rival), mean_curve(ours))
     interval = None
@@ -131,7 +139,8 @@ def compare(rival: list[Curve], ours: list[Curve]) -> dict:
     return {"quality": float(mean_curve(rival).quality.max()),
             "seconds": {"rival": theirs.seconds, "ours": own.seconds if own else None},
             "within": {"rival": theirs.within, "ours": own.within if own else False},
-            "ratio": ratio if own else None, "interval": interval}
+            "ratio": ratio if own else None, "interval": interval,
+            "at": ratios_at(mean_curve(rival), mean_curve(ours))}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -196,182 +205,3 @@ def add_results(found: dict):
                 found["ratios"].append(about | compare(some, own) | {
                     "another": found["times"][-1]["another"],
                     "last": float(mean_curve(own).seconds[-1])})
-
-
-def write(out: str | Path):
-    """Writes the results of what is done so far."""
-    out = Path(out)
-    found = collect(out)
-    add_results(found)
-    disk.write_text(out / "compare.json", json.dumps(found, indent=1) + "\n")
-    disk.write_text(out / "compare.md", markdown(found))
-    measured = yardsticks(found)
-    if measured:
-        draw(found, measured, [c for c in found["contenders"] if c["principal"]],
-             out / "compare.png")
-        draw(found, measured, found["contenders"], out / "variants.png")
-
-
-# -------------------------------------------------------------------------------------------------
-# Tables.
-
-def markdown(found: dict) -> str:
-    """The tables of compare.md."""
-    o = found["options"]
-    devices = {moment["device"] for contender in found["contenders"]
-               for run in contender["runs"] for moment in run["moments"]}
-    clock = "seconds on the GPU" if "cuda" in devices else "CPU seconds on one thread"
-    parts = [f"# Quality against training time\n\n{o['data']}, recipe {o['recipe']}, "
-             f"{o['minutes']:g} minutes of training ({clock}), {o['moments']} moments; "
-             f"{o['captions']} captions of split {o['split']}.\n"]
-    if found["ratios"]:
-        parts += ["## How many times as long as FLM, until both are equally good\n",
-                  "At the best quality that the rival reaches. Where it is as good with another "
-                  "picture, it has only learned to guess.\n",
-                  ratio_table(found["ratios"])]
-    for title in dict.fromkeys(row["yardstick"] for row in found["times"]):
-        rows = [row for row in found["times"] if row["yardstick"] == title]
-        parts += [f"## Seconds until {title}\n", time_table(rows)]
-    parts += ["## Rates that were tried\n", rate_table(found["rates"])] if found["rates"] else []
-    parts += ["## Runs\n", run_table(found["contenders"])]
-    return "\n".join(parts)
-
-
-def table(heading: list[str], rows: list[list[str]]) -> str:
-    lines = [heading, ["---"] * len(heading), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
-
-
-def seconds_text(seconds: float | None, within: bool, last: float) -> str:
-    if seconds is None:
-        return f"not within {last:.0f} s"
-    return f"within {seconds:.0f} s" if within else f"{seconds:.0f} s"
-
-
-def ratio_table(rows: list[dict]) -> str:
-    lines = []
-    for row in rows:
-        seconds, within = row["seconds"], row["within"]
-        interval = "one seed"
-        if row["interval"]:
-            interval = " - ".join(f"{end:.1f}" for end in row["interval"])
-        lines.append([row["yardstick"], row["contender"], share(row["quality"]),
-                      share(row["another"]),
-                      seconds_text(seconds["rival"], within["rival"], row["last"]),
-                      seconds_text(seconds["ours"], within["ours"], row["last"]),
-                      ratio_text(row), interval])
-    return table(["yardstick", "rival", "its best", "with another picture", "reached after",
-                  "FLM is there after", "ratio", "90 % interval"], lines)
-
-
-def ratio_text(row: dict) -> str:
-    """A ratio; where a time is only known to be within the first moment, which side is open."""
-    within = row["within"]
-    if row["ratio"] is None:
-        return "FLM does not get there"
-    if within["ours"] and within["rival"]:
-        return "both at the first moment"
-    bound = "at least " if within["ours"] else "at most " if within["rival"] else ""
-    return f"{bound}{row['ratio']:.1f}"
-
-
-def time_table(rows: list[dict]) -> str:
-    lines = []
-    for row in rows:
-        times = [seconds_text(row["seconds"][str(q)], str(q) in row["within"], row["last"])
-                 for q in QUALITIES]
-        lines.append([row["contender"], str(row["seeds"]), *times, share(row["best"]),
-                      share(row["another"])])
-    return table(["contender", "seeds", *(f"{100 * q:.0f} %" for q in QUALITIES), "best",
-                  "with another picture"], lines)
-
-
-def rate_table(rates: dict) -> str:
-    lines = []
-    for name, known in rates.items():
-        tried = known["tried"]
-        best = max(tried, key=tried.get)
-        cells = []
-        for factor, known_words in tried.items():
-            text = f"{float(factor) * known['peak']:.1e}: {share(known_words)}"
-            cells.append(f"**{text}**" if factor == best else text)
-        lines.append([name, known["by"], ", ".join(cells)])
-    return table(["contender", "by", "rate: words known after a third of the time"], lines)
-
-
-def run_table(contenders: list[dict]) -> str:
-    lines = []
-    for contender in contenders:
-        last = [run["moments"][-1] for run in contender["runs"]]
-        steps, seconds = last[0]["steps"], np.mean([moment["seconds"] for moment in last])
-        rate = f"{contender['rate']:.1e}"
-        if contender["rate_of"] != contender["name"]:
-            rate += f" (of {contender['rate_of']})"
-        flags = contender["flags"] + (" (head on every row)" if contender["every_row"] else "")
-        lines.append([contender["name"], flags, rate, str(len(last)), f"{steps:,}",
-                      f"{seconds:.0f} s", f"{seconds / steps:.3f} s"])
-    return table(["contender", "flags", "rate", "seeds", "steps", "training time", "a step"], lines)
-
-
-# -------------------------------------------------------------------------------------------------
-# The picture.
-
-COLOURS = {"flm": plot.BLUE, "mlm": plot.VERMILLION, "ar": plot.GREEN, "prefix": plot.PINK}
-DASHES = ["-", "--", ":", "-.", (0, (1, 1)), (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))]
-GROUPS_SHOWN = 3                        # the first of the groups of words, each way; and all words
-
-
-def draw(found: dict, measured: list[Yardstick], contenders: list[dict], path: Path):
-    """Draws a panel for each yardstick, with a curve for each contender.
-
-    The band spans the seeds. Contenders of one objective have one colour.
-    """
-    shown = {*list(found["options"]["groups"])[:GROUPS_SHOWN], ALL}
-    panels = [yardstick for yardstick in measured
-              if yardstick.place[0] == "tasks" or yardstick.place[2] in shown]
-    styles, counted = {}, {}
-    for contender in contenders:
-        place = counted.setdefault(contender["objective"], 0)
-        styles[contender["name"]] = {"color": COLOURS[contender["objective"]],
-                                     "ls": DASHES[place % len(DASHES)]}
-        counted[contender["objective"]] += 1
-    columns = 4 if len(panels) > 6 else min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    plt.switch_backend("Agg")
-    with plt.rc_context(plot.STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(plot.WIDTH, 0.8 + 2.4 * rows),
-                                    squeeze=False, sharex=True, layout="constrained")
-        for axis in axes.flat[len(panels):]:
-            axis.axis("off")
-        for axis, yardstick in zip(axes.flat, panels, strict=False):
-            draw_panel(axis, yardstick, contenders, styles)
-        for axis in axes[-1]:
-            axis.set_xlabel("seconds of training")
-        handles = [plt.Line2D([], [], lw=2, label=name, **style) for name, style in styles.items()]
-        handles.append(plt.Line2D([], [], color=plot.GREY, lw=1, label="with another picture"))
-        figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)))
-        with contextlib.redirect_stdout(None):          # it would tell after every moment
-            plot.save(figure, str(path))
-
-
-def draw_panel(axis, yardstick: Yardstick, contenders: list[dict], styles: dict):
-    for contender in contenders:
-        some = curves(contender, yardstick)
-        if not some:
-            continue
-        mean, style = mean_curve(some), styles[contender["name"]]
-        qualities = 100 * np.array([curve.quality for curve in some])           # (seeds, moments)
-        axis.plot(mean.seconds, 100 * mean.quality, lw=1.8, marker="o", ms=2.5, **style)
-        axis.fill_between(mean.seconds, qualities.min(0), qualities.max(0), lw=0, alpha=0.18,
-                          color=style["color"])
-        others = curves(contender, yardstick, "another")
-        if others:
-            mean = mean_curve(others)
-            axis.plot(mean.seconds, 100 * mean.quality, lw=0.7, color=plot.GREY, alpha=0.6)
-    axis.set_title(f"{yardstick.title}, %", loc="left", size=10)
-    axis.set(xlim=(0, None), ylim=(0, max(10, axis.get_ylim()[1])))
-    axis.grid(color=plot.PALE, lw=0.7)
