@@ -199,12 +199,14 @@ def test_the_best_rate_of_a_search_is_trained_with(small, world, tmp_path, monke
     assert "| MLM | all words, both sides | 1.5e-04: -0.0 %, 3.0e-04: -0.0 %, **6.0e-04: " in text and "6.0e-04 (of MLM)" in text
 
 
-def test_a_diverged_trial_of_a_rate_is_a_bad_one_not_the_end(monkeypatch):
+def test_a_diverged_trial_of_a_rate_is_a_bad_one_not_the_end(tmp_path, monkeypatch):
     def diverged(*arguments):
         raise compare_plan.Halt("the loss is not finite")
 
     monkeypatch.setattr(compare_plan, "advance", diverged)
-    assert compare_plan.try_rate(None, 10, None, BOTH) == 0
+    (tmp_path / "last.pt").touch()
+    assert compare_plan.try_rate(Track(str(tmp_path), (), 0, 0.2), 10, None, BOTH) == 0
+    assert not (tmp_path / "last.pt").exists()
 
 
 def test_two_processes_find_what_one_finds(small, undisturbed, tmp_path):

@@ -169,8 +169,8 @@ class Comparison:
             track = self.track(unit, self.peak_rate(c, unit.factor), warmup)
             return partial(try_rate, track, steps, self.quality, self.way(c))
         if unit.kind == "moment":
-            steps = self.decide_steps(c, unit.moment)
-            track = self.track(unit, self.rate(c), self.plan["contenders"][c.name]["warmup"])
+            steps, known = self.decide_steps(c, unit.moment), self.plan["contenders"][c.name]
+            track = self.track(unit, known["rate"], known["warmup"])
             return partial(advance, track, unit.moment, steps, self.quality)
         folder = self.out / f"{c.folder}-{unit.seed}"
         return partial(task_scores, unit.task, str(folder / f"moment_{unit.moment}.pt"),
@@ -238,7 +238,7 @@ class Comparison:
         return steps
 
     def decide_steps(self, contender: Contender, k: int) -> int:
-        """The number of steps of moment k, and with the first one the warm-up.
+        """The number of steps of moment k; the first time, the rate and the warm-up too.
 
         They are decided once for all seeds, from what a step took until the moment before, and
         written down before anything is trained: an interrupted run goes on with the same.
@@ -279,11 +279,18 @@ class Comparison:
 
 
 def try_rate(track: Track, steps: int, quality: Quality, way: str) -> float:
-    """The share of all words that a run of its own length knows; 0 if its loss is not finite."""
+    """The share of all words that a run knows at its end; 0 if its loss is not finite.
+
+    Its weights are removed: nobody asks for them again.
+    """
+    known = 0.0
     try:
-        return advance(track, 1, steps, quality)["cloze"][way][ALL]["right"]
+        known = advance(track, 1, steps, quality)["cloze"][way][ALL]["right"]
     except Halt:
-        return 0.0
+        pass
+    for path in Path(track.out).glob("*.pt"):
+        path.unlink()
+    return known
 
 
 def percent(share: float) -> str:

@@ -159,6 +159,7 @@ def advance(track: Track, moment: int, steps: int, quality: Quality) -> dict:
         if not math.isfinite(losses["loss"]) or int(state.skipped_in_a_row):
             raise Halt(f"{track.out}: the loss at step {steps} is not finite; a lower rate helps")
         save_model(branch, state, log, run.out / f"moment_{moment}.pt")
+        (run.out / "previous.pt").unlink(missing_ok=True)       # of the trunk, one is enough
         state.bare.eval()
         began = time.process_time()
         known = cloze(state.bare, run.task.tok, quality.table(run), quality)
