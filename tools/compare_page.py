@@ -28,8 +28,8 @@ def write(out: str | Path):
     disk.write_text(out / "compare.md", markdown(found))
     measured = yardsticks(found)
     if measured:
-        draw(found, measured, [c for c in found["contenders"] if c["principal"]],
-             out / "compare.png")
+        principals = [c for c in found["contenders"] if c["principal"]]
+        draw(found, measured, principals or found["contenders"], out / "compare.png")
         draw(found, measured, found["contenders"], out / "variants.png")
 
 
