@@ -16,7 +16,7 @@ FLAGS     ?=
 PROCESSES ?= 1
 
 .DEFAULT_GOAL := all
-.PHONY: all vqa nlvr2 caption retrieval vilt pictures masks speedrun test quick faults lint bench clean help
+.PHONY: all vqa nlvr2 caption retrieval vilt pictures masks compare speedrun test quick faults lint bench clean help
 
 all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (15 minutes)
 	@echo "pictures: docs/masks.png, $(RUN)/curves.png, $(RUN)/words.png"
@@ -113,10 +113,15 @@ vqa nlvr2 caption retrieval: | .venv/.installed
 endif
 
 # ---------------------------------------------------------------------------------------------------
-# How fast it learns.
+# How fast it learns, and the claim.
 
 speedrun: | $(DATA)/toy_words.json  ## time until colours and shapes are both at 95 %, median of three seeds (docs/RECORDS.md)
 	OMP_NUM_THREADS=1 $(PY) -m tools.speedrun --data $(DATA) --out runs/speedrun --flags '$(FLAGS)'
+
+# What was interrupted goes on; FLAGS='--minutes 1 --seeds 1' is a rough picture.
+
+compare: | $(if $(filter toy,$(RECIPE)),$(DATA)/toy_words.json,.venv/.installed)  ## quality against training time: FLM beside its rivals (hours)
+	$(PY) -m tools.compare --data $(DATA) --recipe $(RECIPE) --out runs/compare $(FLAGS)
 
 # ---------------------------------------------------------------------------------------------------
 # For those who change the code.

@@ -121,7 +121,7 @@ class Config:
         """Output -> its weight in the total loss.
 
         FLM: (L_rec + w_f L_left_to_right + w_r L_right_to_left) / (1 + w_f + w_r); ITM is added to
-        it with weight 1. A fine-tuned head has the only loss.
+        it with weight 1. A fine-tuned head has the only loss. A loss of weight 0 is not computed.
         """
         if self.head in TASK_HEADS:
             return {self.head: 1.0}
@@ -136,7 +136,7 @@ class Config:
             weights = {"left_to_right": 1.0}
         if self.itm:
             weights["itm"] = 1.0
-        return weights
+        return {name: weight for name, weight in weights.items() if weight}
 
 
 # The ViTs of base-* and large-* are OpenAI's CLIP models without their last block. Their text

@@ -198,17 +198,20 @@ def flm_steps(task_class, original, args):
 def original_pretraining(model, batch):
     """The losses of FLM.forward in the original's way: the head on all L rows of all outputs.
 
-    Rows that predict nothing are scored too and then ignored.
+    Rows that predict nothing are scored too and then ignored. For every objective, without
+    image-text matching.
     """
     ids, results = batch["ids"], {}
-    fused = model.fuse(model.encode_image(batch["image"]), model.encode_text(ids))
-    for name, shift in masks.SHIFT.items():
+    text = model.encode_text(batch.get("masked_ids", ids), batch.get("first"), batch.get("last"),
+                             batch.get("prefix"))
+    fused = model.fuse(model.encode_image(batch["image"]), text)
+    for name in model.config.loss_weights:
         rows = batch[f"{name}_rows"]
         targets = torch.full_like(ids, -100).flatten()                      # (B L)
-        targets[rows] = ids.flatten()[rows + shift]
+        targets[rows] = ids.flatten()[rows + masks.SHIFT[name]]
         logits = model.vocab_logits(getattr(fused, name)).flatten(0, 1)     # (B L, V)
         loss = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
-        results[name] = loss, (logits.argmax(-1) == targets).sum()
+        results[name] = loss, (logits.argmax(-1) == targets).float().sum()
     return results
 
 
