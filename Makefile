@@ -40,9 +40,10 @@ $(RUN)/.trained: | $(DATA)/toy_words.json
 	$(PY) train.py --task pretrain --recipe toy --data $(DATA) --out $(RUN) --resume $(FLAGS)
 	@touch $@
 
-# Image-text matching trains the class vector, which vqa, nlvr2 and retrieval read.
+# Image-text matching trains the class vector, which retrieval ranks by. Half of its wrong captions have one word exchanged.
 $(RUN)-itm/.trained: | $(RUN)/.trained
-	$(PY) train.py --task pretrain --recipe toy-itm --load $(RUN)/last.pt --data $(DATA) --out $(RUN)-itm --resume
+	$(PY) train.py --task pretrain --recipe toy-itm --load $(RUN)/last.pt --data $(DATA) --out $(RUN)-itm \
+	    --exchange $(DATA)/toy_exchange.json --resume
 	@touch $@
 
 $(RUN)/words.json: $(RUN)/.trained
@@ -72,8 +73,8 @@ vilt: runs/vilt/.trained  ## pretrain ViLT on the toy world; which patches is ea
 
 ifeq ($(RECIPE),toy)
 
-$(RUN)-vqa/.trained: | $(RUN)-itm/.trained
-	$(PY) train.py --task vqa --recipe toy --load $(RUN)-itm/last.pt --data $(DATA) --out $(RUN)-vqa --resume $(FLAGS)
+$(RUN)-vqa/.trained: | $(RUN)/.trained
+	$(PY) train.py --task vqa --recipe toy --load $(RUN)/last.pt --data $(DATA) --out $(RUN)-vqa --resume $(FLAGS)
 	@touch $@
 
 vqa: $(RUN)-vqa/.trained  ## fine-tune for visual question answering, score it, show examples
