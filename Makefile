@@ -63,6 +63,7 @@ runs/vilt/.trained: | $(DATA)/toy_words.json
 vilt: runs/vilt/.trained  ## pretrain ViLT on the toy world; which patches is each word carried to? (in runs/vilt)
 	$(PY) -m tools.probe words runs/vilt/last.pt --data $(DATA)
 	$(PY) -m tools.probe align runs/vilt/last.pt --data $(DATA)
+	$(PY) -m tools.toy pointed runs/vilt/align.json --data $(DATA)
 	$(PY) -m tools.plot curves runs/vilt --out runs/vilt/curves.png
 	$(PY) -m tools.plot words runs/vilt/words.json --out runs/vilt/words.png
 	$(PY) -m tools.plot align runs/vilt/align.json --out runs/vilt/align.png

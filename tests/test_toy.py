@@ -488,3 +488,25 @@ def test_true_names_the_file_and_entry_that_it_cannot_judge(folder, tmp_path):
         message = refusal("true", results, "--data", folder)
         assert says in message and "results.json" in message
     assert "toy_scenes.jsonl" in refusal("true", results, "--data", tmp_path)
+
+
+def test_a_word_points_at_the_patch_of_the_shape_that_it_names(tmp_path, capsys):
+    toy.make(tmp_path, images=1, eval_images=3, workers=1)
+    scene = toy.load_scenes(tmp_path / toy.SCENES)[str(2 * 10 ** 8)]        # the first of test
+    shape = scene.shapes[0]
+    column, row = int(shape.x // 16), int(shape.y // 16)
+    there = [float(k == 4 * row + column) for k in range(16)]
+    elsewhere = there[1:] + there[:1]
+    half = [share / 2 for share in there]
+    word = shape.colour
+    entry = {"file": "anywhere/toy_caption_test.arrow", "row": 0, "grid": [4, 4],
+             "tokens": [word[:2], word[2:], " is", f" {shape.kind}"], "plan": [half, there, elsewhere, elsewhere]}
+    path = tmp_path / "align.json"
+    path.write_text(json.dumps([entry]))
+    found = toy.pointing(path, tmp_path)
+    assert found["colours"] == {"words": 1, "right": 1.0, "chance": 1 / 16}
+    same_kind = [s for s in scene.shapes if s.kind == shape.kind]
+    assert found["kinds"]["words"] == 1 and found["kinds"]["chance"] == len(same_kind) / 16
+    assert found["kinds"]["right"] == any(4 * int(s.y // 16) + int(s.x // 16) == elsewhere.index(1.0) for s in same_kind)
+    toy.main(["pointed", str(path), "--data", str(tmp_path)])
+    assert "colours: the heaviest patch of 100.0 % of 1 words holds what they name (chance 6.2 %)" in capsys.readouterr().out

@@ -3,6 +3,7 @@
     python -m tools.toy make --out data/toy                   # 20,000 training pictures, 64 x 64
     python -m tools.toy make --out data/toy --images 2000     # the first 2,000 of the same pictures
     python -m tools.toy true runs/toy-caption/caption/captions_test_results.json --data data/toy
+    python -m tools.toy pointed runs/vilt/align.json --data data/toy
 
 `make` writes
 
@@ -14,8 +15,9 @@
     toy_words.json                               groups of words, for `python -m tools.probe words`
 
 Everything is a function of (seed, split, index), so a smaller world is the beginning of a larger
-one. Because each scene is known, `true` can tell whether a caption is true of it. Scenes and truth
-are in toy_world.py, sentences in toy_sentences.py.
+one. Because each scene is known, `true` can tell whether a caption is true of it, and `pointed`
+whether a word's patch shows what it names. Scenes and truth are in toy_world.py, sentences in
+toy_sentences.py.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import io
 import json
 import multiprocessing
 import random
+from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
 
@@ -31,12 +34,13 @@ from PIL import Image
 from tqdm import tqdm
 
 import disk
+from data import Captions
 from disk import complete_file, read_json
 from files import CAPTIONS, NLVR2, VQA
 from sources.shards import Writer
 from tools.toy_sentences import ANSWERS, captions, questions, statement
-from tools.toy_world import (COLOURS, KINDS, PLURAL, RELATIONS, Scene, Shape, draw, is_true,
-                             sample_scene)
+from tools.toy_world import (COLOURS, KINDS, PLURAL, RELATIONS, SINGULAR, Scene, Shape, draw,
+                             is_true, sample_scene)
 
 SPLITS = ("train", "val", "test", "holdout")
 NLVR2_SPLITS = dict(zip(SPLITS, ("train", "dev", "test", "holdout"), strict=True))
@@ -203,6 +207,65 @@ def print_truth(results: str, data: str, out: str | None):
         print(f"wrote {out}")
 
 
+# --------------------------------------------------------------------------------------------------
+# Words that a model carried to patches.
+
+def pointing(alignments: str | Path, data: str | Path) -> dict:
+    """How often the heaviest patch of a colour's or a kind's name holds a shape that it names.
+
+    A shape is in the patch of its centre; a word of several tokens has the mean of their shares.
+    alignments: JSON, as `python -m tools.probe align` writes it about the toy world.
+    Returns {"colours" and "kinds": {"words", "right": share, "chance": share of the patches that
+    would have been right}}, without a group that no word is of.
+    """
+    scenes, tables, found = load_scenes(Path(data) / SCENES), {}, {}
+    for entry in read_json(alignments):
+        path = Path(data) / Path(entry["file"]).name
+        if path not in tables:
+            tables[path] = Captions([path])
+        scene = scenes[tables[path].cell("image_id", entry["row"]).as_py()]
+        for word, shares in words_and_shares(entry):
+            group = "colours" if word in COLOURS else "kinds"
+            kind = SINGULAR.get(word, word)
+            named = {patch_of(shape, entry["grid"]) for shape in scene.shapes
+                     if word == shape.colour or kind == shape.kind}
+            if named:
+                heaviest = max(range(len(shares)), key=shares.__getitem__)
+                answer = (heaviest in named, len(named) / len(shares))
+                found.setdefault(group, []).append(answer)
+    result = {}
+    for group, some in found.items():
+        right, chance = (sum(column) / len(some) for column in zip(*some, strict=True))
+        result[group] = {"words": len(some), "right": right, "chance": chance}
+    return result
+
+
+def words_and_shares(entry: dict) -> Iterator[tuple[str, list[float]]]:
+    """The words of a caption in align.json, each with its mean share of every patch."""
+    words = []
+    for token, shares in zip(entry["tokens"], entry["plan"], strict=True):
+        if token.startswith(" ") or not words:
+            words.append((token.strip(), [shares]))
+        else:
+            before, parts = words.pop()
+            words.append((before + token, [*parts, shares]))
+    for word, parts in words:
+        yield word, [sum(column) / len(parts) for column in zip(*parts, strict=True)]
+
+
+def patch_of(shape: Shape, grid: list[int]) -> int:
+    """The number of the patch in which a shape's centre is, of a grid of [rows, columns]."""
+    rows, columns = grid
+    return int(shape.y * rows / 64) * columns + int(shape.x * columns / 64)
+
+
+def print_pointing(alignments: str, data: str):
+    """The command `pointed`."""
+    for group, found in pointing(alignments, data).items():
+        print(f"{group}: the heaviest patch of {100 * found['right']:.1f} % of {found['words']:,} "
+              f"words holds what they name (chance {100 * found['chance']:.1f} %)")
+
+
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m tools.toy", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -228,6 +291,10 @@ def main(argv: list[str] | None = None):
     add("results", metavar="RESULTS_JSON", help="what `eval.py caption` wrote about the toy world")
     add("--data", required=True, metavar="DIR", help=f"folder of the toy world, with {SCENES}")
     add("--out", metavar="FILE", help="JSON file for the counts (default: only print)")
+    add = command("pointed", print_pointing, "ALIGN_JSON --data DIR",
+                  "tell how often a word is carried to the patch of the shape that it names")
+    add("alignments", metavar="ALIGN_JSON", help="what `python -m tools.probe align` wrote")
+    add("--data", required=True, metavar="DIR", help=f"folder of the toy world, with {SCENES}")
     options = vars(parser.parse_args(argv))
     run = options.pop("run")
     with disk.command("toy.py"):
