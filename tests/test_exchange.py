@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, tiny, train_command as command, write_caption_world
+from conftest import ROOT, WORDS, tiny, train_command as command, write_caption_world
 
 import train
 from exchange import Exchange
 from settings import parse
 from tasks import PretrainFLM, to_device
 from tokenizer import load
+from tools import toy
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,13 @@ def test_one_word_is_exchanged_for_another_of_its_group_that_is_not_said_of_the_
     assert found == {"three stars, left of a ring", "two stars, right of a ring"}
     assert exchange("a leftover", set(), rng) is None
     assert exchange("two left", {"right", "three", "four"}, rng) is None
+
+
+def test_the_groups_for_photographs_and_for_the_toy_world_open():
+    photographs = Exchange(ROOT / "tools/exchange_en.json")
+    assert photographs("a man", {"woman", "boy", "girl"}, np.random.default_rng(0)) == "a child"
+    for words in toy.EXCHANGE.values():     # one word stands for another in the same sentence, and no colour is exchanged
+        assert len(words) > 1 and not set(words) & {*toy.COLOURS, *toy.KINDS}
 
 
 @pytest.mark.parametrize("contents, message", [({"sides": ["left"]}, "group 'sides'"), ({"sides": "left right"}, "group 'sides'"),
