@@ -18,7 +18,7 @@ PROCESSES ?= 1
 .DEFAULT_GOAL := all
 .PHONY: all vqa nlvr2 caption retrieval vilt pictures masks compare speedrun test quick faults lint bench clean help
 
-all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (15 minutes)
+all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (7 minutes)
 	@echo "pictures: docs/masks.png, $(RUN)/curves.png, $(RUN)/words.png"
 
 # ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ MODELS = flm.PRESETS | vilt.PRESETS
 FOUR = ("coco", "vg", "sbu", "gcc")     # the four million images of the papers
 
 # The drawn world. Muon teaches it in a fifth of AdamW's steps (docs/RECORDS.md).
-TOY = dict(model="toy", bucket=16, clip=1.0, warmup=0.03, log_every=100, save_every=400,
+TOY = dict(model="toy", bucket=16, clip=1.0, warmup=0.03, log_every=50, save_every=400,
            eval_samples=1000, global_batch=32, micro_batch=32, head_lr_scale=1.0,
            fusion_lr_scale=1.0)
 # For photographs of one's own. `small` starts from scratch on a CPU; README says what to expect.
@@ -27,7 +27,7 @@ MEDIUM_TASK = MEDIUM | dict(augment=True, epochs=10)
 
 RECIPES = {
     "pretrain": {
-        "toy": TOY | dict(steps=1000, eval_every=500, lr=1e-3, muon_lr=0.01),
+        "toy": TOY | dict(steps=1000, eval_every=250, lr=1e-3, muon_lr=0.01),
         # More of it, with image-text matching: that trains the class vector, which tasks read.
         "toy-itm": TOY | dict(itm=True, steps=400, eval_every=400, lr=5e-4, muon_lr=0.005),
         "small": SMALL | dict(steps=1600, global_batch=32, lr=1e-3),
