@@ -26,7 +26,7 @@ UNDECAYED = ("vit.position", "image_position", "position")
 
 
 def parameter_groups(model, settings: Settings) -> list[dict]:
-    """The optimizer's groups: {base, head, fusion} x {decayed, not} for AdamW, one for Muon.
+    """The optimizer's groups: {base, head, fusion} x {decayed, not} for AdamW, and Muon's.
 
     base     lr                      ViT, text embedding, text layers, type vectors; all of a ViLT
                                      but its heads
@@ -121,6 +121,9 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, groups: list[dict], **defaults):
         super().__init__(groups, **defaults, fused=True)
+
+    def __setstate__(self, state):
+        torch.optim.Optimizer.__setstate__(self, state)     # AdamW's asks every group for a step
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -61,6 +61,22 @@ def test_captions_that_share_an_image_resume_in_the_middle_of_an_epoch_as_if_nev
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
+@pytest.mark.parametrize("sizes", [SIZES, VILT], ids=["flm", "vilt"])
+def test_muon_resumes_as_if_never_stopped_and_leaves_no_parameter_unchanged(world, tmp_path, sizes):
+    more = [*RUN, "--eval-every", 0, "--muon-lr", 0.02, "--save-every", 3, "--keep", 3]
+    train.main(command(world, tmp_path / "whole", *more, sizes=sizes))
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again/last.pt").write_bytes((tmp_path / "whole/step_3.pt").read_bytes())
+    with pytest.raises(SystemExit, match="muon_lr 0.02 -> 0.03"):
+        train.main(command(world, tmp_path / "again", *more, "--muon-lr", 0.03, "--resume", sizes=sizes))
+    train.main(command(world, tmp_path / "again", *more, "--resume", sizes=sizes))
+    whole, again = (outcome(tmp_path / name)[1] for name in ("whole", "again"))
+    half = weights.read(tmp_path / "whole/step_3.pt")
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    assert all(not torch.equal(half["model"][name], tensor) for name, tensor in whole.items())
+    assert set(half["optimizer"]["state"]["fusion_layers.0.mlp.0.weight" if sizes is SIZES else "patch.weight"]) == {"mean"}
+
+
 @pytest.mark.slow
 def test_data_loading_processes_change_nothing(world, tmp_path):
     for workers in (0, 2):
