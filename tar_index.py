@@ -22,6 +22,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+import numpy as np
 import pyarrow as pa
 import torch.distributed as dist
 from tqdm import tqdm
@@ -76,7 +77,7 @@ class TarCaptions(Captions):
         index = self.file_of(path)
         places, [lengths] = nested(batch.column("image"))
         refuse(index, first_row, lengths != 2, "image is not [offset, size]")
-        offset, size = places.to_numpy().reshape(-1, 2).T       # (rows,)
+        offset, size = places.to_numpy().astype(np.int64).reshape(-1, 2).T      # (rows,)
         end = self.indexes[path].size
         bad = (offset < 0) | (size < 0) | (size > end) | (offset > end - size)
         refuse(index, first_row, bad, "a picture outside of the tar")
@@ -159,16 +160,24 @@ def read_index(tar: Path) -> Index | None:
     now = state_of(tar)
     for path in (beside(tar), in_cache(tar)):
         try:
-            reader, _ = open_arrow(str(path))
-            last = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
-            about = json.loads(last.custom_metadata[b"about"])
+            about = said_by(path)
             left_out = {str(reason): int(count) for reason, count in about["left_out"].items()}
             if (about["format"], about["size"], about["mtime_ns"]) == (FORMAT, *now):
                 return Index(path, *now, left_out, shortened(about["damage"], 1000))
         except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError,
-                AttributeError, RecursionError, pa.ArrowException):
+                AttributeError, RecursionError):
             continue                                            # there is none, or no whole one
     return None
+
+
+def said_by(index: Path) -> dict:
+    """What an index says about its tar. ValueError, LookupError or TypeError if it is damaged."""
+    reader, _ = open_arrow(str(index))
+    try:
+        last = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
+    except (OSError, pa.ArrowException) as error:               # Arrow's own has no errno
+        raise ValueError(f"{index}: {error}") from None
+    return json.loads(last.custom_metadata[b"about"])
 
 
 def state_of(tar: Path) -> tuple[int, int]:

@@ -69,7 +69,7 @@ def datasets_in(folder: Path) -> dict[str, dict[str, list[Path]]]:
     if splits:
         return {folder.resolve().name: splits}
     found = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
         splits = splits_in(path)
         if splits:
             found[path.name] = splits

@@ -117,13 +117,13 @@ def test_eval_and_check_and_stats_open_tars(world, tmp_path, capsys):
                          "--device", "cpu", "--out", str(tmp_path / name)])
         scores.append(json.loads(next((tmp_path / name).glob("*_scores.json")).read_text()))
     assert scores[0] == scores[1]
-    with pytest.raises(SystemExit, match="no caption files of split 'test': cc has val, train"):
+    with pytest.raises(SystemExit, match="no caption files of split 'test': cc has train, val"):
         evaluation.main(["retrieval", str(tmp_path / "run/last.pt"), "--data", str(world / "cc"), "--device", "cpu"])
     capsys.readouterr()
     status, printed = checked(capsys, world / "cc", "--workers", "1")
     assert status == 0 and printed.count("good") == 3 and "30 images, 30 captions" in printed
     prepare_main("stats", world / "cc", "--workers", "1", "--out", tmp_path / "sheet.png")
-    assert "71" in capsys.readouterr().out and (tmp_path / "sheet.png").stat().st_size > 1000
+    assert capsys.readouterr().out.count(" images, ") == 3 and (tmp_path / "sheet.png").stat().st_size > 1000
 
 
 # -- where they lie --------------------------------------------------------------------------------
@@ -272,10 +272,11 @@ def test_what_cannot_be_used_is_counted_named_and_left_out_as_prepare_leaves_it_
 
 def test_a_picture_that_breaks_off_inside_is_named_when_it_is_decoded(world, tmp_path, capsys):
     some = members(0, 20)
-    some[9] = (some[9][0], some[9][1][:-100])
+    some[9] = (some[9][0], picture(3, (400, 300))[:-3000])
     tar(tmp_path / "cc/0.tar", some)
     train.main(train_command(world / "cc", tmp_path / "run", *TRAIN, "--data", tmp_path / "cc", "--max-unreadable", 1))
-    assert f"{tmp_path / 'cc/0.tar'} 000000003: " in capsys.readouterr().out
+    assert f"{tmp_path / 'cc/0.tar'} 000000003: " in (tmp_path / "run/unreadable_0.txt").read_text()
+    capsys.readouterr()
     status, printed = checked(capsys, tmp_path / "cc/0.tar", "--workers", "1")
     assert status == 1 and "WRONG: 1 pictures that cannot be read" in printed
 
