@@ -65,8 +65,9 @@ class TarCaptions(Captions):
     SCHEMA = SCHEMA
 
     def __init__(self, paths):
+        paths = [Path(path) for path in paths]
         self.tars = {}                                          # path -> its bytes, memory-mapped
-        self.indexes = open_indexes([Path(path) for path in paths])
+        self.indexes = open_indexes(paths)
         super().__init__(paths)
 
     def file_of(self, path: str) -> str:
@@ -85,9 +86,9 @@ class TarCaptions(Captions):
     def image(self, row: int, which: int = 0) -> pa.Buffer:
         offset, size = self.cell("image", row).as_py()
         path, _ = self.place(row)
-        return recently_used(self.tars, path, self.map, self.most_open()).slice(offset, size)
+        return recently_used(self.tars, path, self._map_tar, self.most_open()).slice(offset, size)
 
-    def map(self, path: str) -> pa.Buffer:
+    def _map_tar(self, path: str) -> pa.Buffer:
         """The bytes of a tar. ValueError if it is not as it was when it was indexed."""
         known = self.indexes[path]
         with naming(Path(path)), open(path, "rb") as file:
@@ -161,7 +162,7 @@ def read_index(tar: Path) -> Index | None:
     for path in (beside(tar), in_cache(tar)):
         try:
             about = said_by(path)
-            left_out = {str(reason): int(count) for reason, count in about["left_out"].items()}
+            left_out = {shortened(why): int(count) for why, count in about["left_out"].items()}
             if (about["format"], about["size"], about["mtime_ns"]) == (FORMAT, *now):
                 return Index(path, *now, left_out, shortened(about["damage"], 1000))
         except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError,
