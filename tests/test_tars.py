@@ -172,12 +172,14 @@ def test_tars_are_found_by_patterns_and_in_folders(tmp_path):
 @pytest.mark.parametrize("data, sentence", [
     ("{0..3}.tar", r"2\.tar: there is no such file \(2 of 4 are missing\)"),
     ("9.tar", r"9\.tar: there is no such file"), ("*x.tar", "there is no such file"),
-    ("{0..9999999}.tar", "more than 1,000,000 files"),
-    ("{0..999}{0..9999}.tar", "more than 1,000,000 files"),
-    ("{0..99999999999999999999}.tar", "more than 1,000,000 files"),
+    ("{0..9999999}.tar", "more than 1,000 files"),
+    ("{0..99}{0..99}.tar", "more than 1,000 files"),
+    ("{0..99999999999999999999}.tar", "more than 1,000 files"),
     ("{1}.tar", "first..last"), ("{3..1}.tar", "larger than the last"),
     ("none", "there is no such directory")])
-def test_a_pattern_that_names_nothing_is_refused_in_a_sentence(tmp_path, data, sentence):
+def test_a_pattern_that_names_nothing_is_refused_in_a_sentence(
+        tmp_path, monkeypatch, data, sentence):
+    monkeypatch.setattr(tars, "MOST_NAMES", 1000)
     for name in "01":
         put(tmp_path / f"{name}.tar", b"")
     with pytest.raises((OSError, ValueError), match=sentence):
