@@ -419,8 +419,8 @@ class CaptionDataset(torch.utils.data.Dataset):
             try:
                 pictures.append(self.decode(encoded, rng))
             except Exception as error:      # Pillow's readers raise whatever broken bytes lead to
-                path, place = self.table.place(row)
-                wrong.append(f"{path} row {place}: {shortened(error) or type(error).__name__}")
+                reason = shortened(error) or type(error).__name__
+                wrong.append(f"{self.table.where(row)}: {reason}")
                 width, height = self.shape(1, 1)[1]
                 pictures.append(torch.zeros(3, height, width, dtype=torch.uint8))
         return pictures, wrong

@@ -337,7 +337,9 @@ MODEL_FLAGS = [
     ("--precision NAME", "fp32", "of matrix products: fp32, bf16 or fp16"),
 ]
 DATA_FLAGS = [
-    ("--data DIR", REQUIRED, "folder of Arrow files"),
+    ("--data DIR", REQUIRED, "folder of Arrow files; of captions also of img2dataset's .tar "
+                             "files, or a quoted pattern of them; those in a folder val or test "
+                             "beside them are that split"),
     ("--datasets NAME…", None, "datasets in it; default: those that the model was trained on"),
     ("--split NAME", None, "train, val, test, …; default: val of vqa and nlvr2, test of others"),
     ("--out DIR", None, "folder of the results; default: one beside the checkpoint"),

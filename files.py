@@ -17,13 +17,14 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from disk import naming, shortened
+from tars import chosen, shards_at
 
 try:
     import resource
@@ -81,11 +82,14 @@ FILES = {
 
 
 def find_files(directory, datasets, split: str, kind: str = "caption") -> list[Path]:
-    """The Arrow files of some datasets' split, in a fixed order.
+    """The Arrow files of some datasets' split, in a fixed order; or its tars (tars.shards_at).
 
     kind: caption, vqa or nlvr2. No `datasets` means known_datasets. FileNotFoundError if a dataset
     has no training files; any other split may be missing.
     """
+    shards = shards_at(directory, kind)
+    if shards:
+        return chosen(shards, datasets, split, directory)
     directory, found = Path(directory), []
     names = arrow_files(directory)
     for dataset in datasets or known_datasets(directory, kind):
@@ -100,7 +104,7 @@ def find_files(directory, datasets, split: str, kind: str = "caption") -> list[P
 def arrow_files(directory) -> list[str]:
     """The names of all Arrow files in a directory, sorted."""
     if not Path(directory).is_dir():
-        raise FileNotFoundError(f"{directory}: there is no such directory of Arrow files")
+        raise FileNotFoundError(f"{directory}: there is no such directory of Arrow files or tars")
     return sorted(path.name for path in Path(directory).glob("*.arrow"))
 
 
@@ -126,6 +130,9 @@ def files_of(names: list[str], dataset: str, split: str, kind: str) -> list[str]
 
 def splits_of(directory, kind: str = "caption") -> dict[str, list[str]]:
     """Dataset -> its splits, of all datasets of a kind that have a file in a directory."""
+    shards = shards_at(directory, kind)
+    if shards:
+        return {dataset: list(splits) for dataset, splits in shards.items()}
     names, found, published = arrow_files(directory), {}, set()
     for dataset, splits in FILES[kind].items():
         for split in splits:
@@ -387,13 +394,13 @@ class Table:
         self.batches = []           # (path, number of the record batch in it)
         batch_rows, file_rows = [], []
         for path in self.paths:
-            reader = self._open(path)
+            reader, file = self._open(path), self.file_of(path)
             there = {name: kind for name, kind in (optional or {}).items()
                      if name in reader.schema.names}
-            check_columns(path, reader.schema, columns | there)
+            check_columns(file, reader.schema, columns | there)
             rows = 0
             for i in range(reader.num_record_batches):
-                batch = valid_batch(path, reader, i, rows, columns | there)
+                batch = valid_batch(file, reader, i, rows, columns | there)
                 self.take(path, rows, batch)
                 self.batches.append((path, i))
                 batch_rows.append(batch.num_rows)
@@ -408,13 +415,18 @@ class Table:
         first_row: the batch's first row in its file.
         """
 
+    def file_of(self, path: str) -> str:
+        """The Arrow file that is opened for a path: itself."""
+        return path
+
+    def most_open(self) -> int:
+        return most_open_files()
+
     def _open(self, path: str) -> pa.RecordBatchFileReader:
-        reader = self.files.pop(path, None)
-        if reader is None:
-            while len(self.files) >= most_open_files():
-                del self.files[next(iter(self.files))]          # that was used longest ago
-            reader, self.known[path] = open_arrow(path, self.known.get(path))
-        self.files[path] = reader
+        return recently_used(self.files, path, self._map, self.most_open())
+
+    def _map(self, path: str) -> pa.RecordBatchFileReader:
+        reader, self.known[path] = open_arrow(self.file_of(path), self.known.get(path))
         return reader
 
     def __getstate__(self):                             # a worker maps the files itself
@@ -444,6 +456,11 @@ class Table:
         file = int(np.searchsorted(self.file_starts, row, side="right")) - 1
         return self.paths[file], int(row - self.file_starts[file])
 
+    def where(self, row: int) -> str:
+        """A row's place in words, as messages about it name it."""
+        path, place = self.place(row)
+        return f"{path} row {place}"
+
     def rows_of_files(self) -> list[list]:
         """[[file name, number of rows]]: what a run must find again when it resumes."""
         counts = np.diff(self.file_starts).tolist()
@@ -454,6 +471,17 @@ class Table:
         first = self.paths[0] if self.paths else "no file"
         more = len(self.paths) - 1
         return f"{first} and {more:,} more files" if more > 0 else first
+
+
+def recently_used(opened: dict, path: str, opener: Callable, most: int):
+    """What opener(path) returned. `opened` keeps it for those `most` paths that were used last."""
+    found = opened.pop(path, None)
+    if found is None:
+        while len(opened) >= most:
+            del opened[next(iter(opened))]              # that was used longest ago
+        found = opener(path)
+    opened[path] = found
+    return found
 
 
 def running_sum(counts) -> np.ndarray:

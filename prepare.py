@@ -195,7 +195,8 @@ def parser() -> ArgumentParser:
     sub = commands.add_parser("check", usage="prepare.py check FILE.arrow or FOLDER … [flags]",
                               help=about, description=about)
     sub.add_argument("files", type=Path, nargs="+", metavar="FILE.arrow",
-                     help="what to read; of a folder, all *.arrow files in it")
+                     help="what to read, also a .tar of img2dataset; of a folder, all *.arrow "
+                          "files in it, or all *.tar")
     for flag in ("--fast", "--workers"):
         sub.add_argument(flag, **FLAGS[flag])
     sub.set_defaults(run=check)
@@ -204,7 +205,8 @@ def parser() -> ArgumentParser:
     sub = commands.add_parser("stats", usage="prepare.py stats FILE.arrow or FOLDER … [flags]",
                               help=about, description=about)
     sub.add_argument("files", type=Path, nargs="+", metavar="FILE.arrow",
-                     help="what to read; of a folder, all *.arrow files in it")
+                     help="what to read, also a .tar of img2dataset; of a folder, all *.arrow "
+                          "files in it, or all *.tar")
     sub.add_argument("--out", type=Path, metavar="FILE.png",
                      help="draw a contact sheet: pictures with their texts (default: none)")
     sub.add_argument("--json", type=Path, metavar="FILE",

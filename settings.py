@@ -29,7 +29,9 @@ class Settings:
     # the run
     task: str = "pretrain"          # pretrain, vqa, nlvr2, caption or retrieval
     recipe: str = ""                # name of a recipe in recipes.RECIPES; flags beat its settings
-    data: str = ""                  # directory of Arrow files
+    data: str = ""                  # folder of Arrow files; or of img2dataset's .tar files, or a
+                                    # quoted pattern of them, such as "shards/{00000..00331}.tar"
+                                    # (captions only; those of a folder `val` beside them validate)
     datasets: tuple = ()          # names of datasets in it (coco vg sbu gcc …); none: all there are
     out: str = ""                   # directory of the run: config.json, metrics.jsonl, last.pt
     resume: bool = False            # go on from OUT/last.pt, if it is there

@@ -28,6 +28,7 @@ from disk import read_json
 from exchange import Exchange, ExchangedWords
 from files import FILES, find_files, known_datasets
 from rebuilt import rebuilt_answers
+from tar_index import table_of
 
 
 # -------------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ class Task:
         files = find_files(settings.data, settings.datasets, split, cls.KIND)
         if split == "train" and not settings.hold_out:
             files += find_files(settings.data, settings.datasets, "val", cls.KIND)
-        return cls.TABLE(files) if files else None
+        return table_of(files, cls.TABLE) if files else None
 
     def __init__(self, settings, config, tok):
         self.settings, self.config, self.tok = settings, config, tok

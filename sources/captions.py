@@ -5,9 +5,7 @@
 
 import csv
 import glob
-import json
 import os
-import tarfile
 import zipfile
 from argparse import Namespace
 from array import array
@@ -18,29 +16,20 @@ from hashlib import blake2b
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO
 
 from disk import shortened
-from sources.shards import (LARGEST, Record, Shard, expecting, fail, first_existing, inside,
-                            json_lines, on_disk, open_text, read_entries, simple, split_shards,
-                            strings, unusable)
+from sources.shards import (Record, Shard, expecting, fail, first_existing, inside, json_lines,
+                            on_disk, open_text, read_entries, simple, split_shards, strings)
+from tars import PICTURES, Tar, unusable, usable_captions
 
 SHARD_ROWS = 100_000                                # ViLT cuts SBU and Conceptual Captions so
 LARGEST_LIST = 1 << 30                              # bytes of a list of captions in a zip
-PICTURES = ("jpg", "jpeg", "png", "webp")           # members of a tar, in order of preference
-LARGEST_HEADER = 1 << 20                            # bytes of what describes a member of a tar
 
 
 def captioned(key: str, image: Path | bytes | None, captions: Iterable[str], split: str,
               image_id: str) -> Record:
     """The Record of an image and its captions."""
-    texts = [text.strip() for text in captions]
-    kept = [text for text in texts if not unusable(text, "caption")]
-    reasons = [unusable(text, "caption") for text in texts if text not in kept]
-    if kept:
-        reasons = [f"{reason} (image kept)" for reason in reasons]
-    else:
-        reasons = reasons[:1] or ["no caption"]
+    kept, reasons = usable_captions(captions)
     return Record(key, {"image": image}, {"caption": kept, "image_id": image_id, "split": split},
                   reasons)
 
@@ -378,75 +367,13 @@ cc12m = partial(annotated, files={"val_annot.json": ("val", "conceptual_caption1
 # --------------------------------------------------------------------------------------------------
 # Tars in the layout of WebDataset, as img2dataset writes them.
 
-class Headers:
-    """What tarfile reads of a tar: the headers, one after the other.
-
-    ReadError for a header that leads back (it would be read for ever), or past the end.
-    """
-
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self.tell = file.tell
-        self.size = os.fstat(file.fileno()).st_size
-
-    def read(self, count: int) -> bytes:
-        if not 0 <= count <= LARGEST_HEADER:
-            raise tarfile.ReadError(f"a header of {count:,} bytes at byte {self.tell():,}")
-        return self.file.read(count)
-
-    def seek(self, place: int) -> None:
-        if not self.tell() <= place <= self.size:
-            raise tarfile.ReadError(f"byte {self.tell():,} of {self.size:,} leads to {place:,}")
-        self.file.seek(place)
-
-
-def tar_members(path: Path) -> Iterator[tuple[str, str, bytes | None]]:
-    """Yields (key, extension, bytes) of each file of a tar; None for files of no use.
-
-    Those are files of other extensions, links, devices, files with holes and too large ones. The
-    tar is read once, from front to back, and not unpacked.
-    """
-    wanted = {*PICTURES, "txt", "json"}
-    try:
-        with (open(path, "rb") as file,
-              tarfile.open(path, "r:", fileobj=Headers(file), encoding="utf-8") as tar):
-            for member in iter(tar.next, None):
-                tar.members.clear()                         # else tarfile keeps every header
-                tar.pax_headers.clear()
-                if member.isdir():
-                    continue
-                folder, base = os.path.split(inside(member.name, path))
-                stem, _, extension = base.partition(".")    # WebDataset: keys end at the first dot
-                extension = extension.lower()
-                plain = member.isreg() and not member.issparse() and 0 <= member.size <= LARGEST
-                data = None
-                if plain and extension in wanted:
-                    file.seek(member.offset_data)
-                    data = file.read(member.size)
-                yield os.path.join(folder, stem), extension, data
-            # tarfile takes a damaged header for the end; the true end is a block of zeros.
-            file.seek(tar.offset)
-            if file.read(512) != bytes(512):
-                fail(f"{path} is cut off or damaged at byte {tar.offset}; "
-                     "expected a complete .tar, download it again")
-    except Exception as error:      # tarfile raises whatever false headers lead to
-        fail(f"{path} is not a complete .tar file ({shortened(error)}); download it again")
-
-
-def tar_captions(files: dict[str, bytes]) -> list[str]:
-    """The captions of one key: its txt, or a field of its json that img2dataset or LAION fills."""
-    try:
-        text = files.get("txt", b"").decode("utf-8-sig")
-        if text.strip() or "json" not in files:
-            return [text]
-        fields = json.loads(files["json"])
-        for name in ("caption", "captions", "top_caption"):
-            if fields.get(name):
-                found = fields[name] if isinstance(fields[name], list) else [fields[name]]
-                return [caption for caption in found if isinstance(caption, str)]
-    except (ValueError, AttributeError, RecursionError):
-        pass
-    return [""]
+def tar_records(path: Path, split: str) -> Iterator[Record]:
+    """Yields the Record of each key of a tar; ends the run if the tar is not whole."""
+    tar = Tar(path)
+    for sample in tar.samples():
+        yield captioned(sample.key, sample.picture, sample.captions, split, sample.key)
+    if tar.damage:
+        fail(f"{tar.damage}; expected a complete .tar, download it again")
 
 
 def img2dataset(args: Namespace) -> Iterator[Shard]:
@@ -465,15 +392,8 @@ def img2dataset(args: Namespace) -> Iterator[Shard]:
         fail(f"{count} of the .tar files would become {name}.arrow; "
              "convert their folders one by one, with --name")
 
-    def records(path):
-        for key, members in groupby(tar_members(path), key=lambda member: member[0]):
-            files = {extension: data for _, extension, data in members if data is not None}
-            pictures = [files[extension] for extension in PICTURES if extension in files]
-            image = pictures[0] if pictures else None
-            yield captioned(key, image, tar_captions(files), args.split, key)
-
     for path, name in zip(paths, names, strict=True):
-        yield Shard(name, None, partial(records, path))
+        yield Shard(name, None, partial(tar_records, path, args.split))
 
 
 # --------------------------------------------------------------------------------------------------

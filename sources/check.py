@@ -18,6 +18,8 @@ from data import Captions, open_header, open_image
 from disk import read_json, sentence_of, shortened
 from files import arrow_files, nested, open_arrow
 from sources.shards import KINDS, Kind, bar, fail, in_order
+from tar_index import is_tar, table_of
+from tars import shards_at
 
 MISSING = "missing"
 REPEATED = {"question_id": "question ids that an earlier question has",
@@ -26,6 +28,8 @@ REPEATED = {"question_id": "question ids that an earlier question has",
 
 def open_table(path: Path) -> tuple[Kind, Captions]:
     """The file as training opens it; OSError or ValueError if training cannot."""
+    if is_tar(path):
+        return KINDS["captions"], table_of([path])
     columns = open_arrow(str(path))[0].schema.names
     kind = KINDS["captions"]
     if "image_0" in columns:
@@ -139,20 +143,24 @@ def check_file(path: Path, fast: bool, workers: int) -> list[str]:
         if kind is KINDS["VQA"]:
             for answers in answer_lists(path):
                 table.check_labels(len(read_json(answers, list)))
-        texts = check_texts(kind, table)
-        return texts + check_pictures(kind, table, path.name, fast, workers)
+        problems = table.damage() if is_tar(path) else []
+        problems += check_texts(kind, table)
+        return problems + check_pictures(kind, table, path.name, fast, workers)
     except (OSError, ValueError, pa.ArrowException) as error:
         return [f"cannot be read: {sentence_of(error)}"]
 
 
 def files_in(path: Path) -> list[Path]:
-    """All Arrow files of a folder; a file is itself. ValueError for a folder that has none."""
+    """All Arrow files of a folder, or its tars; a file is itself. ValueError if there are none."""
     if not path.is_dir():
         return [path]
-    names = arrow_files(path)
-    if not names:
-        raise ValueError(f"{path}: no .arrow files are in this folder")
-    return [path / name for name in names]
+    files = [path / name for name in arrow_files(path)]
+    for splits in shards_at(path).values():
+        for tars in splits.values():
+            files += tars
+    if not files:
+        raise ValueError(f"{path}: no .arrow or .tar files are in this folder")
+    return files
 
 
 def check(args: Namespace) -> None:

@@ -28,10 +28,7 @@ from tqdm import tqdm
 from data import Captions, Questions, Statements, open_header, open_image, turn_of
 from disk import complete_file, one_writer, remove_partials, shortened
 from files import CAPTIONS, NLVR2, REGIONS, VQA
-
-# Half a character: JSON can hold it, the UTF-8 of Arrow cannot.
-SURROGATE = re.compile("[\ud800-\udfff]")
-LARGEST = 256 << 20                 # bytes of a picture's file; a larger one is left out
+from tars import LARGEST, SURROGATE, relative
 
 
 def fail(sentence: str) -> NoReturn:
@@ -151,24 +148,12 @@ def json_list(path: Path, name: str | None = None) -> Iterator[Callable]:
 # --------------------------------------------------------------------------------------------------
 # Reading what others wrote: a complaint is one sentence that names the file, and ends the run.
 
-def unusable(text: str, what: str) -> str:
-    """Why a text is left out; "" if it is fine."""
-    if not text:
-        return f"empty {what}"
-    return f"{what} is not Unicode" if SURROGATE.search(text) else ""
-
-
 def inside(name: str, where: str | Path) -> str:
-    """`name` as a plain relative path. A path that leaves the folder of the data set is refused.
-
-    >>> inside("./a//b.jpg", "x.json")
-    'a/b.jpg'
-    """
-    parts = re.split(r"[/\\]", name)
-    if ".." in parts or parts[0] == "" or re.match("[A-Za-z]:", name):
-        fail(f"{where}: the path {shortened(repr(name))} leaves the folder of the data set; "
-             "expected a relative path without '..'")
-    return "/".join(part for part in name.split("/") if part not in ("", "."))
+    """`name` as a plain relative path. A path that leaves the folder of the data set is refused."""
+    try:
+        return relative(name, where)
+    except ValueError as error:
+        fail(str(error))
 
 
 def simple(name: object, where: str | Path) -> str:

@@ -134,7 +134,7 @@ def test_check_takes_folders(tmp_path, finished, capsys):
     (tmp_path / "bad.arrow").write_text("hello")
     status, printed = checked(capsys, tmp_path)
     assert status == 1 and "five_caption_train.arrow" in printed and "bad.arrow" in printed
-    assert "no .arrow files are in this folder" in sentence(capsys, "check", tmp_path / "empty")
+    assert "no .arrow or .tar files are in this folder" in sentence(capsys, "check", tmp_path / "empty")
 
 
 def test_check_finds_labels_that_the_answer_list_beside_them_does_not_have(tmp_path, capsys):

@@ -703,7 +703,7 @@ def test_a_tar_with_a_false_size_is_read_once_at_most_and_takes_no_memory(tmp_pa
         + bytes(1024))
     tracemalloc.start()
     try:
-        members = list(itertools.islice(captions.tar_members(tmp_path / "0.tar"), 20))
+        members = list(itertools.islice(captions.tar_records(tmp_path / "0.tar", "train"), 20))
         assert len(members) < 20
     except SystemExit as stop:
         assert "0.tar" in str(stop.code) and len(str(stop.code)) < 600
@@ -732,7 +732,7 @@ def test_members_that_are_no_plain_files_are_left_out_by_name(tmp_path):
     chain = (tmp_path / "t/0.tar").read_bytes() * 5000
     put(tmp_path / "t/0.tar", chain)
     with pytest.raises(SystemExit, match="0.tar is not a complete .tar file"):
-        list(captions.tar_members(tmp_path / "t/0.tar"))
+        list(captions.tar_records(tmp_path / "t/0.tar", "train"))
 
 
 # --------------------------------------------------------------------------------------------------

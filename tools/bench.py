@@ -48,6 +48,7 @@ from generate import generate
 from predict import match_score
 from settings import Settings
 from sources.shards import Writer
+from tar_index import table_of
 from tasks import Caption, PretrainFLM, PretrainViLT, Retrieval, shape_of
 from tools.bench_padding import padding
 
@@ -392,7 +393,7 @@ def loader(args):
         files = args.files or [Path(scratch) / "drawn.arrow"]
         if not args.files:
             draw_photos(files[0])
-        table = data.Captions(files)
+        table = table_of(files)
         photos = [table.image(row).to_pybytes() for row in range(min(len(table), 128))]
         config, tok = flm.PRESETS["base-b32"], tokenizer.BPE.train(table.texts(), 300)
         task = PretrainFLM(Settings(pad_to=1), replace(config, pooler=False), tok)
@@ -454,7 +455,8 @@ def parse(argv):
         epilog="\n".join(f"{name:10} {command.__doc__}" for name, command in COMMANDS.items()))
     add = parser.add_argument
     add("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
-    add("files", nargs="*", type=Path, help="Arrow files of captions (loader: default drawn)")
+    add("files", nargs="*", type=Path, help="Arrow files of captions, of loader also tars (loader: "
+        "default drawn)")
     add("--tokenizer", type=Path, default=".", help="padding: its directory (default: this one)")
     add("--preset", default="", metavar="NAME",
         help="sizes of the model, see recipes.MODELS (default: base-b32; for vilt: vilt)")

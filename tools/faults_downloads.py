@@ -18,10 +18,12 @@ import torch
 from PIL import Image
 
 import data
+import disk
 import flm
 import predict
 import tasks
 import vilt
+from tar_index import TarCaptions
 from tools.faults_tries import Try
 
 
@@ -311,7 +313,7 @@ def damaged_header(shard: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def tar_files(t: Try):
-    """A damaged WebDataset shard, prepared."""
+    """A damaged WebDataset shard, prepared, and read as it lies."""
     formats = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
     contents, what = shard_bytes(t.rng.choice(formats)), "bytes"
     if t.rng.random() < 0.7:
@@ -321,3 +323,14 @@ def tar_files(t: Try):
     path = t.write("00000.tar", contents)
     t.run("prepare.py", "img2dataset", t.folder, "--out", t.folder / "out", "--workers", 1,
           names=[path], timeout=20, what=f"img2dataset ({what})")
+    t.call(lambda: decode_tar(path), "reading it by its index", names=[path], timeout=20)
+
+
+def decode_tar(path: Path):
+    """Reads each row of a tar as training does; a sentence may refuse it."""
+    with disk.command("tar"):
+        table = TarCaptions([path])
+        dataset = data.CaptionDataset(table, None, data.Square(24), 50, train=False)
+        for row in range(len(table)):
+            dataset.pictures(row)
+        list(table.texts())

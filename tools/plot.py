@@ -32,6 +32,7 @@ import disk
 import files
 import flm
 import masks
+from tar_index import TarCaptions, is_tar
 
 # Okabe and Ito's colours: colour-blind readers can tell them apart, and so can a grey print.
 BLUE, ORANGE, VERMILLION = "#0072B2", "#E69F00", "#D55E00"
@@ -298,18 +299,19 @@ def spread(items: list, count: int) -> list:
 
 
 def read_picture(file: str, row: int, column: str = "image") -> np.ndarray:
-    """The picture in a row of an Arrow file, uint8 (H, W, 3), at most 400 pixels wide or high;
-    black, as the model saw it, where it cannot be decoded."""
+    """The picture in a row of an Arrow file or a tar, uint8 (H, W, 3), at most 400 pixels wide or
+    high; black, as the model saw it, where it cannot be decoded."""
     def reduced(width, height):
         scale = min(1, 400 / max(width, height))
         size = math.ceil(scale * width), math.ceil(scale * height)
         return size, size
 
-    table = files.Table([file], {column: files.IMAGE})
+    table = TarCaptions([file]) if is_tar(file) else files.Table([file], {column: files.IMAGE})
     if not 0 <= row < len(table):
         raise ValueError(f"{file}: has {len(table)} rows, no row {row}")
     try:
-        picture = data.decode(table.cell(column, row).as_buffer(), reduced)     # (3, H, W)
+        encoded = table.image(row) if is_tar(file) else table.cell(column, row).as_buffer()
+        picture = data.decode(encoded, reduced)                                 # (3, H, W)
     except Exception as error:                          # Pillow raises what broken bytes lead to
         print(f"{file} row {row}: {error or type(error).__name__}; shown as black")
         return np.zeros((64, 64, 3), np.uint8)

@@ -28,6 +28,7 @@ from disk import read_json
 from files import find_files
 from layers import encode_batch_images
 from predict import choose_datasets, device_of, finite, no_split, picture_batch
+from tar_index import table_of
 from tasks import shape_of
 
 IMAGES = ("right image", "another image", "no image")
@@ -221,7 +222,7 @@ def tables(args, model, splits: list[str]) -> dict[str, Captions]:
     paths = {split: find_files(args.data, datasets, split) for split in splits}
     if not any(paths.values()):
         raise no_split(args.data, datasets, " or ".join(splits), "caption")
-    return {split: Captions(some) for split, some in paths.items() if some}
+    return {split: table_of(some) for split, some in paths.items() if some}
 
 
 def write(args, name: str, contents):
