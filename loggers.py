@@ -10,13 +10,16 @@ written, under the same names. A logger is a package of its own, imported only w
 A resumed run goes on in the same run of each logger (OUT/loggers.json keeps its name), and no line
 comes twice. The run first drops the lines of metrics.jsonl after its last checkpoint, and computes
 the same numbers again. TensorBoard drops them too. The others cannot, so they keep the lines that
-they have and are not sent them again. A logger that is new to a resumed run gets all lines so far.
+they have and are not sent them again. (They write with a delay of about a second, so a killed run
+can miss its last line there.) A logger that is new to a resumed run gets all lines so far.
 
 Nothing leaves the machine unless it is told to: wandb writes files, and sends them with
 WANDB_MODE=online; trackio writes its own database, and sends with TRACKIO_SPACE_ID.
 """
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import secrets
@@ -158,15 +161,18 @@ class WandB:
         mode = os.environ.get("WANDB_MODE", "offline")
         self.where = f"run {run}, {mode}, {out / 'wandb'}"
         # Its own copy of what the terminal says would be a second writer there.
-        settings = wandb.Settings(console="off", silent=True)
+        how = {"console": "off", "silent": True}
+        if "x_transaction_log_flush_interval" in wandb.Settings.model_fields:
+            how["x_transaction_log_flush_interval"] = 1.0       # seconds that a kill can lose
         self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), name=out.name,
                               dir=str(out), config=config_of(out), id=run, mode=mode,
-                              resume="allow", settings=settings)
-        # Its own count of lines must rise; ours begins again where a run resumes.
-        self.run.define_metric("*", step_metric="step")
+                              resume="allow", settings=wandb.Settings(**how))
+        self.run.define_metric("*", step_metric="step")         # the x axis
 
     def write(self, line: dict):
-        self.run.log(line)
+        # Its own count must rise with every line, also over a resume. A step has two lines at most.
+        step, is_validation = key_of(line)
+        self.run.log(line, step=2 * step + is_validation)
 
     def close(self):
         self.run.finish()
@@ -181,15 +187,18 @@ class Trackio:
 
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
         self.where = f"trackio show --project {project}"
-        self.run = trackio.init(project=project, name=f"{out.name}-{run}", config=config_of(out),
-                                resume="allow", embed=False, auto_log_gpu=False,
-                                auto_log_cpu=False)
+        with contextlib.redirect_stdout(io.StringIO()):         # five lines of advice
+            self.run = trackio.init(project=project, name=f"{out.name}-{run}",
+                                    config=config_of(out), resume="allow", embed=False,
+                                    auto_log_gpu=False, auto_log_cpu=False)
+        self.finish = trackio.finish        # of the package: the run's own is called at exit again
 
     def write(self, line: dict):
         self.run.log(numbers_of(line), step=line["step"])
 
     def close(self):
-        self.run.finish()
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.finish()
 
 
 WRITERS = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
