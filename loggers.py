@@ -65,14 +65,14 @@ class Loggers:
             is_new = name not in known
             run = known.setdefault(name, {"run": secrets.token_hex(4), "sent": []})
             if not is_new and not WRITERS[name].PURGES:
-                run["sent"] = sorted({*map(tuple, run["sent"]), *map(key_of, dropped)})
+                run["sent"] += [key_of(line) for line in dropped if key_of(line) not in run["sent"]]
             try:
                 writer = WRITERS[name](out, run["run"], step, is_new)
                 for line in kept if is_new else ():
                     writer.write(line)
             except Exception as error:      # each package has its own kinds
                 raise ValueError(f"--log {name}: {disk.shortened(error)}") from error
-            writer.sent = set(map(tuple, run["sent"]))
+            writer.sent = run["sent"]
             self.writers[name] = writer
             print(f"{name}: {writer.where}", flush=True)
         disk.write_text(path, json.dumps(known) + "\n")
@@ -113,9 +113,9 @@ def known_runs(path: Path) -> dict[str, dict]:
             and isinstance(run.get("sent"), list)}
 
 
-def key_of(line: dict) -> tuple[int, bool]:
-    """What tells a line of metrics.jsonl from the others: its step, and report or validation."""
-    return line["step"], "val_loss" in line
+def key_of(line: dict) -> list:
+    """What tells a line of metrics.jsonl from the others: its step, and whether it validates."""
+    return [line["step"], "val_loss" in line]
 
 
 def numbers_of(line: dict) -> dict[str, float]:
@@ -156,9 +156,11 @@ class WandB:
     PURGES = False
 
     def __init__(self, out: Path, run: str, step: int, is_new: bool):
+        mode = os.environ.get("WANDB_MODE", "offline")
+        if mode == "offline":
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")     # of its own errors
         import wandb
 
-        mode = os.environ.get("WANDB_MODE", "offline")
         self.where = f"run {run}, {mode}, {out / 'wandb'}"
         # Its own copy of what the terminal says would be a second writer there.
         how = {"console": "off", "silent": True}

@@ -104,7 +104,7 @@ def test_a_logger_that_is_new_to_a_resumed_run_gets_the_lines_so_far(world, tmp_
     assert made[0].is_new and made[0].lines == lines_of(tmp_path / "run") and made[0].lines[0]["step"] == 1
 
 
-@pytest.mark.parametrize("damaged", ["[]", '{"json": {"run": 3}}', '{"json": []}'])
+@pytest.mark.parametrize("damaged", ["[]", '{"json": {"run": 3}}', '{"json": []}', '{"json": {"run": "a", "sent": 3}}'])
 def test_a_damaged_list_of_runs_begins_a_new_one(tmp_path, made, damaged):
     (tmp_path / "loggers.json").write_text(damaged)
     loggers.Loggers(("json",), tmp_path, 4)
