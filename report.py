@@ -212,7 +212,6 @@ class Log:
         machine.say(" | ".join(parts))
         self.start_window()
 
-
     def utilization(self, seconds: float) -> dict[str, float]:
         """{"mfu": that of the first process's device since the last report}, where it is known."""
         if not self.work:
