@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 import disk
 import weights
+from flops import Work
+from loggers import Loggers
 from machine import memory_gb
 from optimizer import moments_of
 from tasks import to_device
@@ -69,32 +71,38 @@ class Log:
     metrics.jsonl has the first one's. Every process names the images that it could not decode in
     unreadable_RANK.txt (after a resume, some of them twice). A resumed run first drops the lines of
     metrics.jsonl that the interrupted one wrote after its last checkpoint, an incomplete one
-    included. Then it writes what an undisturbed run would.
+    included. Then it writes what an undisturbed run would. Every line also goes to --log's loggers.
     """
 
-    def __init__(self, run, state):
-        self.run, self.counters = run, state.counters
+    def __init__(self, run, state, work: Work | None = None):
+        """work: for the utilization, which is left out without it; the first process has it."""
+        self.run, self.counters, self.work = run, state.counters, work
         self.sums = Sums(run.config.loss_weights, run.machine.device)
         self.path = run.out / "metrics.jsonl"
         self.unreadable_path = run.out / f"unreadable_{run.machine.rank}.txt"
         self.losses = []                # of all reports
         self.spikes = 0                 # reports whose loss was far above those before (is_spike)
         self.validated = -1             # step of the last validation
-        known = {"lines": self.lines_until(state.step)} if run.machine.rank == 0 else {}
+        known, self.loggers = {}, Loggers((), run.out)
+        if run.machine.rank == 0:
+            kept, dropped = self.lines_until(state.step)
+            known = {"lines": kept}
+            self.loggers = Loggers(run.settings.log, run.out, state.step, kept, dropped)
         for metrics in run.machine.union(known)["lines"]:
             self.remember(metrics)
         if run.saved:
             self.take_sums(run.saved.get("sums", []))
         self.start_window()
 
-    def lines_until(self, step: int) -> list[dict]:
-        """Drops what metrics.jsonl says of later steps -> what is left of it."""
+    def lines_until(self, step: int) -> tuple[list[dict], list[dict]]:
+        """Drops what metrics.jsonl says of later steps -> (what is left of it, what it said)."""
         if not self.path.exists():
-            return []
+            return [], []
         lines = map(parse_line, self.path.read_text(errors="replace").splitlines()) if step else []
-        kept = [line for line in lines if line and line["step"] <= step]
+        lines = [line for line in lines if line]
+        kept = [line for line in lines if line["step"] <= step]
         disk.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        return kept
+        return kept, [line for line in lines if line["step"] > step]
 
     def remember(self, metrics: dict):
         """Keeps what later reports need of a line."""
@@ -121,12 +129,13 @@ class Log:
 
     def start_window(self):
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
-        self.samples, self.waiting = 0, 0.0
+        self.samples, self.waiting, self.tokens_before = 0, 0.0, self.counters["tokens"]
 
     def write(self, metrics: dict):
         if self.run.machine.rank == 0:
             with disk.naming(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(metrics) + "\n")
+        self.loggers.write(metrics)
         self.remember(metrics)
 
     @contextlib.contextmanager
@@ -183,7 +192,8 @@ class Log:
         speed = self.samples / seconds
         metrics = {
             "step": state.step, **metrics, "lr": self.rate, "gradient_norm": float(self.norm),
-            "samples_per_second": speed, "data_wait": self.waiting / seconds,
+            "samples_per_second": speed, "pairs_per_second_per_device": speed / machine.world,
+            **self.utilization(seconds), "data_wait": self.waiting / seconds,
             "memory_gb": memory_gb(machine.device),
             "padding": 1 - counters["tokens"] / counters["padded_tokens"],
             "skipped": counters["skipped"], "unreadable": counters["unreadable"],
@@ -192,7 +202,8 @@ class Log:
         self.write(metrics)
         remaining = (s.steps - state.step) * s.global_batch / speed
         parts = [f"step {state.step:>6}/{s.steps}", losses_line(metrics), f"lr {self.rate:.1e}",
-                 f"{speed:.0f} samples/s", f"data wait {100 * metrics['data_wait']:.0f} %",
+                 speed_line(metrics, machine.world),
+                 f"data wait {100 * metrics['data_wait']:.0f} %",
                  f"{metrics['memory_gb']:.1f} GB", f"ETA {clock(remaining)}"]
         for name, what in (("skipped", "steps skipped"), ("unreadable", "images unreadable"),
                            ("cut", "captions cut")):
@@ -200,6 +211,14 @@ class Log:
                 parts.append(f"{counters[name]} {what}")
         machine.say(" | ".join(parts))
         self.start_window()
+
+    def utilization(self, seconds: float) -> dict[str, float]:
+        """{"mfu": that of the first process's device since the last report}, where it is known."""
+        if not self.work:
+            return {}
+        pairs = self.samples / self.run.machine.world
+        tokens = self.counters["tokens"] - self.tokens_before
+        return {"mfu": self.work.utilization(pairs, tokens, seconds)}
 
 
 def parse_line(line: str) -> dict | None:
@@ -216,6 +235,14 @@ def parse_line(line: str) -> dict | None:
 def is_spike(loss: float, before: list[float]) -> bool:
     """Whether a report's loss is more than a quarter above the mean of the reports before it."""
     return len(before) >= 3 and loss > 1.25 * sum(before) / len(before)
+
+
+def speed_line(metrics: dict, devices: int) -> str:
+    """96 samples/s = 8 x 12 | MFU 31.0 %"""
+    line = f"{metrics['samples_per_second']:.0f} samples/s"
+    if devices > 1:
+        line += f" = {devices} x {metrics['pairs_per_second_per_device']:.0f}"
+    return f"{line} | MFU {100 * metrics['mfu']:.1f} %" if "mfu" in metrics else line
 
 
 def losses_line(metrics: dict, prefix: str = "") -> str:
@@ -241,8 +268,8 @@ def clock(seconds: float) -> str:
 # -------------------------------------------------------------------------------------------------
 # Before the first step.
 
-def describe(run, model, step: int):
-    """Prints what is about to run."""
+def describe(run, model, step: int, work: Work | None = None):
+    """Prints what is about to run. work: what the first process knows of its device."""
     s, machine = run.settings, run.machine
     table = run.tables["train"]
     texts = {"vqa": "questions", "nlvr2": "statements"}.get(s.task, "captions")
@@ -250,7 +277,7 @@ def describe(run, model, step: int):
     machine.say(f"{s.task} with {' + '.join(run.config.loss_weights)} | "
                 f"recipe {s.recipe or 'none'} | model {s.load or s.model}, "
                 f"{count_parameters(model) / 1e6:.1f} M parameters | {machine.precision} on "
-                f"{device_name(machine.device)}")
+                f"{device_name(machine.device)}{f', {work}' if work else ''}")
     if not s.hold_out and run.tables["val"]:
         machine.say("training takes the validation split too, so what validation says is no test "
                     "(--hold-out keeps it apart)")

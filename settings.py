@@ -9,12 +9,14 @@ recipe, and the recipe beats the default.
 
 import argparse
 import inspect
+import math
 import re
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import flm
+import loggers
 import vilt
 from disk import shortened
 from machine import Machine
@@ -84,7 +86,11 @@ class Settings:
                                     # fp16; fp32 on a CPU
     compile: bool = False           # compile the model with torch.compile
     shard: bool = False             # fully sharded parameters (FSDP2) instead of DDP
+    peak_tflops: float = 0.0        # TFLOP/s of one device, for the utilization that reports give;
+                                    # 0: measured at the start by a matrix product
     # reporting
+    log: tuple = ()                 # where else the numbers go: tensorboard, wandb or trackio, any
+                                    # of them; OUT/metrics.jsonl has them always
     log_every: int = 50             # steps between two reports; the first comes after step 1
     eval_every: int = 1000          # steps between two validations, after a short one at step 10;
                                     # 0: never
@@ -103,7 +109,7 @@ class Settings:
 FREE_TO_CHANGE = {"resume", "out", "data", "epochs", "micro_batch", "workers", "device", "compile",
                   "shard", "log_every", "eval_every", "eval_samples", "pad_to", "save_every",
                   "keep", "keep_best", "max_unreadable", "max_skipped", "tokenizer", "trust",
-                  "dry_run"}
+                  "dry_run", "peak_tflops", "log"}
 
 
 # A CPU gains nothing from larger micro-batches, and its memory is needed for other things.
@@ -196,7 +202,8 @@ def parse(argv: list[str] | None) -> tuple[Settings, dict]:
     merged = RECIPES[task].get(recipe, {}) | given
     if "steps" in given and "epochs" not in given:
         merged["epochs"] = 0.0              # a flag beats the recipe's epochs
-    merged["datasets"] = tuple(merged.get("datasets", ()))
+    for name in ("datasets", "log"):
+        merged[name] = tuple(merged.get(name, ()))
     model = merged.setdefault("model", Settings.model)
     if model not in MODELS:
         parser.error(f"--model {model}: one of {', '.join(MODELS)} is expected")
@@ -238,6 +245,9 @@ def check(settings: Settings, machine: Machine):
         if checkpoint.exists() and not (s.resume or s.dry_run):
             raise ValueError(f"{checkpoint} exists: --resume goes on from it; for a new run choose "
                              "another --out")
+    loggers.check(s.log)
+    if not 0 <= s.peak_tflops < math.inf:
+        raise ValueError(f"--peak-tflops {s.peak_tflops}: TFLOP/s of one device are expected")
     if s.seed < 0:
         raise ValueError(f"--seed {s.seed}: at least 0 is expected")
     if not 0 < s.decay <= 1:

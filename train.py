@@ -37,6 +37,7 @@ import machine as machines
 import weights
 from batches import evaluation_batches
 from data import token_lengths
+from flops import work_of
 from machine import Machine, loader_workers
 from optimizer import new_optimizer, rate_at
 from report import COUNTERS, Log, Sums, clock, describe, dry_run, write_config
@@ -163,9 +164,10 @@ def say_new_schedule(run: Run):
 def train(run: Run, signals):
     """Trains until the last step is done, or until a signal asks to stop (then SystemExit)."""
     state = build_state(run)
-    describe(run, state.bare, state.step)
+    work = work_of(run, state.step) if run.machine.rank == 0 else None
+    describe(run, state.bare, state.step, work)
     write_config(run, state.bare)
-    log = Log(run, state)
+    log = Log(run, state, work)
     signals.training = True
     try:
         stopped_by = loop(run, state, log, signals)
@@ -173,6 +175,8 @@ def train(run: Run, signals):
         if error.errno and state.saved_step:
             error.strerror += f" ({run.checkpoint} of step {state.saved_step} is whole)"
         raise
+    finally:
+        log.loggers.close()
     if stopped_by:
         saved = f": --resume goes on from {run.checkpoint}" if state.saved_step else ""
         run.machine.say(f"train.py: stopped by {stopped_by.name} after step {state.step}{saved}",

@@ -370,7 +370,8 @@ class ViLT(nn.Module):
         """
         words, patches = text.mask & ~sep, visual.mask[:, 1:].expand(len(text), -1)
         words[:, 0] = False
-        with torch.autocast(fused.image.device.type, enabled=False):
+        device = fused.image.device.type        # "meta", where FLOPs are counted, has no autocast
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
             return transport_distance(fused.reconstructed.float(), fused.image[:, 1:].float(),
                                       words, patches)
 

@@ -30,9 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile, record_function
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import flm
@@ -44,6 +42,7 @@ import tokenizer
 import vilt
 import weights
 from files import CAPTIONS
+from flops import count_flops
 from generate import generate
 from predict import match_score
 from settings import Settings
@@ -413,19 +412,9 @@ def loader(args):
 
 # -- A GPU -----------------------------------------------------------------------------------------
 
-def flops(config: flm.Config, batch: dict, forward: Callable = flm.FLM.forward) -> int:
-    """FLOPs of a forward pass, 2 per multiply-add of the matrix products.
-
-    Attention counts its whole square, whatever the mask. Nothing is computed: torch's device "meta"
-    knows shapes only.
-    """
-    with torch.device("meta"):
-        model = flm.FLM(config)
-        batch = {name: torch.empty_like(tensor, device="meta") for name, tensor in batch.items()}
-    # Fused attention kernels are not counted everywhere; the plain one is.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        forward(model, batch)
-    return counter.get_total_flops()
+def flops(config: flm.Config, batch: dict, forward: Callable | None = None) -> int:
+    """FLOPs of a forward pass of a model with this Config, or of another way to compute it."""
+    return count_flops(weights.outline_of(config), batch, forward)
 
 
 def gpu(args):

@@ -296,7 +296,8 @@ STEPS, MIDDLE = 24, 15
 OFTEN = ["--steps", STEPS, "--save-every", 5, "--log-every", 3, "--eval-every", 8,
          "--eval-samples", 40, "--keep", MIDDLE]
 ONCE = ["--steps", 1, "--eval-every", 0, "--log-every", 1]
-TIMES = ("samples_per_second", "data_wait", "memory_gb", "seconds", "cpu_seconds")
+TIMES = ("samples_per_second", "pairs_per_second_per_device", "mfu", "data_wait", "memory_gb",
+         "seconds", "cpu_seconds")
 
 
 @dataclass
