@@ -6,8 +6,9 @@
 From random weights until the words for colours and those for shapes are both right 95 times in 100
 (`--quality`), each asked with the right image, in captions of the test split. The clock counts all
 that training does, also making the batches, but no evaluation: CPU seconds of the process on one
-thread, or seconds where there is a GPU. `--flags` are those of train.py, over recipe toy. Three seeds are run; the median counts.
-docs/RECORDS.md keeps the records. A new one comes with its seeds' files (OUT/seed_N.json).
+thread, or seconds where there is a GPU. `--flags` are those of train.py, over recipe toy. Of three
+seeds the median counts. docs/RECORDS.md keeps the records. A new one comes with its seeds' files
+(OUT/seed_N.json).
 """
 
 import argparse
