@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import flm
+import masks
 from files import CAPTIONS, NLVR2
 from sources.shards import Writer
 from tools import plot
@@ -63,8 +63,8 @@ def test_no_row_that_predicts_is_drawn_as_seeing_its_answer():
     ("reconstructor_mask", 3), ("reconstructor_mask", 4)])
 def test_each_panel_is_drawn_from_the_models_own_mask(monkeypatch, mask, number):
     before = plot.draw_panels(CHESS)[number]
-    original = getattr(flm, mask)
-    monkeypatch.setattr(flm, mask, lambda *args: ~original(*args))
+    original = getattr(masks, mask)
+    monkeypatch.setattr(masks, mask, lambda *args: ~original(*args))
     after = plot.draw_panels(CHESS)[number]
     assert not np.array_equal(before.left | before.right, after.left | after.right)
 
