@@ -1,6 +1,6 @@
 """Time to quality: CPU seconds of training until the toy model reads its pictures.
 
-    python -m tools.speedrun --data data/toy --out runs/speedrun --flags="--steps 600"
+    python -m tools.speedrun --data data/toy --out runs/speedrun --flags="--steps 700"
     python -m tools.speedrun --data data/toy --out runs/mine --flags="--steps 500 --muon-lr 0.02"
 
 From random weights until the words for colours and those for shapes are both right 95 times in 100
@@ -104,8 +104,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds (3)")
     parser.add_argument("--quality", type=float, default=0.95, metavar="SHARE",
                         help="share of the words that must be right (0.95)")
-    parser.add_argument("--first", type=int, default=425, metavar="STEP",
-                        help="step after which the model is asked first (425)")
+    parser.add_argument("--first", type=int, default=600, metavar="STEP",
+                        help="step after which the model is asked first (600)")
     parser.add_argument("--every", type=int, default=50, metavar="N",
                         help="steps between two times of asking (50)")
     parser.add_argument("--captions", type=int, default=1000, metavar="N",
