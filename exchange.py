@@ -70,4 +70,5 @@ class ExchangedWords(CaptionDataset):
     def said(self, row: int) -> set[str]:
         """All words of the captions of a picture."""
         first, last = self.table.first_of(row), self.table.first_of(row + 1)
-        return {word for i in range(first, last) for word in self.table.text(i).split()}
+        texts = (self.table.text(i) for i in range(first, last))
+        return {word for text in texts for word in re.findall(r"\w+", text)}

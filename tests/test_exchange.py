@@ -9,8 +9,11 @@ import torch
 from conftest import ROOT, WORDS, tiny, train_command as command, write_caption_world
 
 import train
-from exchange import Exchange
+from data import Captions
+from exchange import Exchange, ExchangedWords
+from files import CAPTIONS
 from settings import parse
+from sources.shards import Writer
 from tasks import PretrainFLM, to_device
 from tokenizer import load
 from tools import toy
@@ -50,6 +53,19 @@ def test_a_file_of_another_form_is_refused(tmp_path, contents, message):
     path.write_text(json.dumps(contents))
     with pytest.raises(ValueError, match=message):
         Exchange(path)
+
+
+def test_a_word_that_another_caption_of_the_image_says_is_not_put_in(tmp_path, exchange):
+    picture = b"any bytes"
+    with Writer(tmp_path / "x_caption_train.arrow", CAPTIONS) as out:
+        for texts in (["two stars, left of a ring", "a ring right, four crosses"], ["two rings"]):
+            out.write({"image": picture, "caption": texts, "image_id": texts[0], "split": "train"})
+    dataset = ExchangedWords.__new__(ExchangedWords)
+    dataset.table = Captions([tmp_path / "x_caption_train.arrow"])
+    said = dataset.said(0)
+    assert {"left", "right", "two", "four"} <= said and "rings" not in said     # commas belong to no word
+    found = {exchange("two stars, left of a ring", said, np.random.default_rng(k)) for k in range(9)}
+    assert found == {"three stars, left of a ring"}
 
 
 @pytest.fixture

@@ -363,6 +363,23 @@ def test_muon_steps_as_torch_does():
     assert 0.6 < singular.min() and singular.max() < 1.25
 
 
+def test_without_muon_the_optimizer_is_adamw_to_the_last_bit():
+    torch.manual_seed(0)
+    ours = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 16))
+    theirs = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 16))
+    theirs.load_state_dict(ours.state_dict())
+    how = {"lr": 0.02, "betas": (0.9, 0.98), "eps": 1e-8}
+    optimizer = Muon([{"params": list(ours.parameters()), "muon": False, "weight_decay": 0.1}], **how)
+    oracle = torch.optim.AdamW(theirs.parameters(), weight_decay=0.1, fused=True, **how)
+    for _ in range(3):
+        x = torch.randn(100, 24)
+        for model, stepped in ((ours, optimizer), (theirs, oracle)):
+            stepped.zero_grad()
+            model(x).square().sum().backward()
+            stepped.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
 def test_muon_treats_stacked_matrices_apart_and_skips_what_is_not_finite():
     torch.manual_seed(0)
     stacked, first, second = (torch.nn.Parameter(torch.randn(n, 8)) for n in (16, 8, 8))

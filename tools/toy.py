@@ -223,7 +223,10 @@ def pointing(alignments: str | Path, data: str | Path) -> dict:
         path = Path(data) / Path(entry["file"]).name
         if path not in tables:
             tables[path] = Captions([path])
-        scene = scenes[tables[path].cell("image_id", entry["row"]).as_py()]
+        scene = scenes.get(tables[path].cell("image_id", entry["row"]).as_py())
+        if scene is None:
+            raise ValueError(f"{alignments}: the pictures of {path.name} are not those of "
+                             f"{data}/{SCENES}")
         for word, shares in words_and_shares(entry):
             group = "colours" if word in COLOURS else "kinds"
             kind = SINGULAR.get(word, word)
