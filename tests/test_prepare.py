@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import time
 import tracemalloc
 import zipfile
 import zlib
@@ -488,13 +487,20 @@ def test_force_on_lost_pictures_does_not_destroy_the_finished_file(tmp_path, cap
     assert len(rows(out / "many_caption_train.arrow")) == 2
 
 
-# prepare.py with a picture that is read for ever: the run cannot finish.
+# prepare.py with a picture that is read for ever: the run cannot finish. It says when it is there.
 STUCK = """if True:
     import sys, time
     import prepare
     from sources import shards
     read = shards.read_picture
-    shards.read_picture = lambda path: time.sleep(60) if path.name == "stuck.jpg" else read(path)
+
+    def read_picture(path):
+        if path.name == "stuck.jpg":
+            print("stuck", flush=True)
+            time.sleep(3600)
+        return read(path)
+
+    shards.read_picture = read_picture
     prepare.main(sys.argv[1:])"""
 
 
@@ -504,12 +510,9 @@ def test_a_running_and_a_killed_run_are_in_nobodys_way(tmp_path, capsys):
     lines = source.read_text()
     put(source, lines + json.dumps({"image": "stuck.jpg", "caption": "never"}))
     process = subprocess.Popen([sys.executable, "-c", STUCK, "jsonl", source, "--out", out],
-                               cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        for _ in range(600):
-            if list(out.glob("many_caption_train.arrow.*.partial")):
-                break
-            time.sleep(0.05)
+        assert "stuck\n" in process.stdout         # reads on until then
         put(source, lines)
         message = sentence(capsys, "jsonl", source, "--out", out)
         assert f"many_caption_train.arrow: process {process.pid} on " in message
@@ -517,7 +520,7 @@ def test_a_running_and_a_killed_run_are_in_nobodys_way(tmp_path, capsys):
         assert len(rows(out / "other_caption_train.arrow")) == 20
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
     left = set(names_in(out)) - {"other_caption_train.arrow"}
     assert len(left) == 3 and "many_caption_train.arrow" not in left        # two partials, the lock
     prepare_main("jsonl", source, "--out", out)
