@@ -2,8 +2,9 @@
 
     python weights.py info pretrain_4m.ckpt             # what it is, what becomes of its tensors
     python weights.py convert pretrain_4m.ckpt flm.safetensors --tokenizer roberta-base
-    python weights.py convert runs/vilt/last.pt exported --to transformers      # a ViLT's folder
+    python weights.py convert runs/vilt/last.pt exported --to transformers
     python weights.py download clip-b32                 # without a name: the list
+    python weights.py push runs/toy owner/name          # to the Hub; --load hf:owner/name opens it
 
     model = load("pretrain_4m.ckpt")    # in eval mode; has .task .tokenizer .answer_list .report
     print(start(model, vit="ViT-B-32.pt", text="roberta-base"))     # begins as the paper does
@@ -434,7 +435,9 @@ def convert(args: argparse.Namespace) -> None:
     print(model.report)
     if args.to == "transformers":
         left_out = export(model, output)
-        print(f"wrote {output}, all LayerNorms with eps {model.config.text_eps}")
+        one_eps = isinstance(model.config, vilt.Config)
+        print(f"wrote {output}, all LayerNorms with eps {model.config.text_eps}" if one_eps else
+              f"wrote {output}/vision and {output}/text")
         if left_out:
             print(f"transformers goes without {', '.join(left_out)}")
         return
@@ -463,13 +466,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "fail if the file carries no checksums (default: compare those that there are)"))
     info.set_defaults(run=lambda args: print(summary(args.path, args.trust, args.verify)))
     p = commands.add_parser("convert", parents=[trusting], help=(
-        "write a checkpoint of ours from any file, or a ViLT for transformers"))
+        "write a checkpoint of ours from any file, or a model for transformers"))
     p.add_argument("input", help="any checkpoint of a whole model, or a folder of the Hub")
     p.add_argument("output", help=(
         "the file to write: NAME.pt is a torch file, all else a safetensors file; with "
         "--to transformers, the folder to write"))
     p.add_argument("--to", choices=("ours", "transformers"), default="ours", help=(
-        "whose layout to write; transformers' is for ViLTs only (default: ours)"))
+        "whose layout to write; transformers' is a ViLT's, or two folders of FLM's ViT and text "
+        "layers (default: ours)"))
     p.add_argument("--tokenizer", metavar="DIR", help=(
         "folder of vocab.json and merges.txt, or of vocab.txt, to put into the file "
         "(default: the input's tokenizer, if it has one)"))
