@@ -33,7 +33,7 @@ import disk
 import flm
 import tokenizer
 import vilt
-from released import begin, download, models, names
+from released import begin, card, download, hub, models, names
 from released.export import ARCHITECTURES, export  # noqa: F401 (others use both)
 from released.files import (check_tensors, one_sentence, open_file, open_folder, plain_dict,
                             plain_tensors, read_config, tensors_in)
@@ -447,6 +447,19 @@ def convert(args: argparse.Namespace) -> None:
     print(f"wrote {output}")
 
 
+def push(args: argparse.Namespace) -> None:
+    hub.check_push(args.repository)
+    given = Path(args.folder)
+    checkpoint = given / "last.pt" if given.is_dir() else given
+    run, model = card.read_run(checkpoint.parent), load(checkpoint)
+    model.about = card.without_folders(model.about)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(Path(folder, "model.safetensors"), model)
+        model.tokenizer.save(folder)
+        card.write(Path(folder), args.repository, run, backbone_of(model.config))
+        print(f"wrote {hub.push(Path(folder), args.repository, args.public)}")
+
+
 def fetch(args: argparse.Namespace) -> None:
     print(download.fetch(args.name, args.out) if args.name else download.table())
 
@@ -454,7 +467,7 @@ def fetch(args: argparse.Namespace) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="weights.py {info,convert,download} … (weights.py COMMAND --help explains)")
+        usage="weights.py {info,convert,download,push} … (weights.py COMMAND --help explains)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", prog="weights.py")
     trusting = argparse.ArgumentParser(add_help=False)
     trusting.add_argument("--trust", action="store_true", help=(
@@ -487,6 +500,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "folder to put the file into; a name of several files gets a folder inside it "
         "(default: the current folder)"))
     p.set_defaults(run=fetch)
+    p = commands.add_parser("push", help="put the model of a run on the Hugging Face Hub")
+    p.add_argument("folder", metavar="RUN", help="the folder of a run, or a checkpoint in it")
+    p.add_argument("repository", metavar="OWNER/NAME", help="where to; it is made if it is new")
+    p.add_argument("--public", action="store_true", help="let everybody see it (default: private)")
+    p.set_defaults(run=push)
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,7 @@
 """Models on the Hugging Face Hub: fetched when they are opened, and pushed with a card.
 
     fetch_model("owner/name@v1")            # the folder of that version in the Hub's cache
-    push(folder, "owner/name", public=False)    # its address; private unless told
+    push(folder, "owner/name", public=False)    # "https://huggingface.co/owner/name (private)"
 
 The Hub's own package does the work. It knows tokens (HF_TOKEN, `hf auth login`), its cache and
 offline use (HF_HUB_OFFLINE=1). What goes wrong there becomes one sentence here.
@@ -49,24 +49,32 @@ def fetch_model(address: str) -> Path:
     raise ValueError(f"hf:{address}: it has none of {', '.join(WEIGHTS)}")
 
 
-def push(folder: Path, repository: str, public: bool) -> str:
-    """Uploads the files of a folder to OWNER/NAME, which is made if it is new. Returns its address.
-
-    A repository that is public already is refused unless `public`. ValueError in a sentence.
-    """
+def check_push(repository: str) -> None:
+    """ValueError in a sentence for what is known to be missing before anything is uploaded."""
     check_name(repository)
     hub = package(repository)
     if not hub.get_token():
         raise ValueError(f"{repository}: the Hub wants to know who pushes, by a token that may "
                          f"write: {LOGIN}")
+
+
+def push(folder: Path, repository: str, public: bool) -> str:
+    """Uploads the files of a folder to OWNER/NAME, which is made if it is new.
+
+    Returns its address, and who sees it, in words. One that is public already is refused unless
+    `public`; one that is private stays so. ValueError in a sentence.
+    """
+    check_push(repository)
+    hub = package(repository)
     with one_sentence(repository):
         api = hub.HfApi(library_name="flm-vilt")
         address = str(api.create_repo(repository, private=not public, exist_ok=True))
-        if not public and not api.repo_info(repository).private:
+        is_private = api.repo_info(repository).private
+        if not public and not is_private:
             raise ValueError("it exists and is public; --public says that this is meant")
         api.upload_folder(repo_id=repository, folder_path=folder,
                           commit_message="Model and card")
-    return address
+    return f"{address} ({'private' if is_private else 'public'})"
 
 
 @contextmanager
@@ -78,13 +86,13 @@ def one_sentence(name: str) -> Iterator[None]:
     except errors.GatedRepoError:
         reason = "its owner lets in only who has asked on its page"
     except errors.RepositoryNotFoundError:
-        reason = f"the Hub has no such repository, or it is private and your token does not open " \
-                 f"it ({LOGIN})"
+        reason = ("the Hub has no such repository, or it is private and your token does not open "
+                  f"it ({LOGIN})")
     except errors.RevisionNotFoundError:
         reason = "the repository has no such revision"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        reason = "the Hub is not reached (HF_HUB_OFFLINE is set, or there is no connection), and " \
-                 "it was not fetched before"
+        reason = ("the Hub is not reached (HF_HUB_OFFLINE is set, or there is no connection), and "
+                  "it was not fetched before")
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
