@@ -5,7 +5,7 @@
     describe(model, "photo.jpg", beams=5)                       # "a red cup on a table."
     compare(model, "left.jpg", "right.jpg", "both show a cup")  # 0.93, the probability of "true"
     search(model, "a red cup", ["a.jpg", "b.jpg"])              # [("b.jpg", 2.7), ("a.jpg", -4.1)]
-    rank(model, "a.jpg", ["a red cup", "a dog"])               # [("a red cup", 3.1), …]
+    rank(model, "a.jpg", ["a red cup", "a dog"])                # [("a red cup", 3.1), …]
     fill(model, "photo.jpg", "a <mask> cup")                    # ("a red cup", [("red", 0.88)])
 
 A picture is a file's path or a PIL image. docs/PYTHON.md shows each function at work.
