@@ -245,7 +245,7 @@ class FLM(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Draws all weights, from torch's global random state.
 
         The ViT by CLIP's rule (`ViT.init_weights`), image_position as `sine_waves`. The rest by
@@ -278,7 +278,8 @@ class FLM(nn.Module):
             visual = visual + resize_positions(self.image_position, size)
         return visual
 
-    def encode_text(self, ids: Tensor, first=None, last=None, prefix=None, queries=None,
+    def encode_text(self, ids: Tensor, first: Tensor | None = None, last: Tensor | None = None,
+                    prefix: Tensor | None = None, queries: Tensor | None = None,
                     class_only: bool = False) -> Text:
         """All that does not depend on the image: ids (B, L) int64, `<s> … </s>`, padded -> Text.
 
@@ -315,7 +316,7 @@ class FLM(nn.Module):
             text = text.class_query()
         return self._run(self.text_layers, self.text_reconstructor, text)
 
-    def fuse(self, visual: Tensor, text: Text, image_of=None) -> Fused:
+    def fuse(self, visual: Tensor, text: Text, image_of: Tensor | None = None) -> Fused:
         """Reads captions with their images: visual (M, P, D), text of B captions -> Fused.
 
         image_of (B,): the image of each caption, 0..M-1; without it, B / M neighbours to an image.

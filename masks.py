@@ -76,7 +76,8 @@ def prefix_mask(real: Tensor, prefix: Tensor) -> Tensor:
     return left_to_right_mask(real) | (real[:, None, :] & inside)
 
 
-def reconstructor_mask(real: Tensor, first=None, last=None) -> Tensor:
+def reconstructor_mask(real: Tensor, first: Tensor | None = None,
+                       last: Tensor | None = None) -> Tensor:
     """What each query sees of [left-to-right stream ; right-to-left stream]: figure 3 of the paper.
 
     Query i sees the left-to-right stream left of its hidden span first[i]..last[i], and the
@@ -106,7 +107,8 @@ def _rows_and_columns(real: Tensor) -> tuple[Tensor, Tensor]:
     return position[None, :, None], position[None, None, :]     # (1, L, 1), (1, 1, L)
 
 
-def draw_spans(n: int, length: int, rate: float, rng) -> tuple[np.ndarray, np.ndarray]:
+def draw_spans(n: int, length: int, rate: float,
+               rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draws a caption's span corruption (section 3): the words that each query must do without.
 
     With each of the m = n - 1 predicted tokens, K ~ Binomial(m - 1, (m·rate - 1) / (m - 1))

@@ -21,7 +21,7 @@ import vilt
 from disk import shortened
 from machine import Machine
 from recipes import MODELS, RECIPES
-from tasks import TASKS
+from tasks import TASKS, Config
 from weights import backbone_of
 
 
@@ -122,7 +122,7 @@ SET_BY_TASK = {"head", "answers", "pooler", "cls_id", "pad_id", "sep_id", "mask_
 # -------------------------------------------------------------------------------------------------
 # The command line.
 
-def documented_fields(config_class) -> dict[str, tuple[str, str]]:
+def documented_fields(config_class: type) -> dict[str, tuple[str, str]]:
     """Field -> (its group, its help text), from the comments in a dataclass's source."""
     found, group, name = {}, "", ""
     for line in inspect.getsource(config_class).splitlines():
@@ -141,7 +141,7 @@ def documented_fields(config_class) -> dict[str, tuple[str, str]]:
     return found
 
 
-def add_flags(parser):
+def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for every field of Settings and of the models' Configs."""
     groups = {}
 
@@ -221,7 +221,7 @@ def parse(argv: list[str] | None) -> tuple[Settings, dict]:
     return settings, config_flags
 
 
-def list_recipes():
+def list_recipes() -> None:
     """Prints every recipe with its settings."""
     for task, recipes in RECIPES.items():
         print(task)
@@ -234,7 +234,7 @@ def list_recipes():
 # -------------------------------------------------------------------------------------------------
 # Checks.
 
-def check(settings: Settings, machine: Machine):
+def check(settings: Settings, machine: Machine) -> None:
     """ValueError or FileNotFoundError for settings that do not go together."""
     s = settings
     for flag in ("vit", "text", "load", "exchange"):
@@ -281,7 +281,7 @@ def split_batch(settings: Settings, machine: Machine) -> tuple[int, int]:
     return micro, share // micro
 
 
-def check_config_flags(config_flags: dict, config, what: str):
+def check_config_flags(config_flags: dict, config: Config, what: str) -> None:
     """ValueError for a flag that the model's Config does not have. what: how to call the model."""
     names = {field.name for field in fields(config)}
     for name in config_flags:
@@ -289,7 +289,7 @@ def check_config_flags(config_flags: dict, config, what: str):
             raise ValueError(f"--{name.replace('_', '-')}: {what} has no such setting")
 
 
-def check_model(settings: Settings, config_flags: dict, config):
+def check_model(settings: Settings, config_flags: dict, config: Config) -> None:
     """ValueError for settings that do not go with the model that --load opened."""
     s = settings
     check_config_flags(config_flags, config, f"the model of {s.load}")
@@ -301,7 +301,7 @@ def check_model(settings: Settings, config_flags: dict, config):
                          f"{s.load} is one of {backbone_of(config)}")
 
 
-def check_task(settings: Settings, config_flags: dict, config, micro_batch: int):
+def check_task(settings: Settings, config_flags: dict, config: Config, micro_batch: int) -> None:
     """ValueError for settings that do not go with the Config that the task made of the model's."""
     if config_flags.get("label_smoothing") and config.head != "vocab":
         raise ValueError(f"--label-smoothing {config_flags['label_smoothing']}: is for words, "
@@ -314,7 +314,8 @@ def check_task(settings: Settings, config_flags: dict, config, micro_batch: int)
                          f"hold at least {most + 1} pairs")
 
 
-def check_same_run(path, saved: dict, settings: Settings, config, files: list):
+def check_same_run(path: Path, saved: dict, settings: Settings, config: Config,
+                   files: list) -> None:
     """ValueError unless a run resumes with the settings and the data that it was started with.
 
     (The answer list of vqa is compared in runs.open_run.)

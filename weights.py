@@ -39,11 +39,10 @@ from released.files import (check_tensors, one_sentence, open_file, open_folder,
 from released.models import Source, Undrawn
 from released.names import Report
 from released.whole import carried, write_safetensors, write_torch
-from tasks import TASKS
+from tasks import TASKS, Config
 
 FORMAT = "flm-vilt-1"
 BACKBONES = {"flm": (flm.Config, flm.FLM), "vilt": (vilt.Config, vilt.ViLT)}
-Config = flm.Config | vilt.Config
 
 
 def backbone_of(config: Config) -> str:
