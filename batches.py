@@ -118,7 +118,7 @@ def draw_groups(lengths: np.ndarray, row_of: np.ndarray, most: int,
     return group_of
 
 
-def evaluation_batches(lengths: Sequence[int], numbers: Sequence[int],
+def evaluation_batches(lengths: np.ndarray, numbers: Sequence[int] | np.ndarray,
                        size: int) -> list[list[tuple[int, int]]]:
     """Batches of captions of similar length, each of `numbers` exactly once: (epoch 0, number).
 

@@ -176,7 +176,7 @@ class Statements(Captions):
 
 
 def token_lengths(table: Captions, tok: Tokenizer,
-                  numbers: Sequence[int] | None = None) -> np.ndarray:
+                  numbers: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
     """Tokens of each text, or of those numbered, `<s>` and `</s>` included, int32: the sorting key.
 
     About 100,000 captions a second. Their length in bytes would cost nothing, but batches sorted by

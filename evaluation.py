@@ -11,7 +11,7 @@ the same answers, because each text is asked exactly once.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -157,7 +157,7 @@ class Evaluation:
             name = f"{title}_{self.about}{black(heading)}_scores.json"
             self.write(name, {heading: scores})
 
-    def sheet(self, title: str, numbers: list[int], example: Callable[[int], dict]) -> None:
+    def sheet(self, title: str, numbers: Sequence[int], example: Callable[[int], dict]) -> None:
         """Writes --examples of these texts, evenly spread, for `tools.plot sheet`.
 
         Those of the last run are also called examples.json.

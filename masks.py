@@ -129,6 +129,15 @@ def draw_spans(n: int, length: int, rate: float,
     return first, last
 
 
+# Objective -> (its output, the mask of its text). flm has two streams, and their outputs too; prefix
+# has prefix_mask where a prefix was drawn. CONTRIBUTING.md adds a row.
+OBJECTIVES = {
+    "flm": ("reconstructed", reconstructor_mask),
+    "mlm": ("reconstructed", bidirectional_mask),
+    "ar": ("left_to_right", left_to_right_mask),
+    "prefix": ("left_to_right", left_to_right_mask),
+}
+
 # Row i of an output predicts token i + SHIFT[output]. All outputs also know the image.
 #
 # output         row i has read             predicts  rows    never a target besides <s>      weight
@@ -152,7 +161,9 @@ def predicting_rows(objective: str, n: int, prefix: int = 0) -> dict[str, range]
     >>> predicting_rows("prefix", 5, prefix=2)
     {'left_to_right': range(2, 4)}
     """
+    rows = {"reconstructed": range(1, n), "left_to_right": range(max(1, prefix), n - 1),
+            "right_to_left": range(2, n)}
     if objective == "flm":
-        return {"reconstructed": range(1, n), "left_to_right": range(1, n - 1),
-                "right_to_left": range(2, n)}
-    return {"left_to_right": range(max(1, prefix), n - 1)}
+        return rows
+    output, _ = OBJECTIVES[objective]
+    return {output: rows[output]}

@@ -120,7 +120,7 @@ class Muon(torch.optim.AdamW):
     """
     MOMENTUM = 0.95
 
-    def __init__(self, groups: list[dict], **defaults: float):
+    def __init__(self, groups: list[dict], **defaults: object):
         super().__init__(groups, **defaults, fused=True)
 
     def __setstate__(self, state):

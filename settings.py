@@ -196,10 +196,11 @@ def parse(argv: list[str] | None) -> tuple[Settings, dict]:
     task, recipe = given.get("task", Settings.task), given.get("recipe", "")
     if task not in TASKS:
         parser.error(f"--task {task}: one of {', '.join(TASKS)} is expected")
-    if recipe and recipe not in RECIPES[task]:
-        parser.error(f"--recipe {recipe}: one of {', '.join(RECIPES[task])} is expected "
+    recipes = RECIPES.get(task, {})
+    if recipe and recipe not in recipes:
+        parser.error(f"--recipe {recipe}: one of {', '.join(recipes)} is expected "
                      f"for task {task}")
-    merged = RECIPES[task].get(recipe, {}) | given
+    merged = recipes.get(recipe, {}) | given
     if "steps" in given and "epochs" not in given:
         merged["epochs"] = 0.0              # a flag beats the recipe's epochs
     for name in ("datasets", "log"):

@@ -444,7 +444,7 @@ class OneOfMany(CaptionDataset):
     """Samples with `others`: the token ids of `false_captions` captions of other images."""
     false_captions = 15
 
-    def group(self, epoch: int, texts: Sequence[int]) -> list[dict]:
+    def group(self, epoch: int, texts: list[int]) -> list[dict]:
         [sample] = super().group(epoch, texts)
         rows, chosen = self.table.row_of, []
         if rows[0] == rows[-1]:
@@ -473,12 +473,13 @@ class Retrieval(Task):
         return {"retrieval": len(samples)}
 
 
-FINE_TUNING = {"vqa": VQA, "nlvr2": NLVR2, "caption": Caption, "retrieval": Retrieval}
-TASKS = ("pretrain", *FINE_TUNING)
+TASKS = {"pretrain": Pretrain, "vqa": VQA, "nlvr2": NLVR2, "caption": Caption,
+         "retrieval": Retrieval}
+FINE_TUNING = [name for name in TASKS if name != "pretrain"]
 
 
 def task_of(name: str, config: Config) -> type[Task]:
     """The class of a task, for a model's backbone."""
-    if name in FINE_TUNING:
-        return FINE_TUNING[name]
+    if name != "pretrain":
+        return TASKS[name]
     return PretrainViLT if isinstance(config, vilt.Config) else PretrainFLM
