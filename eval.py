@@ -406,7 +406,8 @@ def add_commands(parser: argparse.ArgumentParser, commands: dict) -> None:
     for function, (says, rows) in commands.items():
         p = subparsers.add_parser(function.__name__, help=says, description=says)
         p.set_defaults(run=function, flags=[*rows, *MODEL_FLAGS])
-        p.add_argument("checkpoint", help="a file or folder that weights.py opens")
+        p.add_argument("checkpoint", help=(
+            "a file or folder that weights.py opens, or the name of a model in models/"))
         for flag, default, about in [*rows, *MODEL_FLAGS]:
             add_flag(p, flag, default, about)
 

@@ -24,6 +24,7 @@ import machine
 import predict
 import tasks
 from batches import evaluation_batches
+from released.named import beside
 from settings import Settings
 from tasks import to_device
 
@@ -46,7 +47,7 @@ class Evaluation:
         self.args = args
         self.split = args.split or DEFAULT_SPLIT[task]
         self.about = self.split + options_of(args)      # in the names of the files of results
-        self.out = Path(args.out or Path(args.checkpoint).with_name(task))
+        self.out = Path(args.out or beside(args.checkpoint, task))
         task_class = tasks.task_of(task, self.config)
         self.datasets = predict.choose_datasets(model, args.data, args.datasets, task_class.KIND)
         self.settings = Settings(task=task, data=args.data, datasets=self.datasets, pad_to=1,

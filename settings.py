@@ -21,6 +21,7 @@ import vilt
 from disk import shortened
 from machine import Machine
 from recipes import MODELS, RECIPES
+from released.named import locate
 from tasks import TASKS, Config
 from weights import backbone_of
 
@@ -238,10 +239,11 @@ def list_recipes() -> None:
 def check(settings: Settings, machine: Machine) -> None:
     """ValueError or FileNotFoundError for settings that do not go together."""
     s = settings
-    for flag in ("vit", "text", "load", "exchange"):
-        path = getattr(s, flag)
-        if path and not Path(path).exists():
-            raise FileNotFoundError(f"--{flag} {path}: there is no such file")
+    for flag in ("vit", "text", "load"):
+        if getattr(s, flag):
+            locate(getattr(s, flag))
+    if s.exchange and not Path(s.exchange).exists():
+        raise FileNotFoundError(f"--exchange {s.exchange}: there is no such file")
     for checkpoint in (Path(s.out) / "last.pt", Path(s.out) / "previous.pt"):
         if checkpoint.exists() and not (s.resume or s.dry_run):
             raise ValueError(f"{checkpoint} exists: --resume goes on from it; for a new run choose "

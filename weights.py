@@ -37,6 +37,7 @@ from released.export import ARCHITECTURES, export  # noqa: F401 (others use both
 from released.files import (check_tensors, one_sentence, open_file, open_folder, plain_dict,
                             plain_tensors, read_config, tensors_in)
 from released.models import Source, Undrawn
+from released.named import locate
 from released.names import Report
 from released.whole import carried, write_safetensors, write_torch
 from tasks import TASKS, Config
@@ -103,6 +104,22 @@ def save(path: str | Path, model: dict, config: Config, task: str, tokenizer_fil
         write_safetensors(path, model, {name: json.dumps(value) for name, value in about.items()})
     else:
         write_torch(path, about | {"model": model})
+
+
+def save_model(path: str | Path, model: nn.Module, half: bool = False, **more: Any) -> None:
+    """Writes a model that `load` returned, with its tokenizer and answers, without an optimizer.
+
+    half: in float16, from which `load` makes float32 again; ValueError for weights beyond its
+    range. more: as `save` takes it.
+    """
+    state = model.state_dict()
+    if half:
+        state = {name: tensor.half() for name, tensor in state.items()}
+        names.check_finite(state, {name: [name] for name in state}, f"{path}: in half precision")
+    files = pack_tokenizer(model.tokenizer) if model.tokenizer else None
+    settings = {name: value for name, value in model.about.items() if name != "whose"}
+    save(path, state, model.config, model.task, files, step=model.step, answers=model.answer_list,
+         settings=settings, **more)
 
 
 def read(path: str | Path) -> dict:
@@ -175,8 +192,11 @@ RENAMED = {"forward_weight": "left_to_right_weight", "reverse_weight": "right_to
            "head_lr": "head_lr_scale", "fusion_lr": "fusion_lr_scale"}
 
 def open_source(path: str | Path, trust: bool = False) -> Source:
-    """Opens a file, or a folder of the Hub. ValueError or FileNotFoundError in a sentence."""
-    path = Path(path)
+    """Opens a file, a folder of the Hub, or what has a name (released/named.py).
+
+    ValueError or FileNotFoundError in a sentence.
+    """
+    path = locate(path)
     with one_sentence(path):
         if path.is_dir():
             folder, (contents, files) = path, open_folder(path)
@@ -422,10 +442,7 @@ def convert(args: argparse.Namespace) -> None:
         return
     if output.suffix not in (".pt", ".safetensors") and not output.is_dir():
         output = output.with_name(output.name + ".safetensors")
-    files = pack_tokenizer(model.tokenizer) if model.tokenizer else None
-    settings = {name: value for name, value in model.about.items() if name != "whose"}
-    save(output, model.state_dict(), model.config, model.task, files, step=model.step,
-         answers=model.answer_list, settings=settings)
+    save_model(output, model)
     print(f"wrote {output}")
 
 
