@@ -41,16 +41,18 @@ from released.models import Source, Undrawn
 from released.named import locate
 from released.names import Report
 from released.whole import carried, write_safetensors, write_torch
-from tasks import TASKS
+from tasks import TASKS, Config
 
 FORMAT = "flm-vilt-1"
 BACKBONES = {"flm": (flm.Config, flm.FLM), "vilt": (vilt.Config, vilt.ViLT)}
-Config = flm.Config | vilt.Config
 
 
 def backbone_of(config: Config) -> str:
     """The name of a Config's model in checkpoints."""
-    return "flm" if isinstance(config, flm.Config) else "vilt"
+    for name, (config_class, _) in BACKBONES.items():
+        if type(config) is config_class:
+            return name
+    raise TypeError(f"{type(config).__name__} is the Config of no backbone")
 
 
 # Settings of a Config that the first checkpoints lack: their defaults are meant.
@@ -165,7 +167,7 @@ def load_exactly(model: nn.Module, state: dict, path: str | Path, called: dict |
     model.load_state_dict(state, assign=assign)
 
 
-def pack_tokenizer(tok: tokenizer.BPE | tokenizer.WordPiece) -> dict[str, str]:
+def pack_tokenizer(tok: tokenizer.Tokenizer) -> dict[str, str]:
     """The tokenizer's files as {name: text}, to travel inside a checkpoint."""
     return dict(sorted(tok.files().items()))
 
