@@ -17,6 +17,7 @@ import ssl
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, build_opener
 
@@ -116,7 +117,7 @@ def fetch(name: str, directory: str | Path = ".") -> Path:
     return folder / Path(files[0]).name if len(files) == 1 else folder
 
 
-def package(what: str):
+def package(what: str) -> ModuleType:
     """huggingface_hub. ValueError says what needs it where it is not installed."""
     try:
         return importlib.import_module("huggingface_hub")
