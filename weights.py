@@ -7,6 +7,7 @@
     python weights.py push runs/toy owner/name          # to the Hub; --load hf:owner/name opens it
 
     model = load("pretrain_4m.ckpt")    # in eval mode; has .task .tokenizer .answer_list .report
+    model = load("toy")                 # or by a name: of models/, or hf:OWNER/NAME on the Hub
     print(start(model, vit="ViT-B-32.pt", text="roberta-base"))     # begins as the paper does
 
 No file runs code (released/files.py), none is opened whose bytes do not match its checksums
@@ -476,7 +477,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "open a TorchScript archive that OpenAI has not published; it is a program, which then "
         "runs (default: refuse it)"))
     info = commands.add_parser("info", parents=[trusting], help="print what a file is")
-    info.add_argument("path", help="any checkpoint file, or a folder of the Hugging Face Hub")
+    info.add_argument("path", help="any checkpoint file, a folder of the Hub, or a name")
     info.add_argument("--verify", action="store_true", help=(
         "fail if the file carries no checksums (default: compare those that there are)"))
     info.set_defaults(run=lambda args: print(summary(args.path, args.trust, args.verify)))
