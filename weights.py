@@ -7,7 +7,7 @@
     python weights.py push runs/toy owner/name          # to the Hub; --load hf:owner/name opens it
 
     model = load("pretrain_4m.ckpt")    # in eval mode; has .task .tokenizer .answer_list .report
-    model = load("toy")                 # or by a name: of models/, or hf:OWNER/NAME on the Hub
+    model = load("toy")                 # by a name: of models/, or hf:OWNER/NAME on the Hub
     print(start(model, vit="ViT-B-32.pt", text="roberta-base"))     # begins as the paper does
 
 No file runs code (released/files.py), none is opened whose bytes do not match its checksums
@@ -438,9 +438,9 @@ def convert(args: argparse.Namespace) -> None:
     print(model.report)
     if args.to == "transformers":
         left_out = export(model, output)
-        one_eps = isinstance(model.config, vilt.Config)
-        print(f"wrote {output}, all LayerNorms with eps {model.config.text_eps}" if one_eps else
-              f"wrote {output}/vision and {output}/text")
+        print(f"wrote {output}")
+        if isinstance(model.config, vilt.Config):
+            print(f"all LayerNorms with eps {model.config.text_eps}")
         if left_out:
             print(f"transformers goes without {', '.join(left_out)}")
         return
@@ -488,8 +488,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "the file to write: NAME.pt is a torch file, all else a safetensors file; with "
         "--to transformers, the folder to write"))
     p.add_argument("--to", choices=("ours", "transformers"), default="ours", help=(
-        "whose layout to write; transformers' is a ViLT's, or two folders of FLM's ViT and text "
-        "layers (default: ours)"))
+        "whose layout to write; of FLM, transformers gets ViT and text layers (default: ours)"))
     p.add_argument("--tokenizer", metavar="DIR", help=(
         "folder of vocab.json and merges.txt, or of vocab.txt, to put into the file "
         "(default: the input's tokenizer, if it has one)"))

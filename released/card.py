@@ -75,7 +75,8 @@ def read_run(run: Path) -> dict:
             report = json.loads(line)
         except ValueError:              # the line at which a run was killed
             continue
-        described["training" if "seconds" in report else "validation"] = report
+        if isinstance(report, dict):
+            described["training" if "seconds" in report else "validation"] = report
     return described
 
 

@@ -90,9 +90,11 @@ def one_sentence(name: str) -> Iterator[None]:
                   f"it ({LOGIN})")
     except errors.RevisionNotFoundError:
         reason = "the repository has no such revision"
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+    except errors.LocalEntryNotFoundError:
         reason = ("the Hub is not reached (HF_HUB_OFFLINE is set, or there is no connection), and "
                   "it was not fetched before")
+    except errors.OfflineModeIsEnabled:
+        reason = "the Hub is not asked, because HF_HUB_OFFLINE is set"
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):

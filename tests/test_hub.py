@@ -325,6 +325,10 @@ def test_a_push_that_cannot_be_is_one_sentence_and_makes_no_repository(server, r
             push(*arguments)
         assert message in stop.value.code and "\n" not in stop.value.code
     assert not server.repositories
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    go_offline(monkeypatch)
+    with pytest.raises(SystemExit, match="owner/mine: the Hub is not asked, because HF_HUB_OFFLINE is set$"):
+        push(run, "owner/mine")
 
 
 @pytest.mark.slow

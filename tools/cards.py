@@ -20,7 +20,7 @@ import disk
 import eval
 import weights
 from released import named
-from released.card import BACKBONES, read_run, table
+from released.card import BACKBONES, DOES, read_run, table
 from released.named import locate
 from tools import probe
 from tools.toy import judge
@@ -133,8 +133,9 @@ def differences(card: dict, found: list[dict]) -> list[str]:
 def history(run: Path) -> list[dict]:
     """What `read_run` says of a run and of those that it started from, the first one first."""
     described = read_run(run)
-    parent = Path(described["settings"].get("load") or "").parent
-    before = history(parent) if (parent / "config.json").is_file() else []
+    parent, before = Path(described["settings"].get("load", "")), []
+    if parent.is_file() and (parent.parent / "config.json").is_file():
+        before = history(parent.parent)
     return [*before, described]
 
 
@@ -153,13 +154,13 @@ def describe(run: Path) -> dict:
 # --------------------------------------------------------------------------------------------------
 # The card.
 
-DOES = {
-    "pretrain": ("pretrained on captions", 'fill {} picture.png "a <mask> circle above a <mask>"'),
-    "vqa": ("fine-tuned to answer questions", 'ask {} picture.png "what colour is the circle?"'),
-    "nlvr2": ("fine-tuned to judge statements about two pictures",
-              'compare {} left.png right.png "both pictures show a star"'),
-    "caption": ("fine-tuned to describe pictures", "describe {} picture.png"),
-    "retrieval": ("fine-tuned to find pictures by text", 'search {} "a red star" pictures/')}
+EXAMPLES = {
+    "pretrain": 'fill {} picture.png "a <mask> circle above a <mask>"',
+    "vqa": 'ask {} picture.png "what colour is the circle?"',
+    "nlvr2": 'compare {} left.png right.png "both pictures show a star"',
+    "caption": "describe {} picture.png",
+    "retrieval": 'search {} "a red star" pictures/',
+}
 CARD = """\
 # {name}
 
@@ -187,7 +188,7 @@ On {files} of {data}, seed {seed}, {precision}, torch {torch}:
 ## Limits
 
 It has seen nothing but these drawings and knows {words:,} tokens. What it says of a photograph
-means nothing. It is small enough to try things in seconds, and is no measure of the method.
+means nothing. It is small, to try things with in seconds. It is no measure of the method.
 
 ## How to make it again
 
@@ -212,12 +213,13 @@ def card_of(path: Path) -> dict:
 def card_text(path: Path) -> str:
     """The card of a file, as Markdown, made of what the file holds."""
     contents, card, name = weights.read(path), card_of(path), path.stem
-    task, use = DOES[contents["task"]]
+    task = contents["task"]
     commands = [f"    {command}    # {steps:,} steps, {seconds:,} CPU seconds"
                 for command, steps, seconds in zip(card["commands"], card["steps"],
                                                    card["cpu_seconds"], strict=True)]
     return CARD.format(
-        name=name, task=task, use=use.format(name), backbone=BACKBONES[contents["backbone"]],
+        name=name, task=DOES[task][0], use=EXAMPLES[task].format(name),
+        backbone=BACKBONES[contents["backbone"]],
         parameters=sum(tensor.numel() for tensor in contents["model"].values()),
         words=contents["config"]["vocab_size"], files=", ".join(card["files"]),
         scores=score_table(card["scores"]), commands="\n".join(commands),
