@@ -4,7 +4,7 @@ import doctest
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, picture
 
 from released.named import model_names
 
@@ -35,6 +35,19 @@ def test_examples_print_what_the_page_says(section):
     names = {}
     assert failures(examples(FIRST), names) == 0
     assert failures(examples(section), names) == 0
+
+
+README = re.findall(BLOCKS, (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+
+
+@pytest.mark.parametrize("code", README)
+def test_the_code_of_the_readme_runs(code, tmp_path, monkeypatch):
+    missing = set(re.findall(LOAD, code)) - set(model_names())
+    if missing:
+        pytest.skip(f"models/ has no {', '.join(missing)}: `make models` makes it")
+    (tmp_path / "photo.jpg").write_bytes(picture(1))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
 
 
 def test_each_section_loads_a_model_and_a_wrong_print_is_found():
