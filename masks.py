@@ -129,8 +129,8 @@ def draw_spans(n: int, length: int, rate: float,
     return first, last
 
 
-# Objective -> (its output, the mask of its text). flm has two streams, and their outputs too; prefix
-# has prefix_mask where a prefix was drawn. CONTRIBUTING.md adds a row.
+# Objective -> (its output, the mask of its text). flm has two streams, and their outputs too;
+# prefix has prefix_mask where a prefix was drawn. CONTRIBUTING.md adds a row.
 OBJECTIVES = {
     "flm": ("reconstructed", reconstructor_mask),
     "mlm": ("reconstructed", bidirectional_mask),
