@@ -129,7 +129,7 @@ def draw_spans(n: int, length: int, rate: float,
     return first, last
 
 
-# Objective -> (its output, the mask of its text). flm has two streams, and their outputs too;
+# Objective -> (its output, the mask of its text). flm also has two streams, and their outputs;
 # prefix has prefix_mask where a prefix was drawn. CONTRIBUTING.md adds a row.
 OBJECTIVES = {
     "flm": ("reconstructed", reconstructor_mask),

@@ -182,6 +182,14 @@ def token_ids(model: Model, text: str) -> Tensor:
     return checked_ids(model, [tok.cls_id, *tok.encode(text), tok.sep_id], text)
 
 
+def blanked_ids(model: Model, text: str) -> Tensor:
+    """A text in which `<mask>` or `[MASK]` stands for a blank, as token_ids returns it."""
+    tok = model.tokenizer
+    mask = tok.tokens[tok.mask_id]
+    text = text.replace("<mask>", mask).replace("[MASK]", mask)
+    return checked_ids(model, [tok.cls_id, *tok.encode(text, specials=True), tok.sep_id], text)
+
+
 def checked_ids(model: Model, ids: list[int], text: str) -> Tensor:
     """ids as int64 (1, L), on the model's device. ValueError if the model reads fewer."""
     if len(ids) > model.config.max_tokens:
@@ -343,12 +351,10 @@ def fill(model: Model, picture: Picture, text: str,
     if c.objective not in ("flm", "mlm") or c.head != "vocab":
         raise ValueError("blanks are filled by a pretrained model of objective flm or mlm; this is "
                          f"{c.objective} with head {c.head}")
-    mask = tok.tokens[tok.mask_id]
-    text = text.replace("<mask>", mask).replace("[MASK]", mask)
-    ids = checked_ids(model, [tok.cls_id, *tok.encode(text, specials=True), tok.sep_id], text)
+    ids = blanked_ids(model, text)
     blanks = (ids[0] == tok.mask_id).nonzero()[:, 0]                        # positions
     if len(blanks) == 0:
-        raise ValueError(f"there is no {mask} in {text!r}")
+        raise ValueError(f"there is no {tok.tokens[tok.mask_id]} in {text!r}")
     if c.objective == "mlm" or len(blanks) == 1:
         rounds = 1
 
