@@ -14,6 +14,7 @@ RECIPE    ?= toy
 LOAD      ?=
 FLAGS     ?=
 PROCESSES ?= 1
+PINS      ?= constraints.txt
 
 .DEFAULT_GOAL := all
 .PHONY: all vqa nlvr2 caption retrieval models vilt pictures masks compare speedrun test quick faults lint bench clean help
@@ -24,10 +25,11 @@ all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on 
 # ---------------------------------------------------------------------------------------------------
 # Set-up and the toy world. A marker is written last: what was interrupted is done again.
 
-.venv/.installed: pyproject.toml
+# PINS: the versions that the tests passed with. `make PINS=` takes the newest that are allowed.
+.venv/.installed: pyproject.toml $(PINS)
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --upgrade pip
-	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --editable '.[dev]'
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --editable '.[dev]' $(if $(PINS),--constraint $(PINS))
 	@touch $@
 
 $(DATA)/toy_words.json: | .venv/.installed
