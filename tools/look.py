@@ -38,8 +38,8 @@ from predict import blanked_ids, device_of, finite, open_picture, picture_batch
 class Maps:
     """The shares of the patches in what each token's row reads.
 
-    A row's shares add up to at most 1. In `layers`, the rest goes to the image's class token and,
-    in ViLT, to the text. In `rolled_out` it is the share of the text.
+    A row's shares add up to at most 1. The rest belongs to the image's class token, and to the text
+    where a row reads both.
     """
     layers: Tensor                      # (layers, n, h, w)
     rolled_out: Tensor                  # (n, h, w)
