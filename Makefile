@@ -160,7 +160,7 @@ lint: .venv/.installed  ## what ruff says (pyproject.toml tells the rules)
 	$(PY) -m ruff check
 
 notebook: .venv/.installed  ## run docs/tour.ipynb from top to bottom, and keep what it shows (3 minutes)
-	$(PY) -m pip install --quiet --editable '.[notebook]'
+	$(PY) -m pip install --quiet --editable '.[notebook]' $(if $(PINS),--constraint $(PINS))
 	$(PY) -m tools.notebook docs/tour.ipynb
 
 bench: .venv/.installed  ## how fast each part is, side by side
