@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import disk
+import parallel
 import weights
 from flops import Work
 from loggers import Loggers
@@ -116,11 +117,11 @@ class Log:
         """The sums since the last report of each process: a checkpoint keeps them."""
         machine = self.run.machine
         parts = machine.union({machine.rank: self.sums.values.cpu()})
-        return [parts[rank] for rank in range(machine.world)]
+        return [parts[rank] for rank in range(0, machine.world, machine.tensor)]
 
     def take_sums(self, sums: list[torch.Tensor]):
         """What sums_of_all gave. With another number of processes the first one takes them all."""
-        rank, world = self.run.machine.rank, self.run.machine.world
+        rank, world = self.run.machine.data_rank, self.run.machine.data_world
         if len(sums) == world:
             self.sums.values += sums[rank].to(self.sums.values.device)
         elif rank == 0:
@@ -217,7 +218,7 @@ class Log:
         if not self.work:
             return {}
         pairs = self.samples / self.run.machine.world
-        tokens = self.counters["tokens"] - self.tokens_before
+        tokens = (self.counters["tokens"] - self.tokens_before) / self.run.machine.tensor
         return {"mfu": self.work.utilization(pairs, tokens, seconds)}
 
 
@@ -274,6 +275,9 @@ def describe(run, model, step: int, work: Work | None = None):
     table = run.tables["train"]
     texts = {"vqa": "questions", "nlvr2": "statements"}.get(s.task, "captions")
     epochs = s.steps * s.global_batch / len(table.row_of)
+    processes = f"{machine.world} processes"
+    if machine.tensor > 1:
+        processes = f"{machine.data_world} groups of {machine.tensor} processes"
     machine.say(f"{s.task} with {' + '.join(run.config.loss_weights)} | "
                 f"recipe {s.recipe or 'none'} | model {s.load or s.model}, "
                 f"{count_parameters(model) / 1e6:.1f} M parameters | {machine.precision} on "
@@ -282,7 +286,7 @@ def describe(run, model, step: int, work: Work | None = None):
         machine.say("training takes the validation split too, so what validation says is no test "
                     "(--hold-out keeps it apart)")
     machine.say(f"{len(table.row_of):,} {texts} of {len(table):,} images | global batch "
-                f"{s.global_batch} = {machine.world} processes x {run.accumulation} x "
+                f"{s.global_batch} = {processes} x {run.accumulation} x "
                 f"{run.micro_batch} | {s.steps} steps from step {step} = {epochs:.1f} epochs")
     if s.captions_per_image > 1:
         machine.say(f"up to {s.captions_per_image} {texts} share an image: it passes the model "
@@ -326,14 +330,23 @@ def dry_run(run):
         machine.say(f"{title}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
     for split, table in run.tables.items():
         machine.say(f"{split}: {table.named() if table else 'none'}")
-    shards = machine.world if s.shard else 1
-    parameters = 4 * count_parameters(model) / shards
-    kept = [tensor for kept in moments_of(model, s).values() for tensor in kept.values()]
+    shards = machine.data_world if s.shard else 1
+    held = parallel.parameters_of_one(model, machine.tensor)
+    parameters = 4 * sum(held.values()) / shards
     parts = {"weights": parameters, "gradients": parameters,
-             "optimizer's moments": sum(4 * tensor.numel() for tensor in kept) / shards,
+             "optimizer's moments": bytes_of_moments(model, s, held) / shards,
              "activations": activation_bytes(run, model)}
     described = ", ".join(f"{name} {size / 2 ** 30:.2f}" for name, size in parts.items())
     machine.say(f"memory of a process: about {sum(parts.values()) / 2 ** 30:.2f} GB ({described})")
+
+
+def bytes_of_moments(model, settings, held: dict[str, float]) -> float:
+    """Bytes of what the optimizer keeps. held: the numbers of each parameter in this process."""
+    total = 0.0
+    for name, moments in moments_of(model, settings).items():
+        for moment in moments.values():
+            total += 4 * (held[name] if moment.ndim else 1)         # AdamW's count of steps: 1
+    return total
 
 
 def activation_bytes(run, model) -> int:
