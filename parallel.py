@@ -68,17 +68,25 @@ def how_divided(name: str) -> str | None:
     return None
 
 
-def check(config, processes: int):
-    """ValueError unless a model of this Config can be divided over so many processes."""
+def check(config, processes: int, groups: int = 1):
+    """ValueError unless a model of this Config can be divided over so many processes.
+
+    groups: number of groups over which --shard cuts the parts again; 1: it does not.
+    """
     if processes == 1:
         return
-    sizes = ["heads", "vit_heads", "text_heads"]
+    sizes, widths = ["heads", "vit_heads", "text_heads"], ["width", "vit_width", "text_width"]
     if isinstance(config, vilt.Config):
-        sizes = ["heads", "mlp_width"]
+        sizes, widths = ["heads", "mlp_width"], ["width", "mlp_width"]
     for name in sizes:
         if getattr(config, name) % processes:
             raise ValueError(f"--tensor-parallel {processes} does not divide "
                              f"--{name.replace('_', '-')} {getattr(config, name)}")
+    for name in widths:
+        size = getattr(config, name)
+        if size % (processes * groups):
+            raise ValueError(f"--tensor-parallel {processes} --shard: {groups} groups of {processes} "
+                             f"processes do not divide --{name.replace('_', '-')} {size}")
     if getattr(config, "label_smoothing", 0):
         raise ValueError(f"--label-smoothing {config.label_smoothing}: torch has no such loss for "
                          "the divided logits of --tensor-parallel")
@@ -129,6 +137,21 @@ def divide(model: nn.Module, machine: Machine):
             parallelize_module(attention.kv, mesh, {"k": ColwiseParallel(), "v": ColwiseParallel()})
 
 
+def shards(model: nn.Module, machine: Machine) -> dict:
+    """What FSDP2 must know of a divided model: it shards over the groups, the words' head apart.
+
+    torch cannot load shards of a divided tensor where they differ in size, and a vocabulary divides
+    by nothing. So every group has the whole head, divided over its processes.
+    """
+    if machine.tensor == 1:
+        return {}
+    head = set()
+    for name, parameter in model.named_parameters():
+        if how_divided(name.rpartition(".")[0]) == "words":
+            head.add(parameter)
+    return {"mesh": machine.mesh["data"], "ignored_params": head}
+
+
 def divided_loss(machine: Machine):
     """The context in which a divided vocabulary head has its loss, and the gradient of it."""
     return loss_parallel() if machine.tensor > 1 else contextlib.nullcontext()
@@ -170,6 +193,11 @@ def clip(parameters: Iterable[Tensor], most: float, norm: Tensor):
         torch.nn.utils.clip_grads_with_norm_(some, most, norm)
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether FSDP2 cuts a parameter over the groups, and averages its gradient."""
+    return isinstance(parameter, DTensor) and "data" in parameter.device_mesh.mesh_dim_names
+
+
 def is_divided(parameter: Tensor) -> bool:
     """Whether the processes of a group hold different parts of a parameter."""
     if not isinstance(parameter, DTensor):
@@ -179,13 +207,12 @@ def is_divided(parameter: Tensor) -> bool:
 
 
 @torch.no_grad()
-def average_gradients(model: nn.Module, machine: Machine, sharded: bool):
-    """Replaces gradients by their means, over all processes that hold the same parameter:
+def average_gradients(model: nn.Module, machine: Machine):
+    """Replaces each gradient by the mean over the processes that hold the same numbers:
 
-                               alone                       sharded (FSDP2 has averaged over groups)
-        whole parameters       over all processes          over the processes of a group
-        divided parameters     over the same part of all   -
-                               groups
+        parameter      not sharded                              sharded by FSDP2
+        whole          all processes                            those of a group
+        divided        those with the same part, of all groups  none: FSDP2 has averaged
 
     DDP does not hold DTensors. So this comes once, after a step's last backward pass. The processes
     of a group compute the same gradient of a whole parameter, but for rounding: some sums on a GPU
@@ -198,10 +225,14 @@ def average_gradients(model: nn.Module, machine: Machine, sharded: bool):
     for parameter in model.parameters():
         if parameter.grad is None:
             continue
-        divided = is_divided(parameter)
-        if sharded and divided:
+        divided, sharded = is_divided(parameter), is_sharded(parameter)
+        if divided and sharded:
             continue
-        among = groups if divided else group if sharded else dist.group.WORLD
+        among = dist.group.WORLD
+        if divided:
+            among = groups
+        elif sharded:
+            among = group
         gradient = parameter.grad
         if isinstance(gradient, DTensor):
             gradient = gradient.to_local()          # the same memory

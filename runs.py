@@ -106,7 +106,7 @@ def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
     tok = task_class.add_special_tokens(tok)
     config = fit_config(config, config_flags, tok, task_class, settings)
     check_task(settings, config_flags, config, micro_batch)
-    parallel.check(config, settings.tensor_parallel)
+    parallel.check(config, machine.tensor, machine.data_world if settings.shard else 1)
     answers = task_class.answers(settings) if config.head == "vqa" else None
     if settings.keep_best and not (tables["val"] and settings.eval_every):
         raise ValueError(f"--keep-best {settings.keep_best}: this run has no validation")

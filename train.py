@@ -75,7 +75,7 @@ def build_state(run: Run) -> State:
     if machine.tensor > 1:
         parallel.divide(bare, machine)
     if s.shard:
-        shard(bare, machine.precision, machine.mesh and machine.mesh["data"])
+        shard(bare, machine.precision, **parallel.shards(bare, machine))
     if s.compile:
         bare.compile(dynamic=True)          # lengths and numbers of targets differ between batches
     optimizer = new_optimizer(bare, s)
@@ -107,10 +107,11 @@ def start_from_files(run: Run, model):
                         f"than that of {s.data}")
 
 
-def shard(model, precision: str, mesh=None):
-    """Shards the parameters of every layer over the processes (FSDP2), or those of a mesh.
+def shard(model, precision: str, **how):
+    """Shards the parameters of every layer over the processes (FSDP2).
 
     They are kept in float32 and gathered in the precision in which they are used.
+    how: what fully_shard should know besides (parallel.shards).
     """
     policy = MixedPrecisionPolicy()
     if precision != "fp32":
@@ -118,8 +119,8 @@ def shard(model, precision: str, mesh=None):
                                       reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layers in [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]:
         for layer in layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+            fully_shard(layer, mp_policy=policy, **how)
+    fully_shard(model, mp_policy=policy, **how)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -277,7 +278,7 @@ def backward(run: Run, state: State, micro_batches: list, log: Log):
                 loss = loss + weight * results[name][0] * factor
             state.scaler.scale(loss).backward()
         log.micro_batch(results, counts[i], notes)
-    parallel.average_gradients(state.bare, machine, s.shard)
+    parallel.average_gradients(state.bare, machine)
 
 
 def update(run: Run, state: State) -> torch.Tensor:

@@ -28,7 +28,7 @@ from recipes import MODELS
 ROOT = Path(__file__).resolve().parents[1]
 # The rate is constant, so that a run may end at any step and be extended.
 RUN = shlex.split("--global-batch 8 --lr 1e-2 --warmup 0 --decay 0.01 --log-every 1 --eval-every 2 "
-                  "--eval-samples 8 --save-every 2 --clip 1.0 --micro-batch 4")
+                  "--eval-samples 8 --save-every 2 --clip 1.0 --micro-batch 4 --pad-to 24")
 
 
 @pytest.fixture(scope="module")
