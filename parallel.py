@@ -83,10 +83,10 @@ def check(config, processes: int, groups: int = 1):
             raise ValueError(f"--tensor-parallel {processes} does not divide "
                              f"--{name.replace('_', '-')} {getattr(config, name)}")
     for name in widths:
-        size = getattr(config, name)
-        if size % (processes * groups):
-            raise ValueError(f"--tensor-parallel {processes} --shard: {groups} groups of {processes} "
-                             f"processes do not divide --{name.replace('_', '-')} {size}")
+        if getattr(config, name) % (processes * groups):
+            raise ValueError(f"--tensor-parallel {processes} --shard: {groups} groups of "
+                             f"{processes} processes do not divide --{name.replace('_', '-')} "
+                             f"{getattr(config, name)}")
     if getattr(config, "label_smoothing", 0):
         raise ValueError(f"--label-smoothing {config.label_smoothing}: torch has no such loss for "
                          "the divided logits of --tensor-parallel")
