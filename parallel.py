@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (ColwiseParallel, PrepareModuleInput, RowwiseParallel,
                                                loss_parallel, parallelize_module)
 
+import flm
 import vilt
 from machine import Machine
 
@@ -68,7 +69,7 @@ def how_divided(name: str) -> str | None:
     return None
 
 
-def check(config, processes: int, groups: int = 1):
+def check(config: flm.Config | vilt.Config, processes: int, groups: int = 1) -> None:
     """ValueError unless a model of this Config can be divided over so many processes.
 
     groups: number of groups over which --shard cuts the parts again; 1: it does not.
@@ -113,7 +114,7 @@ class KeysAndValues(nn.Module):
         return torch.cat([self.k(memory), self.v(memory)], dim=-1)
 
 
-def divide(model: nn.Module, machine: Machine):
+def divide(model: nn.Module, machine: Machine) -> None:
     """Divides the layers of the plan over the processes of each group, in place.
 
     Every process must hold the same weights; each keeps its part.
@@ -152,7 +153,7 @@ def shards(model: nn.Module, machine: Machine) -> dict:
     return {"mesh": machine.mesh["data"], "ignored_params": head}
 
 
-def divided_loss(machine: Machine):
+def divided_loss(machine: Machine) -> contextlib.AbstractContextManager:
     """The context in which a divided vocabulary head has its loss, and the gradient of it."""
     return loss_parallel() if machine.tensor > 1 else contextlib.nullcontext()
 
@@ -187,7 +188,7 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
 
-def clip(parameters: Iterable[Tensor], most: float, norm: Tensor):
+def clip(parameters: Iterable[Tensor], most: float, norm: Tensor) -> None:
     """Scales the gradients down to the norm `most`, where theirs is larger."""
     for some in alike(parameters):
         torch.nn.utils.clip_grads_with_norm_(some, most, norm)
@@ -207,7 +208,7 @@ def is_divided(parameter: Tensor) -> bool:
 
 
 @torch.no_grad()
-def average_gradients(model: nn.Module, machine: Machine):
+def average_gradients(model: nn.Module, machine: Machine) -> None:
     """Replaces each gradient by the mean over the processes that hold the same numbers:
 
         parameter      not sharded                              sharded by FSDP2
@@ -272,7 +273,7 @@ def joined_name(name: str) -> str:
     return name.replace(".kv.k.", ".kv.").replace(".kv.v.", ".kv.")
 
 
-def join(keys, values):
+def join(keys: Tensor | dict, values: Tensor | dict) -> Tensor | dict:
     """The rows of two tensors, one below the other; of dicts, those of each of their tensors."""
     if isinstance(keys, dict):
         return {name: join(keys[name], values[name]) for name in keys}
@@ -292,7 +293,7 @@ def own_names(state: dict, model: nn.Module) -> dict:
     return own
 
 
-def cut(value) -> tuple:
+def cut(value: Tensor | dict) -> tuple:
     """The upper and the lower half of a tensor's rows; of a dict, those of each of its tensors."""
     if isinstance(value, dict):
         halves = {name: cut(tensor) for name, tensor in value.items()}

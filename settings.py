@@ -274,7 +274,7 @@ def check(settings: Settings, machine: Machine) -> None:
     split_batch(s, machine)
 
 
-def check_tensor_parallel(settings: Settings):
+def check_tensor_parallel(settings: Settings) -> None:
     """ValueError for what does not go with --tensor-parallel. (Sizes: parallel.check.)"""
     s = settings
     if s.tensor_parallel == 1:

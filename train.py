@@ -109,7 +109,7 @@ def start_from_files(run: Run, model: nn.Module) -> None:
                         f"than that of {s.data}")
 
 
-def shard(model: nn.Module, precision: str, **how) -> None:
+def shard(model: nn.Module, precision: str, **how: object) -> None:
     """Shards the parameters of every layer over the processes (FSDP2).
 
     They are kept in float32 and gathered in the precision in which they are used.
