@@ -101,9 +101,9 @@ class KeysAndValues(nn.Module):
 
     def __init__(self, kv: nn.Linear):
         super().__init__()
-        width = kv.in_features
-        with torch.device(kv.weight.device):
-            self.k, self.v = nn.Linear(width, width), nn.Linear(width, width)
+        width, device = kv.in_features, kv.weight.device
+        self.k = nn.Linear(width, width, device=device)
+        self.v = nn.Linear(width, width, device=device)
         weights, biases = kv.weight.detach().chunk(2), kv.bias.detach().chunk(2)
         for layer, weight, bias in zip((self.k, self.v), weights, biases, strict=True):
             layer.weight = nn.Parameter(weight.clone())
