@@ -72,6 +72,10 @@ class Run:
         """Whether something that is done every so many steps, and at the end, is done now."""
         return bool(every) and step > 0 and (step % every == 0 or step == self.settings.steps)
 
+    def report_due(self, step: int) -> bool:
+        """Whether a report follows this step; the first comes after step 1."""
+        return step == 1 or self.due(self.settings.log_every, step)
+
     def validation_due(self, step: int) -> int:
         """On how many captions of the validation split the model is tried now; 0: on none."""
         every, table = self.settings.eval_every, self.tables["val"]

@@ -85,6 +85,8 @@ class Settings:
     precision: str = ""             # fp32, bf16 or fp16; default: bf16 on a GPU that has it, else
                                     # fp16; fp32 on a CPU
     compile: bool = False           # compile the model with torch.compile
+    chunk_loss: bool = False        # the loss of words without the memory of all logits, and the
+                                    # accuracies of words at the reported steps alone
     shard: bool = False             # fully sharded parameters (FSDP2) instead of DDP
     peak_tflops: float = 0.0        # TFLOP/s of one device, for the utilization that reports give;
                                     # 0: measured at the start by a matrix product
@@ -109,7 +111,7 @@ class Settings:
 FREE_TO_CHANGE = {"resume", "out", "data", "epochs", "micro_batch", "workers", "device", "compile",
                   "shard", "log_every", "eval_every", "eval_samples", "pad_to", "save_every",
                   "keep", "keep_best", "max_unreadable", "max_skipped", "tokenizer", "trust",
-                  "dry_run", "peak_tflops", "log"}
+                  "dry_run", "peak_tflops", "log", "chunk_loss"}
 
 
 # A CPU gains nothing from larger micro-batches, and its memory is needed for other things.
@@ -306,6 +308,8 @@ def check_task(settings: Settings, config_flags: dict, config, micro_batch: int)
     if config_flags.get("label_smoothing") and config.head != "vocab":
         raise ValueError(f"--label-smoothing {config_flags['label_smoothing']}: is for words, "
                          f"which head {config.head} does not predict")
+    if settings.chunk_loss and config.head != "vocab":
+        raise ValueError(f"--chunk-loss: is for words, which head {config.head} does not predict")
     if settings.exchange and not (isinstance(config, flm.Config) and config.itm):
         raise ValueError("--exchange: is for FLM's image-text matching (--itm)")
     most = settings.captions_per_image

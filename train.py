@@ -34,6 +34,7 @@ from tqdm import tqdm
 import checkpoints
 import disk
 import machine as machines
+import switches
 import weights
 from batches import evaluation_batches
 from data import token_lengths
@@ -71,10 +72,11 @@ def build_state(run: Run) -> State:
     if not saved:
         start_from_files(run, bare)
     bare.to(machine.device)
+    switches.lighten(bare, s)
     if s.shard:
         shard(bare, machine.precision)
     if s.compile:
-        bare.compile(dynamic=True)          # lengths and numbers of targets differ between batches
+        switches.compile_model(bare, s)
     optimizer = new_optimizer(bare, s)
     none = torch.tensor(0.0, device=machine.device)
     state = State(bare, bare, optimizer, checkpoints.new_scaler(machine), 0, None, dict(COUNTERS),
@@ -223,7 +225,7 @@ def loop(run: Run, state: State, log: Log, signals) -> signal.Signals | None:
         with log.waiting_for_data():
             micro_batches = [next(batches) for _ in range(run.accumulation)]
         train_step(run, state, micro_batches, log)
-        if state.step == 1 or run.due(s.log_every, state.step):
+        if run.report_due(state.step):
             log.report(state)
 
 
@@ -251,6 +253,7 @@ def backward(run: Run, state: State, micro_batches: list, log: Log):
     gradients over the processes; the factor `world` undoes that.
     """
     s, machine, loss_weights = run.settings, run.machine, run.config.loss_weights
+    count_hits = not s.chunk_loss or run.report_due(state.step + 1)
     counts = [[notes["counts"][name] for name in loss_weights] for _, notes in micro_batches]
     counts = torch.tensor(counts, dtype=torch.float32)                     # (accumulation, outputs)
     counts = counts.to(machine.device, non_blocking=True)
@@ -265,7 +268,7 @@ def backward(run: Run, state: State, micro_batches: list, log: Log):
         quiet = machine.world > 1 and not s.shard and not last
         with state.model.no_sync() if quiet else contextlib.nullcontext():
             with machine.autocast():
-                results = state.model(to_device(batch, machine.device, run.config))
+                results = state.model(to_device(batch, machine.device, run.config), count_hits)
             loss = 0.0
             for (name, weight), factor in zip(loss_weights.items(), factors, strict=True):
                 loss = loss + weight * results[name][0] * factor
