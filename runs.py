@@ -22,7 +22,7 @@ from batches import GlobalBatches
 from data import token_lengths
 from machine import Machine, loader_workers
 from recipes import MODELS
-from settings import Settings, check_model, check_same_run, check_task, split_batch
+from settings import AUTO, Settings, check_model, check_same_run, check_task, split_batch
 from tasks import Task, task_of
 
 # A short validation comes early: (its step, its number of captions). What is wrong with the
@@ -89,10 +89,13 @@ class Run:
 
 def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
     """Opens data, tokenizer and checkpoint, and checks that all of it goes together."""
-    micro_batch, accumulation = split_batch(settings, machine)
     checkpoint, saved, source = None, None, None
     if settings.resume:
         checkpoint, saved = checkpoints.open_saved(Path(settings.out))
+    if saved and settings.micro_batch == AUTO:
+        found = saved["settings"].get("micro_batch")        # as it was: dropout draws the same
+        settings = replace(settings, micro_batch=found if type(found) is int and found else AUTO)
+    micro_batch, accumulation = split_batch(settings, machine)
     if settings.load and not saved:
         source = weights.load(settings.load, trust=settings.trust)
     if saved:

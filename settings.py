@@ -51,7 +51,8 @@ class Settings:
     epochs: float = 0.0             # number of epochs; overrides --steps
     global_batch: int = 256         # pairs per optimizer step, over all processes
     micro_batch: int = 0            # at most so many pairs per forward pass of one process, a
-                                    # divisor of its share; 0: its share, on a CPU at most 32
+                                    # divisor of its share; 0: its share, on a CPU at most 32; auto:
+                                    # as many as fit into memory, found before the first step
     lr: float = 1e-4                # peak learning rate of the group "base"
     head_lr_scale: float = 5.0      # multiple of lr: vocabulary and task heads
     fusion_lr_scale: float = 5.0  # multiple of lr: fusion layers, reconstructor, what leads to them
@@ -116,6 +117,7 @@ FREE_TO_CHANGE = {"resume", "out", "data", "epochs", "micro_batch", "workers", "
 
 # A CPU gains nothing from larger micro-batches, and its memory is needed for other things.
 LARGEST_ON_A_CPU = 32
+AUTO = -1                           # micro_batch: as many as fit (fitting.py)
 
 # Fields of the models' Configs that the task and the tokenizer decide: they are no flags.
 SET_BY_TASK = {"head", "answers", "pooler", "cls_id", "pad_id", "sep_id", "mask_id"}
@@ -143,6 +145,14 @@ def documented_fields(config_class) -> dict[str, tuple[str, str]]:
     return found
 
 
+def pairs(text: str) -> int:
+    """A number of pairs, or AUTO."""
+    number = AUTO if text == "auto" else int(text)
+    if number < 0 and text != "auto":
+        raise ValueError
+    return number
+
+
 def add_flags(parser):
     """Adds a flag for every field of Settings and of the models' Configs."""
     groups = {}
@@ -151,6 +161,8 @@ def add_flags(parser):
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         how = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "NAME")}
+        if name == "micro_batch":
+            how["type"] = pairs
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         if kind is tuple:
@@ -256,6 +268,9 @@ def check(settings: Settings, machine: Machine):
         raise ValueError(f"--decay {s.decay}: a share above 0, at most 1, is expected")
     if s.shard and s.muon_lr:
         raise ValueError("--muon-lr needs whole matrices, which --shard cuts")
+    if s.shard and s.micro_batch == AUTO:
+        raise ValueError("--micro-batch auto needs whole models, which --shard cuts: a process "
+                         "that runs out of memory would leave the others waiting")
     if s.shard and machine.world == 1:
         raise ValueError("--shard needs several processes: start with torchrun")
     if s.task == "retrieval" and s.false_captions < 1:
@@ -272,10 +287,13 @@ def check(settings: Settings, machine: Machine):
 def split_batch(settings: Settings, machine: Machine) -> tuple[int, int]:
     """The global batch -> (micro-batch, micro-batches that one process accumulates per step).
 
-    A process's share is cut into equal micro-batches of at most --micro-batch pairs.
+    A process's share is cut into equal micro-batches of at most --micro-batch pairs. What fits into
+    memory (AUTO) is not known yet: then they are as for 0.
     """
     share, rest = divmod(settings.global_batch, machine.world)
-    most = settings.micro_batch or (LARGEST_ON_A_CPU if machine.device.type == "cpu" else share)
+    most = LARGEST_ON_A_CPU if machine.device.type == "cpu" else share
+    if settings.micro_batch not in (0, AUTO):
+        most = settings.micro_batch
     if rest or share < 1 or most < 1:
         raise ValueError(f"--global-batch {settings.global_batch} --micro-batch "
                          f"{settings.micro_batch}: {machine.world} processes cannot share it")

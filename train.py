@@ -38,12 +38,13 @@ import switches
 import weights
 from batches import evaluation_batches
 from data import token_lengths
+from fitting import fit_micro_batch
 from flops import work_of
 from machine import Machine, loader_workers
 from optimizer import new_optimizer, rate_at
 from report import COUNTERS, Log, Sums, clock, describe, dry_run, write_config
 from runs import Run, open_run
-from settings import Settings, check, parse
+from settings import AUTO, Settings, check, parse
 from tasks import to_device
 
 
@@ -166,6 +167,8 @@ def say_new_schedule(run: Run):
 def train(run: Run, signals):
     """Trains until the last step is done, or until a signal asks to stop (then SystemExit)."""
     state = build_state(run)
+    if run.settings.micro_batch == AUTO:
+        fit_micro_batch(run, state)
     work = work_of(run, state.step) if run.machine.rank == 0 else None
     describe(run, state.bare, state.step, work)
     write_config(run, state.bare)
