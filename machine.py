@@ -61,6 +61,10 @@ class Machine:
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision],
                               enabled=self.precision != "fp32")
 
+    def no_autocast(self):
+        """The context in which the backward pass runs: each operation as its forward one did."""
+        return torch.autocast(self.device.type, enabled=False)
+
     def wait(self):
         """Returns when all processes are here."""
         if self.world > 1:

@@ -88,6 +88,14 @@ class Settings:
     compile: bool = False           # compile the model with torch.compile
     chunk_loss: bool = False        # the loss of words without the memory of all logits, and the
                                     # accuracies of words at the reported steps alone
+    checkpoint_activations: bool = False    # recompute the ViT and the fusion layers for their
+                                    # gradients: less memory, a third more work in them
+    keep_casts: bool = False        # bf16 and fp16: cast the weights once for all micro-batches of
+                                    # a step; a second copy of them, in halves
+    bucket_views: bool = False      # several processes: gradients lie in the buckets in which DDP
+                                    # sends them; saves a copy of them
+    static_graph: bool = False      # several processes, one micro-batch a step: tell DDP that all
+                                    # steps use the same parameters, as they do here
     shard: bool = False             # fully sharded parameters (FSDP2) instead of DDP
     peak_tflops: float = 0.0        # TFLOP/s of one device, for the utilization that reports give;
                                     # 0: measured at the start by a matrix product
@@ -112,7 +120,8 @@ class Settings:
 FREE_TO_CHANGE = {"resume", "out", "data", "epochs", "micro_batch", "workers", "device", "compile",
                   "shard", "log_every", "eval_every", "eval_samples", "pad_to", "save_every",
                   "keep", "keep_best", "max_unreadable", "max_skipped", "tokenizer", "trust",
-                  "dry_run", "peak_tflops", "log", "chunk_loss"}
+                  "dry_run", "peak_tflops", "log", "chunk_loss",
+                  "checkpoint_activations", "keep_casts", "bucket_views", "static_graph"}
 
 
 # A CPU gains nothing from larger micro-batches, and its memory is needed for other things.
@@ -281,7 +290,10 @@ def check(settings: Settings, machine: Machine):
     if s.captions_per_image > 1 and s.task == "retrieval":
         raise ValueError(f"--captions-per-image {s.captions_per_image}: retrieval shows an image "
                          "with one true caption, and --false-captions says with how many others")
-    split_batch(s, machine)
+    _, accumulation = split_batch(s, machine)
+    if s.static_graph and (accumulation > 1 or s.micro_batch == AUTO):
+        raise ValueError("--static-graph: DDP sends the gradients of each micro-batch then, so a "
+                         "process must have one a step: its share of the global batch")
 
 
 def split_batch(settings: Settings, machine: Machine) -> tuple[int, int]:

@@ -88,7 +88,8 @@ def build_state(run: Run) -> State:
     if machine.world > 1 and not s.shard:
         on_gpu = machine.device.type == "cuda"
         state.model = DistributedDataParallel(
-            bare, device_ids=[machine.device.index] if on_gpu else None)
+            bare, device_ids=[machine.device.index] if on_gpu else None,
+            gradient_as_bucket_view=s.bucket_views, static_graph=s.static_graph)
     return state
 
 
@@ -241,7 +242,9 @@ def train_step(run: Run, state: State, micro_batches: list, log: Log):
     share = rate_at(state.step, s)
     for group in state.optimizer.param_groups:
         group["lr"] = share * group["peak"]
-    backward(run, state, micro_batches, log)
+    # Autocast forgets the weights that it has cast where the outermost of its contexts ends.
+    with run.machine.autocast() if s.keep_casts else contextlib.nullcontext():
+        backward(run, state, micro_batches, log)
     norm = update(run, state)
     log.step(share * s.lr, norm)
     state.step += 1
@@ -275,7 +278,8 @@ def backward(run: Run, state: State, micro_batches: list, log: Log):
             loss = 0.0
             for (name, weight), factor in zip(loss_weights.items(), factors, strict=True):
                 loss = loss + weight * results[name][0] * factor
-            state.scaler.scale(loss).backward()
+            with machine.no_autocast():
+                state.scaler.scale(loss).backward()
         log.micro_batch(results, counts[i], notes)
 
 

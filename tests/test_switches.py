@@ -5,11 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flm
 import losses
+import machine
+import switches
 import train
-from conftest import TRAIN, TRAIN_FLM, TRAIN_VILT, assert_same, train_command, train_outcome, write_caption_world
+import vilt
+from conftest import TRAIN, TRAIN_FLM, TRAIN_VILT, assert_same, torchrun, train_command, train_outcome, write_caption_world
 
 # -- The loss of words in chunks of rows -----------------------------------------------------------
 
@@ -111,6 +115,85 @@ def test_a_run_with_chunks_learns_the_same_and_counts_hits_where_it_reports(worl
         assert mine.get("itm_accuracy") == line.get("itm_accuracy")             # always counted
     assert lines[0] == pytest.approx(ours[0], abs=2e-5)                         # of step 1 alone
     assert_same(([], model), ([], same), 2e-5)
+
+
+# -- Layers that are computed again, weights that are cast once -------------------------------------
+
+@pytest.mark.parametrize("sizes", [TRAIN_FLM, TRAIN_VILT], ids=["flm", "vilt"])
+def test_layers_computed_again_draw_the_same_dropout_and_learn_the_same(world, tmp_path, plain, sizes):
+    expected = plain if sizes is TRAIN_FLM else outcome(world, tmp_path / "plain", sizes=sizes)
+    assert_same(expected, outcome(world, tmp_path / "again", "--checkpoint-activations", sizes=sizes), 0)
+
+
+@pytest.mark.parametrize("preset", ["toy", "vilt-toy"])
+def test_layers_computed_again_keep_less_for_the_backward_pass(preset):
+    config = {**flm.PRESETS, **vilt.PRESETS}[preset]
+    model = vilt.ViLT(config) if preset == "vilt-toy" else flm.FLM(config)
+    images, ids = torch.rand(2, 3, 64, 64), torch.arange(5, 25).view(2, 10)
+
+    def kept_bytes():
+        kept = {}
+        pack = lambda tensor: kept.update({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()}) or tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.fuse(model.encode_image(images), model.encode_text(ids)).reconstructed.sum()
+        return sum(kept.values()) - sum(4 * p.numel() for p in model.parameters() if p.data_ptr() in kept)
+
+    before = kept_bytes()
+    layers = [m for m in model.modules() if type(m).__name__ in ("ViTBlock", "StreamLayer", "ReconstructorLayer")]
+    switches.checkpoint_layers(model)
+    recomputed = [layer for layer in layers if "forward" in vars(layer)]
+    if preset == "vilt-toy":
+        assert recomputed == layers
+    else:
+        assert set(layers) - set(recomputed) == set(model.text_layers)
+    assert kept_bytes() < 0.6 * before
+
+
+def test_weights_cast_once_a_step_give_the_same_gradients_with_fewer_casts(world, tmp_path, monkeypatch):
+    bf16 = ("--precision", "bf16", "--micro-batch", 4, "--steps", 2, "--itm")
+
+    class Casts(TorchDispatchMode):
+        """Counts the copies of weights of two dimensions in bfloat16."""
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            half = (kwargs or {}).get("dtype") == torch.bfloat16
+            Casts.count += half and isinstance(args[0], torch.nn.Parameter) and args[0].ndim == 2
+            return function(*args, **(kwargs or {}))
+
+    found, casts = [], []
+    train_step = train.train_step
+
+    def counted(*given):
+        with Casts():
+            train_step(*given)
+
+    monkeypatch.setattr(train, "train_step", counted)
+    for name, more in (("plain", ()), ("once", ["--keep-casts"])):
+        Casts.count = 0
+        found.append(outcome(world, tmp_path / name, *bf16, *more))
+        casts.append(Casts.count)
+    assert_same(*found, 0)
+    assert casts[1] > 0 and casts[0] == 4 * casts[1]            # four micro-batches
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same_with_bucket_views_and_a_static_graph(world, tmp_path):
+    def of_two(name, *flags):
+        run = torchrun(2, train_command(world, tmp_path / name, *TRAIN, *flags))
+        printed, _ = run.communicate(timeout=240)
+        assert run.returncode == 0, printed
+        return train_outcome(tmp_path / name)
+
+    plain = of_two("plain")
+    assert_same(plain, of_two("both", "--bucket-views", "--static-graph"), 0)
+    assert_same(plain, of_two("views", "--bucket-views", "--micro-batch", 4), 2e-5)
+
+
+def test_a_static_graph_with_several_micro_batches_is_refused(world, tmp_path):
+    settings, _ = train.parse(train_command(world, tmp_path, *TRAIN, "--micro-batch", 8, "--static-graph"))
+    with pytest.raises(ValueError, match="--static-graph: DDP sends the gradients of each micro-batch"):
+        train.check(settings, machine.set_up("cpu"))
 
 
 def test_a_task_without_words_refuses_the_loss_of_words_in_chunks(world, tmp_path):
