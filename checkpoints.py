@@ -237,6 +237,9 @@ def kind_of(value: object) -> str:
 
 
 def good_sums(sums: object, outputs: int) -> bool:
-    """Whether these are a list of report.Sums.values, one for each process (or none)."""
-    kind = kind_of(torch.zeros(3, outputs, dtype=torch.float64))
-    return isinstance(sums, list) and all(kind_of(one) == kind for one in sums)
+    """Whether these are a list of report.Sums.values, one for each process (or none).
+
+    Older checkpoints have three rows (report.with_counted).
+    """
+    kinds = [kind_of(torch.zeros(rows, outputs, dtype=torch.float64)) for rows in (3, 4)]
+    return isinstance(sums, list) and all(kind_of(one) in kinds for one in sums)

@@ -13,6 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses import losses_in_chunks, row_losses, whole
+
 if TYPE_CHECKING:           # for the annotations alone: these files come later
     import flm
     import generate
@@ -326,8 +328,22 @@ class VocabHead(nn.Module):
         self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width, eps)
         self.decoder = nn.Linear(width, vocab_size)
 
+    chunked = False             # losses without the memory of all logits (train.py --chunk-loss)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """What the decoder reads.   (…, D) -> (…, D)"""
+        return self.norm(F.gelu(self.dense(x)))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.norm(F.gelu(self.dense(x))))
+        return self.decoder(self.transform(x))
+
+    def losses(self, x: Tensor, targets: Tensor, smoothing: float = 0.0,
+               count_hits: bool = True) -> tuple[Tensor, Tensor]:
+        """losses.row_losses of the logits of x (N, D): two of (N,)"""
+        if not self.chunked:
+            return row_losses(self(x), targets, smoothing, count_hits)
+        return losses_in_chunks(self.transform(x), self.decoder.weight, self.decoder.bias, targets,
+                                smoothing, count_hits)
 
 
 def task_head(config: "flm.Config | vilt.Config") -> nn.Module:
@@ -350,11 +366,6 @@ def loss_and_hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     loss = whole(F.cross_entropy(logits.float(), targets, reduction="sum"))
     hits = (whole(logits.argmax(-1)) == targets).float().sum()
     return loss, hits
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of what may be divided over processes (a DTensor: parallel.py)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def encode_batch_images(model: nn.Module, batch: dict, which: int = 0) -> "Tensor | vilt.Visual":

@@ -7,7 +7,6 @@ A report gives the mean losses and accuracies since the last one, over the targe
 
 import contextlib
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -43,34 +42,47 @@ class Halt(ValueError):
 
 
 class Sums:
-    """Losses, hits and counts, summed on the device without waiting for it."""
+    """Losses, hits, numbers of targets, and of those whose hits were counted: (4, outputs).
+
+    They are summed on the device, without waiting for it.
+    """
 
     def __init__(self, loss_weights: dict[str, float], device: torch.device):
         self.weights = loss_weights
-        self.values = torch.zeros(3, len(loss_weights), dtype=torch.float64, device=device)
+        self.values = torch.zeros(4, len(loss_weights), dtype=torch.float64, device=device)
 
     def add(self, results: dict, counts: torch.Tensor) -> None:
-        """results: output -> (loss, hits), sums over its targets; counts (outputs,)."""
+        """results: output -> (loss, hits or NaN), sums over its targets; counts (outputs,)."""
         losses = torch.stack([results[name][0].detach() for name in self.weights])
         hits = torch.stack([results[name][1] for name in self.weights])
-        self.values += torch.stack([losses, hits, counts]).to(self.values)
+        self.values += with_counted(torch.stack([losses, hits, counts]).to(self.values))
 
     def read(self, prefix: str = "") -> dict[str, float]:
         """{loss, <output>_loss, <output>_accuracy}, of all processes; starts again at 0."""
         if dist.is_initialized():
             dist.all_reduce(self.values)
-        losses, hits, counts = self.values.tolist()
+        columns = self.values.T.tolist()
         self.values.zero_()
         metrics = {prefix + "loss": 0.0}
-        for (name, weight), loss, hit, count in zip(self.weights.items(), losses, hits, counts,
-                                                    strict=True):
+        for (name, weight), (loss, hit, count, counted) in zip(self.weights.items(), columns,
+                                                               strict=True):
             mean = loss / count if count else 0.0
             metrics[prefix + "loss"] += weight * mean
             metrics[f"{prefix}{name}_loss"] = mean
-            accuracy = hit / count if count else 0.0
-            if not math.isnan(accuracy):                    # an alignment has no right and wrong
-                metrics[f"{prefix}{name}_accuracy"] = accuracy
+            if counted or not count:                        # an alignment has no right and wrong
+                metrics[f"{prefix}{name}_accuracy"] = hit / counted if counted else 0.0
         return metrics
+
+
+def with_counted(sums: torch.Tensor) -> torch.Tensor:
+    """Losses, hits (NaN: not counted) and numbers of targets, (3, outputs), as Sums.values.
+
+    Older checkpoints hold such sums. Those of four rows are returned as they are.
+    """
+    if len(sums) == 4:
+        return sums
+    losses, hits, counts = sums
+    return torch.stack([losses, hits.nan_to_num(), counts, counts * ~hits.isnan()])
 
 
 class Log:
@@ -131,10 +143,10 @@ class Log:
         """What sums_of_all gave. With another number of processes the first one takes them all."""
         rank, world = self.run.machine.data_rank, self.run.machine.data_world
         if len(sums) == world:
-            self.sums.values += sums[rank].to(self.sums.values.device)
+            self.sums.values += with_counted(sums[rank]).to(self.sums.values.device)
         elif rank == 0:
             for one in sums:
-                self.sums.values += one.to(self.sums.values.device)
+                self.sums.values += with_counted(one).to(self.sums.values.device)
 
     def start_window(self) -> None:
         self.began, self.cpu_began = time.perf_counter(), time.process_time()

@@ -24,7 +24,7 @@ from batches import GlobalBatches
 from data import Captions, token_lengths
 from machine import Machine, loader_workers
 from recipes import MODELS
-from settings import Settings, check_model, check_same_run, check_task, split_batch
+from settings import AUTO, Settings, check_model, check_same_run, check_task, split_batch
 from tasks import Config, Task, task_of
 from tokenizer import Tokenizer
 
@@ -76,6 +76,10 @@ class Run:
         """Whether something that is done every so many steps, and at the end, is done now."""
         return bool(every) and step > 0 and (step % every == 0 or step == self.settings.steps)
 
+    def report_due(self, step: int) -> bool:
+        """Whether a report follows this step; the first comes after step 1."""
+        return step == 1 or self.due(self.settings.log_every, step)
+
     def validation_due(self, step: int) -> int:
         """On how many captions of the validation split the model is tried now; 0: on none."""
         every, table = self.settings.eval_every, self.tables["val"]
@@ -89,10 +93,13 @@ class Run:
 
 def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
     """Opens data, tokenizer and checkpoint, and checks that all of it goes together."""
-    micro_batch, accumulation = split_batch(settings, machine)
     checkpoint, saved, source = None, None, None
     if settings.resume:
         checkpoint, saved = checkpoints.open_saved(Path(settings.out))
+    if saved and settings.micro_batch == AUTO:
+        found = saved["settings"].get("micro_batch")        # as it was: dropout draws the same
+        settings = replace(settings, micro_batch=found if type(found) is int and found else AUTO)
+    micro_batch, accumulation = split_batch(settings, machine)
     if settings.load and not saved:
         source = weights.load(settings.load, trust=settings.trust)
     if saved:

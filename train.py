@@ -37,15 +37,17 @@ import checkpoints
 import disk
 import machine as machines
 import parallel
+import switches
 import weights
 from batches import evaluation_batches
 from data import token_lengths
+from fitting import fit_micro_batch
 from flops import work_of
 from machine import Machine, Signals, loader_workers
 from optimizer import new_optimizer, rate_at
 from report import COUNTERS, Log, Sums, clock, describe, dry_run, write_config
 from runs import Run, open_run
-from settings import Settings, check, parse
+from settings import AUTO, Settings, check, parse
 from tasks import to_device
 
 
@@ -74,12 +76,13 @@ def build_state(run: Run) -> State:
     if not saved:
         start_from_files(run, bare)
     bare.to(machine.device)
+    switches.lighten(bare, s)
     if machine.tensor > 1:
         parallel.divide(bare, machine)
     if s.shard:
         shard(bare, machine.precision, **parallel.shards(bare, machine))
     if s.compile:
-        bare.compile(dynamic=True)          # lengths and numbers of targets differ between batches
+        switches.compile_model(bare, s)
     optimizer = new_optimizer(bare, s)
     none = torch.tensor(0.0, device=machine.device)
     state = State(bare, bare, optimizer, checkpoints.new_scaler(machine), 0, None, dict(COUNTERS),
@@ -90,7 +93,8 @@ def build_state(run: Run) -> State:
     if machine.world > 1 and machine.tensor == 1 and not s.shard:
         on_gpu = machine.device.type == "cuda"
         state.model = DistributedDataParallel(
-            bare, device_ids=[machine.device.index] if on_gpu else None)
+            bare, device_ids=[machine.device.index] if on_gpu else None,
+            gradient_as_bucket_view=s.bucket_views, static_graph=s.static_graph)
     return state
 
 
@@ -172,6 +176,8 @@ def say_new_schedule(run: Run) -> None:
 def train(run: Run, signals: Signals) -> None:
     """Trains until the last step is done, or until a signal asks to stop (then SystemExit)."""
     state = build_state(run)
+    if run.settings.micro_batch == AUTO:
+        fit_micro_batch(run, state)
     work = work_of(run, state.step) if run.machine.rank == 0 else None
     describe(run, state.bare, state.step, work)
     write_config(run, state.bare)
@@ -231,7 +237,7 @@ def loop(run: Run, state: State, log: Log, signals: Signals) -> signal.Signals |
         with log.waiting_for_data():
             micro_batches = [next(batches) for _ in range(run.accumulation)]
         train_step(run, state, micro_batches, log)
-        if state.step == 1 or run.due(s.log_every, state.step):
+        if run.report_due(state.step):
             log.report(state)
 
 
@@ -244,7 +250,9 @@ def train_step(run: Run, state: State, micro_batches: list, log: Log) -> None:
     share = rate_at(state.step, s)
     for group in state.optimizer.param_groups:
         group["lr"] = share * group["peak"]
-    backward(run, state, micro_batches, log)
+    # Autocast forgets the weights that it has cast where the outermost of its contexts ends.
+    with run.machine.autocast() if s.keep_casts else contextlib.nullcontext():
+        backward(run, state, micro_batches, log)
     norm = update(run, state)
     log.step(share * s.lr, norm)
     state.step += 1
@@ -260,6 +268,7 @@ def backward(run: Run, state: State, micro_batches: list, log: Log) -> None:
     target is counted N times, and the gradients are averaged over world / N groups.)
     """
     s, machine, loss_weights = run.settings, run.machine, run.config.loss_weights
+    count_hits = not s.chunk_loss or run.report_due(state.step + 1)
     counts = [[notes["counts"][name] for name in loss_weights] for _, notes in micro_batches]
     counts = torch.tensor(counts, dtype=torch.float32)                     # (accumulation, outputs)
     counts = counts.to(machine.device, non_blocking=True)
@@ -274,11 +283,12 @@ def backward(run: Run, state: State, micro_batches: list, log: Log) -> None:
         quiet = isinstance(state.model, DistributedDataParallel) and not last
         with state.model.no_sync() if quiet else contextlib.nullcontext():
             with machine.autocast():
-                results = state.model(to_device(batch, machine.device, run.config))
+                results = state.model(to_device(batch, machine.device, run.config), count_hits)
             loss = 0.0
             for (name, weight), factor in zip(loss_weights.items(), factors, strict=True):
                 loss = loss + weight * results[name][0] * factor
-            state.scaler.scale(loss).backward()
+            with machine.no_autocast():
+                state.scaler.scale(loss).backward()
         log.micro_batch(results, counts[i], notes)
     parallel.average_gradients(state.bare, machine)
 

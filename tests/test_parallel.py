@@ -196,6 +196,9 @@ def test_what_needs_whole_matrices_is_refused():
     place = Machine(0, 2, torch.device("cpu"), "fp32", tensor=2)
     for changes, words in ((dict(muon_lr=0.01), "--muon-lr needs whole matrices"),
                            (dict(compile=True), "--compile does not go with --tensor-parallel"),
+                           (dict(chunk_loss=True), "--chunk-loss does not go with"),
+                           (dict(static_graph=True), "--static-graph does not go with"),
+                           (dict(micro_batch=settings.AUTO), "--micro-batch auto needs whole"),
                            (dict(precision="fp16"), "--precision fp16 does not go with"),
                            (dict(shard=True), "--shard needs more than 2 processes")):
         with pytest.raises(ValueError, match=words):
