@@ -298,4 +298,4 @@ def cut(value: Tensor | dict) -> tuple:
     if isinstance(value, dict):
         halves = {name: cut(tensor) for name, tensor in value.items()}
         return tuple({name: pair[k] for name, pair in halves.items()} for k in range(2))
-    return value.chunk(2) if value.ndim else (value, value)
+    return value.chunk(2) if value.ndim else (value, value.clone())     # two counts of steps

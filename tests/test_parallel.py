@@ -33,7 +33,7 @@ RUN = shlex.split("--global-batch 8 --lr 1e-2 --warmup 0 --decay 0.01 --log-ever
 
 # Everything is imported once, before the forks: that is most of a short run's time.
 LAUNCHER = """
-import os, sys, train
+import os, sys, torch._dynamo, train
 processes, arguments = int(sys.argv[1]), sys.argv[2:]
 for rank in range(processes):
     if os.fork() == 0:
@@ -135,6 +135,15 @@ def test_a_divided_models_names_become_those_of_files_and_back(make, config):
     assert list(again) == list(state)
     assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
     assert parallel.own_names(state, whole).keys() == state.keys()
+
+
+def test_keys_and_values_count_their_steps_apart():
+    divided = torch.nn.ModuleDict({"kv": parallel.KeysAndValues(torch.nn.Linear(2, 4))})
+    moments = {"a.kv.bias": {"step": torch.tensor(2.0), "exp_avg": torch.arange(4)}}
+    own = parallel.own_names(moments, torch.nn.ModuleDict({"a": divided}))
+    own["a.kv.k.bias"]["step"] += 1
+    assert float(own["a.kv.v.bias"]["step"]) == 2
+    assert own["a.kv.v.bias"]["exp_avg"].tolist() == [2, 3]
 
 
 def test_keys_and_values_as_two_layers_are_those_of_one():
