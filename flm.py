@@ -35,7 +35,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from layers import (TASK_HEADS, Mask, ReconstructorLayer, StreamLayer, TextEmbedding, ViT,
@@ -353,9 +352,10 @@ class FLM(nn.Module):
 
     # -- training --------------------------------------------------------------------------------
 
-    def forward(self, batch: dict) -> dict:
+    def forward(self, batch: dict, count_hits: bool = True) -> dict:
         """The losses of a batch: output -> (sum of its targets' losses, number predicted right).
 
+        Without count_hits, the number of right words is NaN: not counted.
         `batch` holds `image` (M, 3, H, W) normalised, `ids` (B, L), where M < B `image_of` (B,),
         and what `tasks.PretrainFLM` drew: for every output `<output>_rows`, the rows that predict,
         as indices into B L; `masked_ids` (mlm); `prefix` (prefix); `first`, `last` (flm with
@@ -380,11 +380,8 @@ class FLM(nn.Module):
             predicting.append(output.reshape(-1, c.width).index_select(0, row))
             targets.append(ids.reshape(-1).index_select(0, row + SHIFT[name]))
         targets = torch.cat(targets)                                                    # (targets,)
-        logits = self.vocab_logits(torch.cat(predicting))                             # (targets, V)
         smoothing = c.label_smoothing if self.training else 0.0
-        losses = F.cross_entropy(logits.float(), targets, reduction="none",
-                                 label_smoothing=smoothing)
-        hits = (logits.argmax(-1) == targets).float()
+        losses, hits = self.vocab_head.losses(torch.cat(predicting), targets, smoothing, count_hits)
         counts = [len(row) for row in rows]
         results = {}
         for name, loss, hit in zip(outputs, losses.split(counts), hits.split(counts), strict=True):

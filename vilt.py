@@ -380,9 +380,10 @@ class ViLT(nn.Module):
 
     # -- training --------------------------------------------------------------------------------
 
-    def forward(self, batch: dict) -> dict:
+    def forward(self, batch: dict, count_hits: bool = True) -> dict:
         """The losses of a batch: output -> (sum of its targets' losses, number predicted right).
 
+        Without count_hits, the number of right words may be NaN: not counted.
         `batch` holds `image` (M, 3, H, W) normalised, `sizes`, `patches`, `ids` (B, L), where M < B
         `image_of` (B,), the image of each caption, and what `tasks.PretrainViLT` drew:
         `masked_ids`; `mlm_rows`, the masked words as indices into B L; for itm `shown_image` (B,),
@@ -400,12 +401,19 @@ class ViLT(nn.Module):
         x = self.fuse(visual, words_alone, batch.get("image_of")).reconstructed          # (B, L, D)
         x = x.reshape(B * L, c.width).index_select(0, batch["mlm_rows"])              # (targets, D)
         targets = ids.reshape(-1).index_select(0, batch["mlm_rows"])
-        results = {"mlm": loss_and_hits(self.vocab_logits(x), targets)}
+        results = {"mlm": self._mlm(x, targets, count_hits)}
         if c.itm:
             results |= self._itm(visual, batch)
         if c.mpp:
             results["mpp"] = self._mpp(batch)
         return results
+
+    def _mlm(self, x: Tensor, targets: Tensor, count_hits: bool) -> tuple[Tensor, Tensor]:
+        """Masked words: x (targets, D), targets (targets,)"""
+        if not self.vocab_head.chunked:
+            return loss_and_hits(self.vocab_logits(x), targets)
+        losses, hits = self.vocab_head.losses(x, targets, count_hits=count_hits)
+        return losses.sum(), hits.sum()
 
     def _itm(self, visual: Visual, batch: dict) -> dict:
         """Image-text matching and, with the features of the same pass, word-patch alignment."""
