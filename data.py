@@ -230,6 +230,8 @@ class Whole:
         return size, size
 
 
+Shape = Square | Whole
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # What is opened at all. Pillow knows more formats, but some of its readers start programs (EPS).
@@ -257,9 +259,7 @@ def open_image(encoded, draft: Callable[[int, int], tuple[int, int]] | None = No
     if draft and image.format == "JPEG":
         image.draft("RGB", draft(*image.size))
     image.load()
-    turn = turn_of(image)
-    image = to_rgb(image)
-    return image if turn is None else image.transpose(turn)
+    return upright(image)
 
 
 def open_header(encoded) -> Image.Image:
@@ -268,11 +268,23 @@ def open_header(encoded) -> Image.Image:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"in none of the formats {', '.join(FORMATS)}") from None
+    check_size(image)
+    return image
+
+
+def check_size(image: Image.Image) -> None:
+    """ValueError for a picture with too many pixels, or much longer than wide."""
     width, height = image.size
     if width * height > Image.MAX_IMAGE_PIXELS or max(image.size) > LONGEST * min(image.size):
         raise ValueError(f"{width} x {height} pixels; at most {Image.MAX_IMAGE_PIXELS:,} pixels, "
                          f"and {LONGEST} times as long as wide, are opened")
-    return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A loaded picture as RGB, standing as its EXIF says."""
+    turn = turn_of(image)
+    image = to_rgb(image)
+    return image if turn is None else image.transpose(turn)
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
@@ -319,6 +331,11 @@ def decode(encoded, shape, fast: bool = False, augment=None) -> Tensor:
     image = open_image(encoded, needed if fast else None)
     if augment is not None:
         image = augment(image)
+    return resized(image, shape, fast)
+
+
+def resized(image: Image.Image, shape: Shape, fast: bool = False) -> Tensor:
+    """An RGB picture -> uint8 (3, H, W) of a shape. fast: torch resizes it, see `decode`."""
     (width, height), (kept_width, kept_height) = shape(*image.size)
     if not fast:
         image = image.resize((width, height), Image.Resampling.BICUBIC)

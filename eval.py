@@ -317,6 +317,12 @@ def search(args):
         print(f"{score:8.3f}  {path}")
 
 
+def rank(args):
+    with one_model(args, "retrieval") as model:
+        for text, score in predict.rank(model, args.image, args.texts):
+            print(f"{score:8.3f}  {text}")
+
+
 def fill(args):
     with one_model(args) as model:
         text, words = predict.fill(model, args.image, args.text)
@@ -386,6 +392,8 @@ COMMANDS = {
         ("text", None, 'such as "a dog on a sofa"'),
         ("images…", None, "picture files, folders, or quoted patterns such as 'a/**/*.jpg'"),
         ("-k N", 20, "number of pictures that are shown, the best; 0: all")]),
+    rank: ("puts texts in the order in which they fit a picture", [
+        PICTURE, ("texts…", None, 'such as "a dog on a sofa" "a cat on a chair"')]),
     fill: ("fills the blanks of a text about a picture", [
         PICTURE, ("text", None, 'such as "a <mask> dog"')]),
 }
@@ -423,6 +431,8 @@ def main(argv=None):
         args = parser.parse_args(argv)
         for name in {"text", "question", "sentence"} & vars(args).keys():
             setattr(args, name, disk.typed(getattr(args, name)))
+        if "texts" in args:
+            args.texts = [disk.typed(text) for text in args.texts]
         args.run(args)
 
 

@@ -5,7 +5,10 @@
     describe(model, "photo.jpg", beams=5)                       # "a red cup on a table."
     compare(model, "left.jpg", "right.jpg", "both show a cup")  # 0.93, the probability of "true"
     search(model, "a red cup", ["a.jpg", "b.jpg"])              # [("b.jpg", 2.7), ("a.jpg", -4.1)]
+    rank(model, "a.jpg", ["a red cup", "a dog"])               # [("a red cup", 3.1), …]
     fill(model, "photo.jpg", "a <mask> cup")                    # ("a red cup", [("red", 0.88)])
+
+A picture is a file's path or a PIL image. docs/PYTHON.md shows each function at work.
 
 Retrieval scores all pairs of N images and M captions (`Gallery`, `fill_scores`). It encodes once
 and fuses many:
@@ -31,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,6 +52,10 @@ from data import CaptionDataset, decode, pad_pictures, pad_texts
 from layers import encode_batch_images, task_logits
 from machine import Machine
 from tasks import BOS, EOS, patch_layout, shape_of, task_of, to_device
+
+Model = flm.FLM | vilt.ViLT
+Config = flm.Config | vilt.Config
+Picture = str | Path | Image.Image          # a picture file, or a picture in memory
 
 # -------------------------------------------------------------------------------------------------
 # A model, and the data that it is asked about.
@@ -135,17 +143,20 @@ def finite(logits: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------
 # Its inputs.
 
-def open_picture(path: str | Path, config) -> Tensor:
-    """A picture file as the model sees it, uint8 (3, H, W); one sentence for what is no picture."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such picture")
-    encoded = path.read_bytes()
+def open_picture(picture: Picture, config: Config) -> Tensor:
+    """A picture as the model sees it, uint8 (3, H, W); one sentence for what is no picture."""
+    in_memory = isinstance(picture, Image.Image)
+    name = "the picture" if in_memory else picture
+    if not in_memory and not Path(picture).is_file():
+        raise FileNotFoundError(f"{name}: there is no such picture")
     try:
-        return decode(encoded, shape_of(config))
+        if not in_memory:
+            return decode(Path(picture).read_bytes(), shape_of(config))
+        data.check_size(picture)
+        return data.resized(data.upright(picture), shape_of(config))
     except Exception as error:              # Pillow's readers raise whatever broken bytes lead to
         reason = disk.shortened(error) or type(error).__name__
-        raise ValueError(f"{path}: not a picture that can be read ({reason})") from None
+        raise ValueError(f"{name}: not a picture that can be read ({reason})") from None
 
 
 def picture_batch(config, pictures: Sequence[Tensor], device: torch.device) -> dict:
@@ -157,10 +168,10 @@ def picture_batch(config, pictures: Sequence[Tensor], device: torch.device) -> d
     return to_device(batch, device, config)
 
 
-def encode_pictures(model, paths: Iterable[str | Path]):
-    """Picture files, encoded: the visual of len(paths) images that `model.fuse` takes."""
-    pictures = [open_picture(path, model.config) for path in paths]
-    return encode_batch_images(model, picture_batch(model.config, pictures, device_of(model)))
+def encode_pictures(model: Model, pictures: Iterable[Picture]) -> Tensor | vilt.Visual:
+    """Pictures, encoded: the visual of that many images, which `model.fuse` takes."""
+    opened = [open_picture(picture, model.config) for picture in pictures]
+    return encode_batch_images(model, picture_batch(model.config, opened, device_of(model)))
 
 
 def token_ids(model, text: str) -> Tensor:
@@ -187,7 +198,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @torch.no_grad()
-def ask(model, path: str | Path, question: str, k: int = 5) -> list[tuple[str, float]]:
+def ask(model: Model, picture: Picture, question: str, k: int = 5) -> list[tuple[str, float]]:
     """The k most likely answers to a question about a picture -> [(answer, probability)].
 
     The best first. Each probability is a sigmoid, as in training, so they do not add up to 1.
@@ -198,7 +209,7 @@ def ask(model, path: str | Path, question: str, k: int = 5) -> list[tuple[str, f
     if not model.answer_list:
         raise ValueError("this model carries no answer list: weights.py convert --answers FILE "
                          "puts one in")
-    batch = picture_batch(model.config, [open_picture(path, model.config)], device_of(model))
+    batch = picture_batch(model.config, [open_picture(picture, model.config)], device_of(model))
     batch["ids"] = token_ids(model, question)
     shares = finite(task_logits(model, batch)).float()[0].sigmoid()         # (answers,)
     best = shares.topk(min(k, len(shares)))
@@ -207,12 +218,12 @@ def ask(model, path: str | Path, question: str, k: int = 5) -> list[tuple[str, f
 
 
 @torch.no_grad()
-def describe(model, path: str | Path, max_tokens: int | None = None, beams: int = 1,
+def describe(model: Model, picture: Picture, max_tokens: int | None = None, beams: int = 1,
              length_penalty: float = 1.0, no_repeat: int = 0, top_p: float | None = None,
              temperature: float = 1.0, seed: int = 0) -> str:
     """Writes a caption for a picture.   The settings are those of generate.generate."""
     return write_captions(
-        model, encode_pictures(model, [path]), max_tokens, beams, length_penalty=length_penalty,
+        model, encode_pictures(model, [picture]), max_tokens, beams, length_penalty=length_penalty,
         no_repeat=no_repeat, top_p=top_p, temperature=temperature, seeds=[seed])[0]
 
 
@@ -239,12 +250,12 @@ def write_captions(model, visual: Tensor, max_tokens: int | None = None, beams: 
 
 
 @torch.no_grad()
-def compare(model, left: str | Path, right: str | Path, sentence: str) -> float:
+def compare(model: Model, left: Picture, right: Picture, sentence: str) -> float:
     """The probability that a sentence about two pictures is true."""
     check_task(model, "nlvr2")
     batch = {"ids": token_ids(model, sentence)}
-    for suffix, path in (("", left), ("_1", right)):
-        pictures = [open_picture(path, model.config)]
+    for suffix, picture in (("", left), ("_1", right)):
+        pictures = [open_picture(picture, model.config)]
         for name, value in picture_batch(model.config, pictures, device_of(model)).items():
             batch[name + suffix] = value
     return finite(task_logits(model, batch)).float()[0].softmax(-1)[1].item()
@@ -274,26 +285,27 @@ def picture_files(names: Iterable[str | Path]) -> list[Path]:
 
 
 @torch.no_grad()
-def search(model, text: str, paths: Sequence[str | Path],
-           unreadable: list[str] | None = None) -> list[tuple[str, float]]:
-    """Pictures in the order in which they fit a text -> [(path, match_score)], the best first.
+def search(model: Model, text: str, pictures: Sequence[Picture],
+           unreadable: list[str] | None = None) -> list[tuple[Picture, float]]:
+    """Pictures in the order in which they fit a text -> [(picture, match_score)], the best first.
 
-    The text is encoded once. One picture is in memory at a time.
+    The text is encoded once. One file is in memory at a time.
     unreadable: a list takes a sentence for each file that is no picture, as long as one is.
     """
     check_task(model, "retrieval")
     encoded = model.encode_text(token_ids(model, text), class_only=True)
     found, wrong = [], []
-    for path in tqdm(paths, "pictures", unit=" pictures", leave=False, disable=len(paths) < 2):
+    bar = tqdm(pictures, "pictures", unit=" pictures", leave=False, disable=len(pictures) < 2)
+    for picture in bar:
         try:
-            pictures = [open_picture(path, model.config)]
+            opened = [open_picture(picture, model.config)]
         except (OSError, ValueError) as error:
             wrong.append(error)
             if unreadable is None:
                 raise
             continue
-        visual = encode_batch_images(model, picture_batch(model.config, pictures, device_of(model)))
-        found.append((str(path), match_score(model, visual, encoded).item()))       # (1,)
+        visual = encode_batch_images(model, picture_batch(model.config, opened, device_of(model)))
+        found.append((picture, match_score(model, visual, encoded).item()))         # (1,)
     if wrong and not found:
         raise wrong[0]
     if wrong:
@@ -302,7 +314,22 @@ def search(model, text: str, paths: Sequence[str | Path],
 
 
 @torch.no_grad()
-def fill(model, path: str | Path, text: str,
+def rank(model: Model, picture: Picture, texts: Sequence[str]) -> list[tuple[str, float]]:
+    """Texts in the order in which they fit a picture -> [(text, match_score)], the best first.
+
+    The picture is encoded once.
+    """
+    check_task(model, "retrieval")
+    visual = encode_pictures(model, [picture])
+    found = []
+    for text in texts:
+        encoded = model.encode_text(token_ids(model, text), class_only=True)
+        found.append((text, match_score(model, visual, encoded).item()))            # (1,)
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+@torch.no_grad()
+def fill(model: Model, picture: Picture, text: str,
          rounds: int = 3) -> tuple[str, list[tuple[str, float]]]:
     """Fills every `<mask>` of a text about a picture -> (the whole text, [(word, probability)]).
 
@@ -325,7 +352,7 @@ def fill(model, path: str | Path, text: str,
     if c.objective == "mlm" or len(blanks) == 1:
         rounds = 1
 
-    visual = encode_pictures(model, [path])
+    visual = encode_pictures(model, [picture])
     no_words = [tok.cls_id, tok.pad_id, tok.sep_id, tok.unk_id, tok.mask_id]
     for _ in range(rounds):
         fused = model.fuse(visual, model.encode_text(ids))
