@@ -182,6 +182,14 @@ def token_ids(model, text: str) -> Tensor:
     return checked_ids(model, [tok.cls_id, *tok.encode(text), tok.sep_id], text)
 
 
+def blanked_ids(model, text: str) -> Tensor:
+    """A text in which `<mask>` or `[MASK]` stands for a blank, as token_ids returns it."""
+    tok = model.tokenizer
+    mask = tok.tokens[tok.mask_id]
+    text = text.replace("<mask>", mask).replace("[MASK]", mask)
+    return checked_ids(model, [tok.cls_id, *tok.encode(text, specials=True), tok.sep_id], text)
+
+
 def checked_ids(model, ids: list[int], text: str) -> Tensor:
     """ids as int64 (1, L), on the model's device. ValueError if the model reads fewer."""
     if len(ids) > model.config.max_tokens:
@@ -341,11 +349,9 @@ def fill(model: Model, picture: Picture, text: str,
     """
     check_reads_both_sides(model)
     tok = model.tokenizer
-    mask = tok.tokens[tok.mask_id]
-    text = text.replace("<mask>", mask).replace("[MASK]", mask)
-    ids = checked_ids(model, [tok.cls_id, *tok.encode(text, specials=True), tok.sep_id], text)
+    ids = blanked_ids(model, text)
     if tok.mask_id not in ids:
-        raise ValueError(f"there is no {mask} in {text!r}")
+        raise ValueError(f"there is no {tok.tokens[tok.mask_id]} in {text!r}")
     visual = encode_pictures(model, [picture])
     filled, found = fill_blanks(model, visual, ids, rounds)
     words = [(tok.decode([token]).strip(), share) for token, share in found]
