@@ -122,7 +122,7 @@ speedrun: | $(DATA)/toy_words.json  ## time until colours and shapes are both at
 
 # What was interrupted goes on; FLAGS='--minutes 1 --seeds 1' is a rough picture.
 
-compare: | $(if $(filter toy,$(RECIPE)),$(DATA)/toy_words.json,.venv/.installed)  ## quality against training time: FLM beside its rivals (hours)
+compare: | $(if $(filter toy,$(RECIPE)),$(DATA)/toy_words.json,.venv/.installed)  ## quality against training time: FLM beside its rivals (an hour)
 	$(PY) -m tools.compare --data $(DATA) --recipe $(RECIPE) --out runs/compare $(FLAGS)
 
 # ---------------------------------------------------------------------------------------------------

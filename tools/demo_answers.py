@@ -142,7 +142,7 @@ def checked_text(text: str | None, what: str) -> str:
 
 
 def sentence(error: Exception, folder: str | Path = "") -> str:
-    """An error in a sentence. folder: of uploads; of a path below it, only the file's name stays."""
+    """An error in a sentence. folder: of uploads, whose paths are none of a visitor's business."""
     return without(folder, disk.sentence_of(error)) if folder else disk.sentence_of(error)
 
 
@@ -247,7 +247,7 @@ def describe(model: Model, picture: str | None, how: str, beams: int = 5, top_p:
 
 def search(model: Model, text: str | None,
            files: Sequence[str] | None) -> tuple[list[tuple[str, float]], list[str]]:
-    """Uploaded pictures, the best for a text first -> ([(path, score)], a sentence for each left out).
+    """Uploaded pictures, the best for a text first -> ([(path, score)], what was left out).
 
     Files that are not named like pictures are left out: a folder holds other things too.
     """
@@ -297,7 +297,7 @@ class Drawn(NamedTuple):
     questions: list[tuple[str, str]]        # with their answers
 
     def truth(self, text: str) -> bool | None:
-        """Whether a sentence is true of the scene; None for one that the toy world does not know."""
+        """Whether a sentence is true of the scene; None for one of another grammar."""
         return is_true(text, self.scene)
 
 

@@ -8,7 +8,6 @@ demo_answers.py. `Page.on` makes a sentence of whatever goes wrong.
 
 import functools
 import html
-import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ CSS = """
 .gradio-container {max-width: 1100px !important; margin: 0 auto !important}
 .answers {width: 100%; border-collapse: collapse}
 .answers th {text-align: left; font-weight: 600; opacity: .7}
-.answers th, .answers td {padding: 3px 8px 3px 0; border-bottom: 1px solid var(--border-color-primary)}
+.answers th, .answers td {padding: 3px 8px 3px 0}
+.answers tr {border-bottom: 1px solid var(--border-color-primary)}
 .bar {display: inline-block; width: 52px; height: 9px; background: var(--border-color-primary)}
 .bar span {display: block; height: 9px; background: #0072B2}
 .row span {display: inline-block; padding: 1px 6px; margin: 2px; border-radius: 4px}
@@ -42,6 +42,8 @@ class Picture(gr.Image):
 
     Gradio itself would open it, and fail on what is no picture.
     """
+    is_template = True                  # the browser shows it as it shows a gr.Image
+
     def __init__(self, label: str = "Picture"):
         super().__init__(label=label, type="filepath", sources=["upload", "clipboard"],
                          height=320, format="png")
@@ -84,7 +86,7 @@ class Page:
         return self.models.able[tab][checkpoint]
 
     def choose_model(self, tab: str) -> gr.Dropdown:
-        """A choice among the checkpoints that can serve a tab; invisible where there is only one."""
+        """A choice among the checkpoints that serve a tab; invisible where there is only one."""
         names = list(self.models.able[tab])
         return gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
 
@@ -181,15 +183,27 @@ def fill_tab(page: Page, tab, given: gr.State):
             reading = gr.State()
             words = gr.HighlightedText(label="Click a word: where did the model look for it?",
                                        visible=False, show_whitespaces=False)
+            maps = gr.Image(label="Clear where the model looked, else in fog", visible=False,
+                            interactive=False, format="png", buttons=["fullscreen"])
+            may_read = gr.HTML()
             choices = gr.HTML()
             known.render()
 
     def say(checkpoint, path, typed):
         read = answers.read_words(page.model("Fill in", checkpoint), path, typed)
         shares = [(word.text, word.share) for word in read.words]
-        return read, gr.update(value=shares, visible=True), answers.word_table(read)
+        return (read, gr.update(value=shares, visible=True), answers.word_table(read),
+                gr.update(value=None, visible=False), "")
 
-    page.on([button.click, text.submit], say, [model, picture, text], [reading, words, choices])
+    def look(checkpoint, read, chosen: gr.SelectData):
+        model = page.model("Fill in", checkpoint)
+        found = pictures.look_for(model, read, chosen.index)
+        return gr.update(value=pictures.maps(found, chosen.index), visible=True), \
+            pictures.mask_row(found, chosen.index)
+
+    page.on([button.click, text.submit], say, [model, picture, text],
+            [reading, words, choices, maps, may_read])
+    page.on(words.select, look, [model, reading], [maps, may_read])
 
 
 def ask_tab(page: Page, tab, given: gr.State):
@@ -267,7 +281,7 @@ def compare_tab(page: Page, tab, given: gr.State):
 
     def draw_two():
         one, other, said, truth = answers.draw_pair(page.folder, answers.new_seed())
-        return one, other, said, f"**Known of these scenes:** the statement is {str(truth).lower()}."
+        return one, other, said, f"**Known of these scenes:** it is {str(truth).lower()}."
 
     def compare(checkpoint, one, other, typed):
         typed = answers.checked_text(typed, "a statement")

@@ -1,17 +1,25 @@
 """Pictures of the demo page that are drawn for it: one objective's masks, heat maps.
 
     picture, says = masks("a girl in red plays chess", "FLM", rate=0.4, prefix=2, seed=0)
+    found = look_for(model, reading, 2)                 # of word 2 of a demo_answers.Reading
+    picture, row = maps(found, 2), mask_row(found, 2)
 """
 
+import html
 import io
+import math
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from predict import Model, open_picture
+from tools.demo_answers import Reading
 from tools.figures import DPI, STYLE
+from tools.look import Look, look_at
 from tools.plot import draw_key, draw_objective, draw_panel, rates
+from tools.plot_examples import draw_in_fog
 
 OBJECTIVES = {"FLM": "flm", "MLM": "mlm", "AR": "ar", "Prefix": "prefix"}
 MOST_WORDS, LONGEST_WORD = 12, 14           # words of a sentence, letters of a word
@@ -58,8 +66,8 @@ def masks(text: str, objective: str, rate: float, prefix: int,
         picture = rendered(figure)
     predicted, corrupted = rates(panel)
     says = (f"{len(panel.targets)} of {n - 1} tokens are predicted (prediction rate "
-            f"{100 * predicted:.0f} %). A row that predicts does without {100 * corrupted:.0f} % of "
-            "the tokens on average (corruption rate).")
+            f"{100 * predicted:.0f} %). On average, a row that predicts does without "
+            f"{100 * corrupted:.0f} % of the tokens (corruption rate).")
     return picture, says
 
 
@@ -69,3 +77,51 @@ def key() -> Image.Image:
         figure, axis = open_cells(12.6, 9.5, 8, left=0.3, top=3.4)
         draw_key(axis, 8)
         return rendered(figure)
+
+
+# -------------------------------------------------------------------------------------------------
+# Where a model looked for a word, and what it was allowed to read.
+
+def look_for(model: Model, reading: Reading, word: int) -> Look:
+    """What a model looked at when it said one word of a reading."""
+    ids = reading.ids
+    if model.config.objective == "mlm":         # it was asked with this word masked
+        ids = ids.clone()
+        ids[0, 1 + word] = model.config.mask_id
+    return look_at(model, open_picture(reading.picture, model.config), ids)
+
+
+def maps(found: Look, word: int) -> Image.Image:
+    """A word's map of each layer, rolled out over the layers, and of ViLT's transport."""
+    names = {name.removeprefix("reconstructed, "): shares[1 + word].numpy()
+             for name, shares in found.named_maps().items()
+             if name.startswith("reconstructed") or name == "transport"}
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    picture = found.picture.permute(1, 2, 0).numpy()                                # (H, W, 3)
+    with plt.rc_context(STYLE):
+        figure = Figure(figsize=(1.9 * columns, 2.4 * rows), layout="constrained")
+        for axis in figure.subplots(rows, columns, squeeze=False).flat:
+            axis.axis("off")
+        for axis, (name, shares) in zip(figure.axes, names.items(), strict=False):
+            draw_in_fog(axis, picture, shares, name)
+        return rendered(figure)
+
+
+def mask_row(found: Look, word: int) -> str:
+    """HTML: the text, coloured as the masks are: what the row of a word may read."""
+    own, cells = 1 + word, []
+    for position, token in enumerate(found.tokens[1:-1], 1):
+        if found.may_read is None:
+            kind = "own" if position == own else "left"
+        else:
+            left, right = found.may_read[own].view(2, -1)[:, position].tolist()
+            kind = "left" if left else "right" if right else "hidden"
+        kind += " own" if position == own else ""
+        cells.append(f'<span class="{kind}">{html.escape(token.strip())}</span>')
+    if found.may_read is None:
+        says = "The model read all words but the outlined one, which was masked."
+    else:
+        says = ("The query of the outlined word may read the blue words in the left-to-right "
+                "stream, the orange ones in the right-to-left stream.")
+    return f'<div class="row"><div>{"".join(cells)}</div><small>{says}</small></div>'

@@ -4,9 +4,11 @@
     python -m tools.plot curves runs/toy runs/mlm --x seconds --out docs/curves.png
     python -m tools.plot words runs/toy/words.json --out docs/words.png
     python -m tools.plot align runs/vilt/align.json --out docs/align.png
+    python -m tools.plot look runs/toy/last.pt photo.jpg "a red star above a ring" --out look.png
     python -m tools.plot sheet runs/toy-vqa/vqa/examples.json --out docs/toy_vqa.png
 
-`words` and `align` show what `python -m tools.probe` found, `sheet` what eval.py's tasks answered.
+`words` and `align` show what `python -m tools.probe` found, `sheet` what eval.py's tasks answered,
+`look` where a model looks when it reads a text with a picture (look.py).
 They are drawn in plot_examples.py, the others here.
 
 Letters: n tokens of a caption, `<s>` and `</s>` included.
@@ -30,7 +32,7 @@ import flm
 import masks
 from tools.figures import (BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, STYLE, VERMILLION,
                            WIDTH, save)
-from tools.plot_examples import COLUMNS, plot_align, plot_sheet, plot_words
+from tools.plot_examples import COLUMNS, plot_align, plot_look, plot_sheet, plot_words
 
 # --------------------------------------------------------------------------------------------------
 # masks: figure 1 of the paper, from the very functions that the model is trained with.
@@ -299,6 +301,13 @@ def main(argv: list[str] | None = None):
     add("results", metavar="ALIGN_JSON", help="what `python -m tools.probe align` wrote")
     add("--examples", type=int, default=5, help="number of captions, evenly spread")
     add("--words", type=int, default=2 * COLUMNS, help="largest number of words of each caption")
+    add = command("look", plot_look, "where each word of a text looks in a picture")
+    add("checkpoint", metavar="CHECKPOINT", help="any model of FLM or ViLT")
+    add("image", metavar="IMAGE", help="picture file")
+    add("text", metavar="TEXT", help="text about it, which may hold <mask>")
+    add("--of", metavar="OUTPUT", help="reconstructed (FLM's queries; the words of MLM and ViLT), "
+        "left_to_right or right_to_left (the streams); default: the first that there is")
+    add("--tokenizer", metavar="DIR", default="", help="tokenizer, for files that carry none")
     add = command("sheet", plot_sheet, "what a fine-tuned model answered, right or wrong")
     add("results", metavar="EXAMPLES_JSON", help="what vqa, nlvr2, … of eval.py wrote")
     add("--examples", type=int, default=12, help="number of examples, evenly spread")

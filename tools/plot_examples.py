@@ -1,8 +1,8 @@
 """Pictures of single examples: what a model sees in a picture, and what it answers.
 
-The commands `words`, `align` and `sheet` of `python -m tools.plot`.
+The commands `words`, `align`, `look` and `sheet` of `python -m tools.plot`.
 
-Letters: h x w patches of a picture.
+Letters: n tokens of a text, `<s>` and `</s>` included; h x w patches of a picture.
 """
 
 import math
@@ -10,12 +10,15 @@ import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import to_rgb
 
 import data
 import disk
 import files
+import predict
 from tar_index import TarCaptions, is_tar
 from tools.figures import (BLUE, GREEN, GREY, INK, ORANGE, VERMILLION, open_grid, save, show)
+from tools.look import look
 
 # --------------------------------------------------------------------------------------------------
 # What they share.
@@ -145,11 +148,69 @@ def draw_alignment(axes, found: dict, words: range):
         show(axes[0], picture, extent=extent)
     for axis, k in zip(axes[1:], words, strict=False):
         shares = np.array(found["plan"][k]).reshape(h, w)
-        clear = shares / max(shares.max(), 1e-9)
-        show(axis, picture, found["tokens"][k].strip(), f"{100 * shares.max():.0f} %", GREY,
-             extent=extent)
-        axis.imshow(np.full((h, w, 3), FOG, np.uint8), alpha=0.85 * (1 - clear), extent=extent,
-                    interpolation="nearest")
+        draw_in_fog(axis, picture, shares, found["tokens"][k].strip())
+
+
+def draw_in_fog(axis, picture: np.ndarray, shares: np.ndarray, above: str = ""):
+    """A picture, the clearer the larger a patch's share (h, w); below, the largest share."""
+    h, w = shares.shape
+    extent = (0, w, h, 0)
+    clear = shares / max(shares.max(), 1e-9)
+    show(axis, picture, above, f"{100 * shares.max():.0f} %", GREY, extent=extent)
+    axis.imshow(np.full((h, w, 3), FOG, np.uint8), alpha=0.85 * (1 - clear), extent=extent,
+                interpolation="nearest")
+
+
+# --------------------------------------------------------------------------------------------------
+# look: what a model attends to, for a picture and a text of your own.
+
+def plot_look(args):
+    model = predict.open_model(args.checkpoint, tokenizer_folder=args.tokenizer)
+    found = look(model, args.image, args.text)
+    output = args.of or next(iter(found.maps))
+    if output not in found.maps:
+        raise ValueError(f"--of {args.of}: this model has {', '.join(found.maps)}")
+    maps = found.maps[output]
+    rows = {f"layer {i}": layer for i, layer in enumerate(maps.layers, 1)}      # name -> (n, h, w)
+    rows["rolled out"] = maps.rolled_out
+    if found.transport is not None:
+        rows["transport"] = found.transport
+    may_read = found.may_read if output == "reconstructed" else None
+    words = range(1, len(found.tokens) - 1)             # neither <s> nor </s>
+    if not words:
+        raise ValueError("TEXT: at least one word is expected")
+    lines = [words[start:start + COLUMNS] for start in range(0, len(words), COLUMNS)]
+    height = len(rows) + (may_read is not None)         # of a line, in rows of pictures
+    figure, axes = open_grid(len(lines) * height, 1 + COLUMNS, 1.3)
+    title = [f"{output.replace('_', ' ')}: each word's picture is clear where its row looks, else "
+             "in fog.", "Below: the share of the clearest patch."]
+    if may_read is not None:
+        title.append("Above: the words that its query may read, in the left-to-right stream (blue) "
+                     "and in the right-to-left one (orange).")
+    figure.suptitle("\n".join(title), size=10, color=GREY)
+    for line, some in zip(lines, np.split(axes, len(lines)), strict=True):
+        if may_read is not None:
+            for axis, i in zip(some[0, 1:], line, strict=False):
+                draw_readable(axis, may_read[i].numpy(), found.tokens[i].strip())
+            some = some[1:]
+        for (name, shares), row in zip(rows.items(), some, strict=True):
+            row[0].text(1, 0.5, name, ha="right", va="center", transform=row[0].transAxes)
+            for axis, i in zip(row[1:], line, strict=False):
+                named = may_read is None and row is some[0]
+                draw_in_fog(axis, found.picture.permute(1, 2, 0).numpy(), shares[i].numpy(),
+                            found.tokens[i].strip() if named else "")
+    save(figure, args.out)
+
+
+def draw_readable(axis, may_read: np.ndarray, above: str):
+    """What a query may read of both streams, (2n,) bool, as two rows of cells without `<s>`."""
+    cells = np.ones((2, len(may_read) // 2, 3))                                 # white
+    for stream, color in enumerate((BLUE, ORANGE)):
+        cells[stream, np.split(may_read, 2)[stream]] = to_rgb(color)
+    show(axis, cells[:, 1:], above)
+    axis.images[0].set(interpolation="nearest")
+    axis.spines[:].set(visible=True, color=GREY)
+    axis.set(aspect="auto", box_aspect=0.25, anchor="SW")
 
 
 # --------------------------------------------------------------------------------------------------
