@@ -37,19 +37,16 @@ AS_TYPED = gr.InputHTMLAttributes(autocapitalize="off", autocorrect="off", spell
 SHOWN = 20                              # pictures of a search, the best
 
 
-class Picture(gr.Image):
-    """A picture that reaches a handler as the file that was uploaded, whatever is in it.
+def picture_box(label: str = "Picture") -> gr.Image:
+    """A picture that reaches a handler as the file that was uploaded, whatever is in it."""
+    box = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=320,
+                   format="png")
 
-    Gradio itself would open it, and fail on what is no picture.
-    """
-    is_template = True                  # the browser shows it as it shows a gr.Image
-
-    def __init__(self, label: str = "Picture"):
-        super().__init__(label=label, type="filepath", sources=["upload", "clipboard"],
-                         height=320, format="png")
-
-    def preprocess(self, payload) -> str | None:
+    def path_of(payload) -> str | None:
         return payload.path if payload else None
+
+    box.preprocess = path_of            # Gradio's own opens it, and fails on what is no picture
+    return box
 
 
 @dataclass
@@ -136,7 +133,7 @@ def one_picture(page: Page, tab, given: gr.State, texts: list, suggest: Callable
     texts: components that suggest(drawn) has values for, when a scene was drawn.
     Returns (picture, markdown of the facts). The picture of the last tab comes along.
     """
-    picture = Picture()
+    picture = picture_box()
     button = gr.Button("Draw me a scene")
     known = gr.Markdown(render=False)
 
@@ -270,7 +267,7 @@ def describe_tab(page: Page, tab, given: gr.State):
 
 def compare_tab(page: Page, tab, given: gr.State):
     with gr.Row():
-        left, right = Picture("Left"), Picture("Right")
+        left, right = picture_box("Left"), picture_box("Right")
     draw = gr.Button("Draw me two scenes")
     model = page.choose_model("Compare")
     statement = gr.Textbox(label="Statement", value="both images contain a square",
