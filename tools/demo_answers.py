@@ -330,11 +330,18 @@ def draw_pair(folder: str | Path, seed: int) -> tuple[str, str, str, bool]:
 def with_blanks(caption: str, count: int = 2) -> str:
     """A caption of the toy world with blanks in the place of its first colours and kinds.
 
+    No two of them are neighbours: with both hidden, "a ___ ___" leaves open what each is.
+
     >>> with_blanks("a red star above a big ring, and two blue circles")
-    'a ___ ___ above a big ring, and two blue circles'
+    'a ___ star above a big ___, and two blue circles'
     """
-    names = [*COLOURS, *KINDS, *PLURAL.values()]
-    return re.sub(rf"\b({'|'.join(names)})\b", "___", caption, count=count)
+    names = {*COLOURS, *KINDS, *PLURAL.values()}
+    parts = re.split(r"(\w+)", caption)             # at odd places the words
+    last, left = -2, count
+    for i in range(1, len(parts), 2):
+        if left and parts[i] in names and i > last + 2:
+            parts[i], last, left = "___", i, left - 1
+    return "".join(parts)
 
 
 def facts(drawn: Drawn) -> str:
@@ -362,6 +369,16 @@ def verdict(truth: bool | None) -> str:
     return "True of this scene." if truth else "False of this scene."
 
 
+def mark(truth: bool | None) -> str:
+    """A verdict's mark: true, false, not known."""
+    return {True: "✓ true", False: "✗ false", None: "?"}[truth]
+
+
+def known_of_pair(truth: bool) -> str:
+    """Markdown: whether the statement about two drawn scenes is true."""
+    return f"**Known of these scenes:** the statement is {'true' if truth else 'false'}."
+
+
 def wrong_captions(drawn: Drawn, seed: int, count: int = 3) -> list[str]:
     """Captions of other scenes that are false of this one."""
     found, rng = [], random.Random(seed)
@@ -385,7 +402,7 @@ def percent(share: float) -> str:
 
 def bar(share: float) -> str:
     """A probability as a bar with its number."""
-    return (f'<span class="bar"><span style="width: {100 * share:.0f}%"></span></span> '
+    return (f'<span class="share"><span style="width: {100 * share:.0f}%"></span></span> '
             f"{percent(share)}")
 
 

@@ -22,16 +22,25 @@ from tools.demo_answers import TABS, Drawn, Models
 
 CSS = """
 .gradio-container {max-width: 1100px !important; margin: 0 auto !important}
-.answers {width: 100%; border-collapse: collapse}
+.answers {width: 100%; border-collapse: collapse; font-size: .95em}
 .answers th {text-align: left; font-weight: 600; opacity: .7}
-.answers th, .answers td {padding: 3px 8px 3px 0}
+.answers th, .answers td {padding: 4px 8px 4px 0; vertical-align: top}
 .answers tr {border-bottom: 1px solid var(--border-color-primary)}
-.bar {display: inline-block; width: 52px; height: 9px; background: var(--border-color-primary)}
-.bar span {display: block; height: 9px; background: #0072B2}
-.row span {display: inline-block; padding: 1px 6px; margin: 2px; border-radius: 4px}
-.row .left {background: #0072B2; color: white} .row .right {background: #E69F00; color: black}
-.row .own {outline: 2px solid #D55E00} .row .hidden {opacity: .45; text-decoration: line-through}
+.answers small {opacity: .7; white-space: nowrap}
+.share {display: inline-block; width: 40px; height: 8px; background: var(--border-color-primary)}
+.share span {display: block; height: 8px; background: #0072B2}
+.reads span {display: inline-block; padding: 1px 6px; margin: 2px; border-radius: 4px}
+.reads .left {background: #0072B2; color: white}
+.reads .right {background: #E69F00; color: black}
+.reads .hidden {opacity: .5; text-decoration: line-through}
+.reads .own {outline: 2px solid #D55E00}
+.key {max-width: 300px}
+.found img {object-fit: contain !important}
+@media (max-width: 600px) {.share {display: none} .answers td {padding-right: 4px}}
 """
+# How a word is coloured by its likelihood, from the largest down.
+SURE, UNSURE, UNLIKELY = "over 50 %", "5 to 50 %", "under 5 %"
+COLOURS = {SURE: "#56B4E9", UNSURE: "#F0E442", UNLIKELY: "#D55E00"}
 # On a telephone the keyboard would begin every text with a capital, which the toy models never saw.
 AS_TYPED = gr.InputHTMLAttributes(autocapitalize="off", autocorrect="off", spellcheck=False)
 SHOWN = 20                              # pictures of a search, the best
@@ -165,7 +174,7 @@ def one_picture(page: Page, tab, given: gr.State, texts: list, suggest: Callable
 
 def fill_tab(page: Page, tab, given: gr.State):
     text = gr.Textbox(label="Text", value="a ___ square", render=False, html_attributes=AS_TYPED,
-                      info="Type ___ for a blank, as many as you like, or none.")
+                      info="Underscores are a blank. There may be any number of blanks, or none.")
 
     def suggest(drawn: Drawn):
         return answers.facts(drawn), answers.with_blanks(drawn.captions[0])
@@ -179,28 +188,38 @@ def fill_tab(page: Page, tab, given: gr.State):
             button = gr.Button("Say every word", variant="primary")
             reading = gr.State()
             words = gr.HighlightedText(label="Click a word: where did the model look for it?",
-                                       visible=False, show_whitespaces=False)
-            maps = gr.Image(label="Clear where the model looked, else in fog", visible=False,
-                            interactive=False, format="png", buttons=["fullscreen"])
-            may_read = gr.HTML()
-            choices = gr.HTML()
+                                       visible=False, show_whitespaces=False, show_legend=True,
+                                       color_map=COLOURS)
+            maps = gr.Image(show_label=False, visible=False, interactive=False, format="png",
+                            buttons=[])
+            may_read = gr.HTML(visible=False, apply_default_css=False)
+            choices = gr.HTML(visible=False, apply_default_css=False)
             known.render()
 
     def say(checkpoint, path, typed):
         read = answers.read_words(page.model("Fill in", checkpoint), path, typed)
-        shares = [(word.text, word.share) for word in read.words]
-        return (read, gr.update(value=shares, visible=True), answers.word_table(read),
-                gr.update(value=None, visible=False), "")
+        classes = [(word.text, class_of(word.share)) for word in read.words]
+        return (read, shown(classes), shown(answers.word_table(read)), gr.update(visible=False),
+                gr.update(visible=False))
 
     def look(checkpoint, read, chosen: gr.SelectData):
         model = page.model("Fill in", checkpoint)
         found = pictures.look_for(model, read, chosen.index)
-        return gr.update(value=pictures.maps(found, chosen.index), visible=True), \
-            pictures.mask_row(found, chosen.index)
+        return (shown(pictures.maps(found, chosen.index)),
+                shown(pictures.mask_row(found, chosen.index)))
 
     page.on([button.click, text.submit], say, [model, picture, text],
             [reading, words, choices, maps, may_read])
     page.on(words.select, look, [model, reading], [maps, may_read])
+
+
+def class_of(share: float) -> str:
+    return SURE if share > 0.5 else UNSURE if share >= 0.05 else UNLIKELY
+
+
+def shown(value):
+    """A component that was invisible, with a value."""
+    return gr.update(value=value, visible=True)
 
 
 def ask_tab(page: Page, tab, given: gr.State):
@@ -252,8 +271,7 @@ def describe_tab(page: Page, tab, given: gr.State):
 
     def describe(checkpoint, path, now, *settings):
         said = answers.describe(page.model("Describe", checkpoint), path, *settings)
-        drawn = now.drawn if now.path == path or now.drawn else None
-        return said, answers.verdict(drawn.truth(said)) if drawn else ""
+        return said, answers.verdict(now.drawn.truth(said)) if now.drawn else ""
 
     how.change(lambda chosen: (gr.update(visible=chosen == "Beam search"),
                                gr.update(visible=chosen == "Sampling")), how, [beams, sampling],
@@ -278,7 +296,7 @@ def compare_tab(page: Page, tab, given: gr.State):
 
     def draw_two():
         one, other, said, truth = answers.draw_pair(page.folder, answers.new_seed())
-        return one, other, said, f"**Known of these scenes:** it is {str(truth).lower()}."
+        return one, other, said, answers.known_of_pair(truth)
 
     def compare(checkpoint, one, other, typed):
         typed = answers.checked_text(typed, "a statement")
@@ -305,8 +323,8 @@ def search_tab(page: Page, tab, given: gr.State):
             text = gr.Textbox(label="Text", value="a red square", html_attributes=AS_TYPED)
             button = gr.Button("Search", variant="primary")
         with gr.Column():
-            found = gr.Gallery(label="The best first, with their scores", columns=3, height=420,
-                               object_fit="contain", interactive=False)
+            found = gr.Gallery(label="The best first, with their scores", columns=3, height="auto",
+                               object_fit="contain", interactive=False, elem_classes="found")
             left_out = gr.Markdown()
 
     def draw_nine():
@@ -317,16 +335,16 @@ def search_tab(page: Page, tab, given: gr.State):
 
     def search(checkpoint, typed, paths, known):
         best, missing = answers.search(page.model("Search", checkpoint), typed, paths)
-        shown = []
+        titled = []
         for path, score in best[:SHOWN]:
             name = Path(path).name
-            about = answers.verdict(known[name].truth(typed)) if name in known else name
-            shown.append((path, f"{score:.2f}  {about}"))
+            about = answers.mark(known[name].truth(typed)) if name in known else name
+            titled.append((path, f"{score:.2f} {about}"))
         says = [f"{len(best)} pictures, the best {SHOWN} are shown."] if len(best) > SHOWN else []
         if missing:
             says.append("Left out: " + "; ".join(missing[:10])
                         + (f"; and {len(missing) - 10} more" if len(missing) > 10 else ""))
-        return shown, "\n\n".join(html.escape(answers.without(page.folder, line)) for line in says)
+        return titled, "\n\n".join(html.escape(answers.without(page.folder, line)) for line in says)
 
     page.on(folder.upload, lambda paths: paths, folder, files)
     page.on(draw.click, draw_nine, None, [files, found, scenes, text])
@@ -346,7 +364,7 @@ def search_tab(page: Page, tab, given: gr.State):
         with gr.Column():
             lines.render()
             order = gr.Button("Put in order", variant="primary")
-            ranked = gr.HTML()
+            ranked = gr.HTML(apply_default_css=False)
             known.render()
 
     def rank(checkpoint, path, typed, now):
@@ -354,7 +372,7 @@ def search_tab(page: Page, tab, given: gr.State):
         rows = [[f"{score:.2f}", html.escape(said)] for said, score in best]
         if now.drawn:
             for row, (said, _) in zip(rows, best, strict=True):
-                row.append(answers.verdict(now.drawn.truth(said)))
+                row.append(answers.mark(now.drawn.truth(said)))
         return answers.table(["score", "text, the best first", "truth"][:2 + bool(now.drawn)], rows)
 
     page.on(order.click, rank, [model, picture, lines, given], ranked)
@@ -369,10 +387,11 @@ assert list(MODEL_TABS) == list(TABS)
 # Masks: needs no model.
 
 def masks_tab(page: Page):
+    sentence = "a girl in red plays chess"
+    first, about_first = pictures.masks(sentence, "FLM", 0.4, 0, 7)
     with gr.Row():
         with gr.Column():
-            text = gr.Textbox(label="Sentence", value="a girl in red plays chess",
-                              html_attributes=AS_TYPED)
+            text = gr.Textbox(label="Sentence", value=sentence, html_attributes=AS_TYPED)
             objective = gr.Radio(list(pictures.OBJECTIVES), value="FLM", label="Objective")
             rate = gr.Slider(0, 1, 0.4, step=0.05, label="Corruption rate",
                              info="the share of the words that is hidden from each query; at 0 it "
@@ -380,12 +399,12 @@ def masks_tab(page: Page):
             prefix = gr.Slider(1, pictures.MOST_WORDS - 1, 2, step=1, label="Words of the prefix",
                                visible=False)
             again = gr.Button("Draw again", variant="primary")
-            says = gr.Markdown()
-            gr.Image(pictures.key(), label="How to read it", interactive=False, buttons=[],
-                     show_label=False, container=False)
+            says = gr.Markdown(about_first)
         with gr.Column():
-            drawn = gr.Image(label="Rows look, columns are looked at", interactive=False,
-                             buttons=["fullscreen"], format="png")
+            drawn = gr.Image(first, show_label=False, interactive=False, format="png",
+                             buttons=["fullscreen"])
+            gr.Image(pictures.key(), show_label=False, interactive=False, format="png", buttons=[],
+                     container=False, elem_classes="key")
 
     def draw(*settings):
         return pictures.masks(*settings, answers.new_seed())

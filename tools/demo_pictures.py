@@ -119,9 +119,10 @@ def mask_row(found: Look, word: int) -> str:
             kind = "left" if left else "right" if right else "hidden"
         kind += " own" if position == own else ""
         cells.append(f'<span class="{kind}">{html.escape(token.strip())}</span>')
+    says = "Above: clear where the model looked for the outlined word, else in fog. "
     if found.may_read is None:
-        says = "The model read all words but the outlined one, which was masked."
+        says += "It read all other words; this one was masked."
     else:
-        says = ("The query of the outlined word may read the blue words in the left-to-right "
-                "stream, the orange ones in the right-to-left stream.")
-    return f'<div class="row"><div>{"".join(cells)}</div><small>{says}</small></div>'
+        says += ("Its query may read the blue words in the left-to-right stream, the orange ones "
+                 "in the right-to-left stream.")
+    return f'<div class="reads"><div>{"".join(cells)}</div><small>{says}</small></div>'

@@ -101,7 +101,10 @@ def draw_objective(objective: str, words: Sequence[str], rng: np.random.Generato
     seen = mask[0].numpy().copy()                                                   # (n, n)
     seen[:, masked] = False                             # the column is read, but its word is gone
     before = np.tril(np.ones((n, n), bool))             # row i's own column counts as its left
-    asked = {i: i for i in masked} if objective == "mlm" else targets(objective, n, prefix)
+    if objective == "mlm":
+        asked = {i: i for i in masked}
+    else:
+        asked = targets(objective, n, prefix if objective == "prefix" else 0)
     return Panel(title, says, seen & before, seen & ~before, asked, masked)
 
 
@@ -184,7 +187,8 @@ def cell(axis, x: float, y: float, color: str, pale: bool = False, hatch: str | 
                                  lw=0.7 if hidden else 0,
                                  facecolor=1 - shade * (1 - np.array(to_rgb(color))),
                                  edgecolor="#BBBBBB" if hatch else "#D8D8D8"))  # also the hatch's
-    axis.text(x + 0.5, y + 0.53, mark, ha="center", va="center", weight="bold", size=11)
+    if mark:
+        axis.text(x + 0.5, y + 0.53, mark, ha="center", va="center", weight="bold", size=11)
 
 
 # --------------------------------------------------------------------------------------------------
