@@ -201,13 +201,16 @@ def read_words(model: Model, picture: str | None, text: str | None, choices: int
             one_by_one.append(predict.token_shares(model, visual, masked, position))
         shares = torch.cat(one_by_one)                                      # (words, V)
 
+    def text_of(token):
+        return tok.decode([token]).strip() or "␣"
+
     inner, words = ids[0, 1:-1].tolist(), []
     best, starts = shares.topk(choices), tok.word_starts(inner)
     for i, token in enumerate(inner):
-        said = [tok.decode([choice]).strip() for choice in best.indices[i].tolist()]
+        said = map(text_of, best.indices[i].tolist())
         pairs = list(zip(said, best.values[i].tolist(), strict=True))
-        words.append(Word(tok.decode([token]).strip(), starts[i], shares[i, token].item(), pairs,
-                          blanks[i]))
+        share = shares[i, token].item()
+        words.append(Word(text_of(token), starts[i], share, pairs, blanks[i]))
     return Reading(picture, ids, words)
 
 

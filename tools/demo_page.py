@@ -102,12 +102,15 @@ class Page:
 
 
 def start(page: Page, host: str, port: int | None = None) -> str:
-    """Serves a page in the background -> its address. OSError for a port that is taken."""
-    blocks = build(page)
-    _, address, _ = blocks.launch(
-        server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
-        inbrowser=False, run_history=False, footer_links=[], ssr_mode=False, css=CSS,
-        enable_monitoring=False, max_file_size=f"{2 * answers.LARGEST}mb", show_error=True)
+    """Serves a page in the background -> its address. ValueError for a port that is taken."""
+    try:
+        _, address, _ = build(page).launch(
+            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
+            inbrowser=False, run_history=False, footer_links=[], ssr_mode=False, css=CSS,
+            enable_monitoring=False, max_file_size=f"{2 * answers.LARGEST}mb", show_error=True)
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port}: nothing can be served there "
+                         f"({answers.sentence(error)})") from None
     return address
 
 
@@ -164,7 +167,9 @@ def one_picture(page: Page, tab, given: gr.State, texts: list, suggest: Callable
     def arrive(now: Given, shown: str | None):
         if now.path is None:
             return show(page.draw())
-        if shown and Path(shown).name == Path(now.path).name:
+        # Gradio keeps a drawn picture under a path of its own.
+        drawn = bool(now.drawn and shown) and Path(shown).name == Path(now.path).name
+        if shown == now.path or drawn:
             return [gr.skip() for _ in outputs]
         return show(now)
 
@@ -199,22 +204,25 @@ def fill_tab(page: Page, tab, given: gr.State):
     def say(checkpoint, path, typed):
         read = answers.read_words(page.model("Fill in", checkpoint), path, typed)
         classes = [(word.text, class_of(word.share)) for word in read.words]
-        return (read, shown(classes), shown(answers.word_table(read)), gr.update(visible=False),
-                gr.update(visible=False))
+        return ((checkpoint, read), shown(classes), shown(answers.word_table(read)), HIDDEN, HIDDEN)
 
-    def look(checkpoint, read, chosen: gr.SelectData):
-        model = page.model("Fill in", checkpoint)
-        found = pictures.look_for(model, read, chosen.index)
+    def look(said, chosen: gr.SelectData):
+        checkpoint, read = said             # the model may have been changed since
+        found = pictures.look_for(page.model("Fill in", checkpoint), read, chosen.index)
         return (shown(pictures.maps(found, chosen.index)),
                 shown(pictures.mask_row(found, chosen.index)))
 
-    page.on([button.click, text.submit], say, [model, picture, text],
-            [reading, words, choices, maps, may_read])
-    page.on(words.select, look, [model, reading], [maps, may_read])
+    results = [words, choices, maps, may_read]
+    page.on([button.click, text.submit], say, [model, picture, text], [reading, *results])
+    page.on(words.select, look, reading, [maps, may_read])
+    page.on([picture.change, model.change], lambda: [HIDDEN] * 4, None, results)
 
 
 def class_of(share: float) -> str:
     return SURE if share > 0.5 else UNSURE if share >= 0.05 else UNLIKELY
+
+
+HIDDEN = gr.update(visible=False)
 
 
 def shown(value):
@@ -245,6 +253,7 @@ def ask_tab(page: Page, tab, given: gr.State):
         return dict(answers.predict.ask(page.model("Ask", checkpoint), path, typed))
 
     page.on([button.click, question.submit], ask, [model, picture, question], found)
+    page.on(picture.change, lambda: None, None, found)
 
 
 def describe_tab(page: Page, tab, given: gr.State):
@@ -278,6 +287,7 @@ def describe_tab(page: Page, tab, given: gr.State):
                api_visibility="private")
     page.on(button.click, describe, [model, picture, given, how, beams, top_p, temperature, seed],
             [caption, truth])
+    page.on(picture.change, lambda: ("", ""), None, [caption, truth])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -306,7 +316,8 @@ def compare_tab(page: Page, tab, given: gr.State):
 
     page.on(draw.click, draw_two, None, [left, right, statement, known])
     forget = [event for side in (left, right) for event in (side.upload, side.clear)]
-    page.on([*forget, statement.input], str, None, known)
+    page.on([*forget, statement.input], lambda: "", None, known)
+    page.on([left.change, right.change, statement.change], lambda: None, None, found)
     page.on([button.click, statement.submit], compare, [model, left, right, statement], found)
 
 
@@ -376,6 +387,7 @@ def search_tab(page: Page, tab, given: gr.State):
         return answers.table(["score", "text, the best first", "truth"][:2 + bool(now.drawn)], rows)
 
     page.on(order.click, rank, [model, picture, lines, given], ranked)
+    page.on(picture.change, lambda: "", None, ranked)
 
 
 MODEL_TABS = {"Fill in": fill_tab, "Ask": ask_tab, "Describe": describe_tab,
