@@ -51,17 +51,17 @@ class Machine:
     precision: str              # fp32, bf16 or fp16, of matrix products
     messages: object = None     # process group for numbers that stay on the CPU; None: alone
 
-    def say(self, *words, **how):
+    def say(self, *words: object, **how: object) -> None:
         """Prints, in the first process only."""
         if self.rank == 0:
             print(*words, **how, flush=True)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         """The context in which the model runs."""
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision],
                               enabled=self.precision != "fp32")
 
-    def wait(self):
+    def wait(self) -> None:
         """Returns when all processes are here."""
         if self.world > 1:
             dist.barrier()
@@ -227,7 +227,7 @@ class Signals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def note(self, number: int, frame):
+    def note(self, number: int, frame: object) -> None:
         if not self.training:
             print(f"stopped by {signal.Signals(number).name} before training began",
                   file=sys.stderr)
@@ -239,7 +239,7 @@ class Signals:
             os._exit(128 + number)
 
 
-def ignore_signals(worker: int = 0):
+def ignore_signals(worker: int = 0) -> None:
     """For data-loading processes, which end when the process that they load for ends."""
     for number in Signals.WATCHED:
         signal.signal(number, signal.SIG_IGN)

@@ -5,7 +5,7 @@
     describe(model, "photo.jpg", beams=5)                       # "a red cup on a table."
     compare(model, "left.jpg", "right.jpg", "both show a cup")  # 0.93, the probability of "true"
     search(model, "a red cup", ["a.jpg", "b.jpg"])              # [("b.jpg", 2.7), ("a.jpg", -4.1)]
-    rank(model, "a.jpg", ["a red cup", "a dog"])               # [("a red cup", 3.1), …]
+    rank(model, "a.jpg", ["a red cup", "a dog"])                # [("a red cup", 3.1), …]
     fill(model, "photo.jpg", "a <mask> cup")                    # ("a red cup", [("red", 0.88)])
 
 A picture is a file's path or a PIL image. docs/PYTHON.md shows each function at work.
@@ -51,16 +51,15 @@ import weights
 from data import CaptionDataset, decode, pad_pictures, pad_texts
 from layers import encode_batch_images, task_logits
 from machine import Machine
-from tasks import BOS, EOS, patch_layout, shape_of, task_of, to_device
+from tasks import BOS, EOS, Config, Model, patch_layout, shape_of, task_of, to_device
 
-Model = flm.FLM | vilt.ViLT
-Config = flm.Config | vilt.Config
 Picture = str | Path | Image.Image          # a picture file, or a picture in memory
 
 # -------------------------------------------------------------------------------------------------
 # A model, and the data that it is asked about.
 
-def open_model(path: str | Path, task: str | None = None, tokenizer_folder: str | Path = ""):
+def open_model(path: str | Path, task: str | None = None,
+               tokenizer_folder: str | Path = "") -> Model:
     """A checkpoint's model, in eval mode on the CPU, with its tokenizer.
 
     task: what the model is wanted for (a name of tasks.TASKS), or None for anything.
@@ -89,7 +88,7 @@ def open_model(path: str | Path, task: str | None = None, tokenizer_folder: str 
     return model
 
 
-def check_task(model, task: str | None, path: str | Path = "CHECKPOINT"):
+def check_task(model: Model, task: str | None, path: str | Path = "CHECKPOINT") -> None:
     """ValueError for a model that cannot do a task. Its sentence says which command makes one."""
     c, others = model.config, ""
     if task == "pretrain":
@@ -106,7 +105,8 @@ def check_task(model, task: str | None, path: str | Path = "CHECKPOINT"):
                          f"train.py --task {task} --load {path} makes{others}")
 
 
-def choose_datasets(model, folder: str | Path, asked: Sequence[str], kind: str) -> tuple[str, ...]:
+def choose_datasets(model: Model, folder: str | Path, asked: Sequence[str],
+                    kind: str) -> tuple[str, ...]:
     """The datasets of a folder that a model is asked about.
 
     They are those asked for, else those that the model was trained on, else the only one there is.
@@ -128,7 +128,7 @@ def no_split(folder: str | Path, datasets: Iterable[str], split: str, kind: str)
     return FileNotFoundError(f"{folder}: no {kind} files of split {split!r}: {'; '.join(there)}")
 
 
-def device_of(model) -> torch.device:
+def device_of(model: Model) -> torch.device:
     return next(model.parameters()).device
 
 
@@ -159,7 +159,7 @@ def open_picture(picture: Picture, config: Config) -> Tensor:
         raise ValueError(f"{name}: not a picture that can be read ({reason})") from None
 
 
-def picture_batch(config, pictures: Sequence[Tensor], device: torch.device) -> dict:
+def picture_batch(config: Config, pictures: Sequence[Tensor], device: torch.device) -> dict:
     """Pictures, uint8 (3, h, w) each, as the batch that layers.encode_batch_images takes.
 
     `image` (N, 3, H, W) is normalised; a ViLT's batch also says where its patches are.
@@ -174,7 +174,7 @@ def encode_pictures(model: Model, pictures: Iterable[Picture]) -> Tensor | vilt.
     return encode_batch_images(model, picture_batch(model.config, opened, device_of(model)))
 
 
-def token_ids(model, text: str) -> Tensor:
+def token_ids(model: Model, text: str) -> Tensor:
     """A text with `<s>` and `</s>`, int64 (1, L). ValueError for one that is too long."""
     tok = model.tokenizer
     if tok is None:
@@ -182,7 +182,7 @@ def token_ids(model, text: str) -> Tensor:
     return checked_ids(model, [tok.cls_id, *tok.encode(text), tok.sep_id], text)
 
 
-def blanked_ids(model, text: str) -> Tensor:
+def blanked_ids(model: Model, text: str) -> Tensor:
     """A text in which `<mask>` or `[MASK]` stands for a blank, as token_ids returns it."""
     tok = model.tokenizer
     mask = tok.tokens[tok.mask_id]
@@ -190,7 +190,7 @@ def blanked_ids(model, text: str) -> Tensor:
     return checked_ids(model, [tok.cls_id, *tok.encode(text, specials=True), tok.sep_id], text)
 
 
-def checked_ids(model, ids: list[int], text: str) -> Tensor:
+def checked_ids(model: Model, ids: list[int], text: str) -> Tensor:
     """ids as int64 (1, L), on the model's device. ValueError if the model reads fewer."""
     if len(ids) > model.config.max_tokens:
         raise ValueError(f"a text of {len(ids)} tokens; this model reads at most "
@@ -236,8 +236,8 @@ def describe(model: Model, picture: Picture, max_tokens: int | None = None, beam
 
 
 @torch.no_grad()
-def write_captions(model, visual: Tensor, max_tokens: int | None = None, beams: int = 1,
-                   **decoding) -> list[str]:
+def write_captions(model: Model, visual: Tensor, max_tokens: int | None = None, beams: int = 1,
+                   **decoding: object) -> list[str]:
     """Captions of N encoded pictures, visual (N, P, D) -> N strings.
 
     max_tokens: None means 30, or as many as the model has positions for.
@@ -398,7 +398,7 @@ def token_shares(model: Model, visual, ids: Tensor, positions: Tensor) -> Tensor
 # -------------------------------------------------------------------------------------------------
 # Retrieval: encode once, fuse many.
 
-def match_score(model, visual, text) -> Tensor:
+def match_score(model: Model, visual: Tensor | vilt.Visual, text: flm.Text | vilt.Text) -> Tensor:
     """How well captions and images match, the higher the better -> float32 (B,).
 
     It is the output of a retrieval head, or else the log-probability of a match that image-text
@@ -421,7 +421,7 @@ class Gallery:
     cut: number of captions that were cut to the tokens that the model reads.
     """
 
-    def __init__(self, model, dataset: CaptionDataset, images: int = 0, captions: int = 0):
+    def __init__(self, model: Model, dataset: CaptionDataset, images: int = 0, captions: int = 0):
         self.model, self.dataset = model, dataset
         self.unreadable, self.cut = [], 0
         row_of = dataset.table.row_of           # of all captions, rising
@@ -438,7 +438,7 @@ class Gallery:
     def shape(self) -> tuple[int, int]:
         return len(self.rows), len(self.numbers)
 
-    def encode_image(self, i: int):
+    def encode_image(self, i: int) -> Tensor | vilt.Visual:
         """The visual of image i of 0..N-1."""
         config, device = self.model.config, device_of(self.model)
         pictures, wrong = self.dataset.pictures(int(self.rows[i]))
@@ -451,7 +451,7 @@ class Gallery:
         self.cut = sum(cut for _, cut in tokens)
         return [ids for ids, _ in tokens]
 
-    def encode_texts(self, tokens: list[list[int]]):
+    def encode_texts(self, tokens: list[list[int]]) -> flm.Text | vilt.Text:
         """The model's Text of B captions, for the class vector alone."""
         ids = pad_texts(tokens, self.model.config.pad_id).to(device_of(self.model))     # (B, L)
         return self.model.encode_text(ids, class_only=True)
@@ -488,7 +488,7 @@ class Gallery:
 
 @torch.no_grad()
 def fill_scores(gallery: Gallery, scores: np.ndarray, images: Iterable[int],
-                texts_at_once: int = 256, quiet: bool = False):
+                texts_at_once: int = 256, quiet: bool = False) -> None:
     """Scores some images of a gallery with all of its captions, into their rows of scores (N, M).
 
     images: which of the N. Rows that hold no NaN are complete and left as they are. So `scores`

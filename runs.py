@@ -10,6 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 from torch.utils.data import DataLoader
 
 import checkpoints
@@ -19,11 +20,12 @@ import tokenizer
 import vilt
 import weights
 from batches import GlobalBatches
-from data import token_lengths
+from data import Captions, token_lengths
 from machine import Machine, loader_workers
 from recipes import MODELS
 from settings import Settings, check_model, check_same_run, check_task, split_batch
-from tasks import Task, task_of
+from tasks import Config, Task, task_of
+from tokenizer import Tokenizer
 
 # A short validation comes early: (its step, its number of captions). What is wrong with the
 # validation split shows in the first minute, not after the first thousand steps.
@@ -35,7 +37,7 @@ class Run:
     """What stays the same from the first step to the last."""
     settings: Settings
     machine: Machine
-    config: object                  # the model's Config, as the task needs it
+    config: Config                  # the model's Config, as the task needs it
     task: Task
     tables: dict                    # split -> table; val may be None
     sampler: GlobalBatches
@@ -126,7 +128,8 @@ def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
     return run
 
 
-def fit_config(config, config_flags: dict, tok, task_class, settings: Settings):
+def fit_config(config: Config, config_flags: dict, tok: Tokenizer, task_class: type[Task],
+               settings: Settings) -> Config:
     """A model's Config with the flags' values, the tokenizer's sizes, and the head of the task."""
     # `adapt` removes a pooler that the task does not train.
     config = replace(config, **config_flags, pooler=True)
@@ -135,7 +138,8 @@ def fit_config(config, config_flags: dict, tok, task_class, settings: Settings):
     return task_class.adapt(config, settings)
 
 
-def open_tokenizer(settings, config_flags, saved, source, table, machine):
+def open_tokenizer(settings: Settings, config_flags: dict, saved: dict | None,
+                   source: nn.Module | None, table: Captions, machine: Machine) -> Tokenizer:
     """The checkpoint's tokenizer, else that of --tokenizer, else one trained on the captions.
 
     The last one is kept in OUT/tokenizer.
@@ -165,7 +169,7 @@ def open_tokenizer(settings, config_flags, saved, source, table, machine):
     return tokenizer.load(directory)
 
 
-def training_lengths(table, tok, out: Path, machine: Machine) -> np.ndarray:
+def training_lengths(table: Captions, tok: Tokenizer, out: Path, machine: Machine) -> np.ndarray:
     """token_lengths of the training captions, counted once by the first process and kept in OUT.
 
     The file's name is derived from the data files and the tokenizer that they were counted with.

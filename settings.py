@@ -21,7 +21,8 @@ import vilt
 from disk import shortened
 from machine import Machine
 from recipes import MODELS, RECIPES
-from tasks import TASKS
+from released.named import locate
+from tasks import TASKS, Config
 from weights import backbone_of
 
 
@@ -122,7 +123,7 @@ SET_BY_TASK = {"head", "answers", "pooler", "cls_id", "pad_id", "sep_id", "mask_
 # -------------------------------------------------------------------------------------------------
 # The command line.
 
-def documented_fields(config_class) -> dict[str, tuple[str, str]]:
+def documented_fields(config_class: type) -> dict[str, tuple[str, str]]:
     """Field -> (its group, its help text), from the comments in a dataclass's source."""
     found, group, name = {}, "", ""
     for line in inspect.getsource(config_class).splitlines():
@@ -141,7 +142,7 @@ def documented_fields(config_class) -> dict[str, tuple[str, str]]:
     return found
 
 
-def add_flags(parser):
+def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for every field of Settings and of the models' Configs."""
     groups = {}
 
@@ -196,10 +197,11 @@ def parse(argv: list[str] | None) -> tuple[Settings, dict]:
     task, recipe = given.get("task", Settings.task), given.get("recipe", "")
     if task not in TASKS:
         parser.error(f"--task {task}: one of {', '.join(TASKS)} is expected")
-    if recipe and recipe not in RECIPES[task]:
-        parser.error(f"--recipe {recipe}: one of {', '.join(RECIPES[task])} is expected "
+    recipes = RECIPES.get(task, {})
+    if recipe and recipe not in recipes:
+        parser.error(f"--recipe {recipe}: one of {', '.join(recipes)} is expected "
                      f"for task {task}")
-    merged = RECIPES[task].get(recipe, {}) | given
+    merged = recipes.get(recipe, {}) | given
     if "steps" in given and "epochs" not in given:
         merged["epochs"] = 0.0              # a flag beats the recipe's epochs
     for name in ("datasets", "log"):
@@ -221,7 +223,7 @@ def parse(argv: list[str] | None) -> tuple[Settings, dict]:
     return settings, config_flags
 
 
-def list_recipes():
+def list_recipes() -> None:
     """Prints every recipe with its settings."""
     for task, recipes in RECIPES.items():
         print(task)
@@ -234,13 +236,14 @@ def list_recipes():
 # -------------------------------------------------------------------------------------------------
 # Checks.
 
-def check(settings: Settings, machine: Machine):
+def check(settings: Settings, machine: Machine) -> None:
     """ValueError or FileNotFoundError for settings that do not go together."""
     s = settings
-    for flag in ("vit", "text", "load", "exchange"):
-        path = getattr(s, flag)
-        if path and not Path(path).exists():
-            raise FileNotFoundError(f"--{flag} {path}: there is no such file")
+    for flag in ("vit", "text", "load"):
+        if getattr(s, flag):
+            locate(getattr(s, flag))
+    if s.exchange and not Path(s.exchange).exists():
+        raise FileNotFoundError(f"--exchange {s.exchange}: there is no such file")
     for checkpoint in (Path(s.out) / "last.pt", Path(s.out) / "previous.pt"):
         if checkpoint.exists() and not (s.resume or s.dry_run):
             raise ValueError(f"{checkpoint} exists: --resume goes on from it; for a new run choose "
@@ -281,7 +284,7 @@ def split_batch(settings: Settings, machine: Machine) -> tuple[int, int]:
     return micro, share // micro
 
 
-def check_config_flags(config_flags: dict, config, what: str):
+def check_config_flags(config_flags: dict, config: Config, what: str) -> None:
     """ValueError for a flag that the model's Config does not have. what: how to call the model."""
     names = {field.name for field in fields(config)}
     for name in config_flags:
@@ -289,7 +292,7 @@ def check_config_flags(config_flags: dict, config, what: str):
             raise ValueError(f"--{name.replace('_', '-')}: {what} has no such setting")
 
 
-def check_model(settings: Settings, config_flags: dict, config):
+def check_model(settings: Settings, config_flags: dict, config: Config) -> None:
     """ValueError for settings that do not go with the model that --load opened."""
     s = settings
     check_config_flags(config_flags, config, f"the model of {s.load}")
@@ -301,7 +304,7 @@ def check_model(settings: Settings, config_flags: dict, config):
                          f"{s.load} is one of {backbone_of(config)}")
 
 
-def check_task(settings: Settings, config_flags: dict, config, micro_batch: int):
+def check_task(settings: Settings, config_flags: dict, config: Config, micro_batch: int) -> None:
     """ValueError for settings that do not go with the Config that the task made of the model's."""
     if config_flags.get("label_smoothing") and config.head != "vocab":
         raise ValueError(f"--label-smoothing {config_flags['label_smoothing']}: is for words, "
@@ -314,7 +317,8 @@ def check_task(settings: Settings, config_flags: dict, config, micro_batch: int)
                          f"hold at least {most + 1} pairs")
 
 
-def check_same_run(path, saved: dict, settings: Settings, config, files: list):
+def check_same_run(path: Path, saved: dict, settings: Settings, config: Config,
+                   files: list) -> None:
     """ValueError unless a run resumes with the settings and the data that it was started with.
 
     (The answer list of vqa is compared in runs.open_run.)

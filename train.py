@@ -20,12 +20,14 @@ import contextlib
 import math
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -38,7 +40,7 @@ import weights
 from batches import evaluation_batches
 from data import token_lengths
 from flops import work_of
-from machine import Machine, loader_workers
+from machine import Machine, Signals, loader_workers
 from optimizer import new_optimizer, rate_at
 from report import COUNTERS, Log, Sums, clock, describe, dry_run, write_config
 from runs import Run, open_run
@@ -89,7 +91,7 @@ def build_state(run: Run) -> State:
     return state
 
 
-def start_from_files(run: Run, model):
+def start_from_files(run: Run, model: nn.Module) -> None:
     """Fills a new model with what --load, --vit and --text name."""
     s = run.settings
     if not (s.load or s.vit or s.text):
@@ -104,7 +106,7 @@ def start_from_files(run: Run, model):
                         f"than that of {s.data}")
 
 
-def shard(model, precision: str):
+def shard(model: nn.Module, precision: str) -> None:
     """Shards the parameters of every layer over the processes (FSDP2).
 
     They are kept in float32 and gathered in the precision in which they are used.
@@ -122,7 +124,7 @@ def shard(model, precision: str):
 # -------------------------------------------------------------------------------------------------
 # The loop.
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     with machines.running("train.py"):
         settings, config_flags = parse(argv)
         machine = machines.set_up(settings.device, settings.precision)
@@ -139,7 +141,7 @@ def main(argv=None):
 
 
 @contextlib.contextmanager
-def the_only_writer(settings: Settings, machine: Machine):
+def the_only_writer(settings: Settings, machine: Machine) -> Iterator[None]:
     """Holds OUT during the block, so that no other run writes there, and removes torn files."""
     if machine.rank > 0 or settings.dry_run:
         yield
@@ -152,7 +154,7 @@ def the_only_writer(settings: Settings, machine: Machine):
         yield
 
 
-def say_new_schedule(run: Run):
+def say_new_schedule(run: Run) -> None:
     """Says what becomes of the rate where a run resumes with more steps than it had."""
     s, step, steps = run.settings, run.saved["step"], run.saved["settings"].get("steps", 0)
     if s.steps > steps > 0:
@@ -161,7 +163,7 @@ def say_new_schedule(run: Run):
                         f"at step {step:,} goes from {before:.1e} to {after:.1e}")
 
 
-def train(run: Run, signals):
+def train(run: Run, signals: Signals) -> None:
     """Trains until the last step is done, or until a signal asks to stop (then SystemExit)."""
     state = build_state(run)
     work = work_of(run, state.step) if run.machine.rank == 0 else None
@@ -186,7 +188,7 @@ def train(run: Run, signals):
                     f"| {int(state.skipped)} steps skipped | {log.spikes} loss spikes")
 
 
-def loop(run: Run, state: State, log: Log, signals) -> signal.Signals | None:
+def loop(run: Run, state: State, log: Log, signals: Signals) -> signal.Signals | None:
     """Saves, validates, steps and reports, each when it is due -> the signal that stopped it.
 
     A checkpoint is written before the validation of the same step: a crash there loses nothing.
@@ -227,7 +229,7 @@ def loop(run: Run, state: State, log: Log, signals) -> signal.Signals | None:
             log.report(state)
 
 
-def train_step(run: Run, state: State, micro_batches: list, log: Log):
+def train_step(run: Run, state: State, micro_batches: list, log: Log) -> None:
     """One optimizer step, on the mean losses of a global batch."""
     s = run.settings
     # Dropout's random numbers are a function of the step, as the data is: nothing has to be saved.
@@ -242,7 +244,7 @@ def train_step(run: Run, state: State, micro_batches: list, log: Log):
     state.step += 1
 
 
-def backward(run: Run, state: State, micro_batches: list, log: Log):
+def backward(run: Run, state: State, micro_batches: list, log: Log) -> None:
     """Adds up the gradient of a global batch, which is the same however the batch was split.
 
     The loss is sum_o weight_o (sum over o's targets of the global batch) / (number of them), for
@@ -299,7 +301,7 @@ def update(run: Run, state: State) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(run: Run, state: State, samples: int, signals) -> dict | None:
+def evaluate(run: Run, state: State, samples: int, signals: Signals) -> dict | None:
     """Losses and accuracies on captions of the validation split, evenly spread.
 
     Each is counted once by all processes.

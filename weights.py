@@ -37,18 +37,21 @@ from released.export import ARCHITECTURES, export  # noqa: F401 (others use both
 from released.files import (check_tensors, one_sentence, open_file, open_folder, plain_dict,
                             plain_tensors, read_config, tensors_in)
 from released.models import Source, Undrawn
+from released.named import locate
 from released.names import Report
 from released.whole import carried, write_safetensors, write_torch
-from tasks import TASKS
+from tasks import TASKS, Config
 
 FORMAT = "flm-vilt-1"
 BACKBONES = {"flm": (flm.Config, flm.FLM), "vilt": (vilt.Config, vilt.ViLT)}
-Config = flm.Config | vilt.Config
 
 
 def backbone_of(config: Config) -> str:
     """The name of a Config's model in checkpoints."""
-    return "flm" if isinstance(config, flm.Config) else "vilt"
+    for name, (config_class, _) in BACKBONES.items():
+        if type(config) is config_class:
+            return name
+    raise TypeError(f"{type(config).__name__} is the Config of no backbone")
 
 
 # Settings of a Config that the first checkpoints lack: their defaults are meant.
@@ -103,6 +106,22 @@ def save(path: str | Path, model: dict, config: Config, task: str, tokenizer_fil
         write_torch(path, about | {"model": model})
 
 
+def save_model(path: str | Path, model: nn.Module, half: bool = False, **more: Any) -> None:
+    """Writes a model that `load` returned, with its tokenizer and answers, without an optimizer.
+
+    half: in float16, from which `load` makes float32 again; ValueError for weights beyond its
+    range. more: as `save` takes it.
+    """
+    state = model.state_dict()
+    if half:
+        state = {name: tensor.half() for name, tensor in state.items()}
+        names.check_finite(state, {name: [name] for name in state}, f"{path}: in half precision")
+    files = pack_tokenizer(model.tokenizer) if model.tokenizer else None
+    settings = {name: value for name, value in model.about.items() if name != "whose"}
+    save(path, state, model.config, model.task, files, step=model.step, answers=model.answer_list,
+         settings=settings, **more)
+
+
 def read(path: str | Path) -> dict:
     """Opens a checkpoint of ours, of both kinds of files, as the dict of what `save` was given.
 
@@ -147,7 +166,7 @@ def load_exactly(model: nn.Module, state: dict, path: str | Path, called: dict |
     model.load_state_dict(state, assign=assign)
 
 
-def pack_tokenizer(tok: tokenizer.BPE | tokenizer.WordPiece) -> dict[str, str]:
+def pack_tokenizer(tok: tokenizer.Tokenizer) -> dict[str, str]:
     """The tokenizer's files as {name: text}, to travel inside a checkpoint."""
     return dict(sorted(tok.files().items()))
 
@@ -173,8 +192,11 @@ RENAMED = {"forward_weight": "left_to_right_weight", "reverse_weight": "right_to
            "head_lr": "head_lr_scale", "fusion_lr": "fusion_lr_scale"}
 
 def open_source(path: str | Path, trust: bool = False) -> Source:
-    """Opens a file, or a folder of the Hub. ValueError or FileNotFoundError in a sentence."""
-    path = Path(path)
+    """Opens a file, a folder of the Hub, or what has a name (released/named.py).
+
+    ValueError or FileNotFoundError in a sentence.
+    """
+    path = locate(path)
     with one_sentence(path):
         if path.is_dir():
             folder, (contents, files) = path, open_folder(path)
@@ -420,10 +442,7 @@ def convert(args: argparse.Namespace) -> None:
         return
     if output.suffix not in (".pt", ".safetensors") and not output.is_dir():
         output = output.with_name(output.name + ".safetensors")
-    files = pack_tokenizer(model.tokenizer) if model.tokenizer else None
-    settings = {name: value for name, value in model.about.items() if name != "whose"}
-    save(output, model.state_dict(), model.config, model.task, files, step=model.step,
-         answers=model.answer_list, settings=settings)
+    save_model(output, model)
     print(f"wrote {output}")
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 import predict
 import weights
 from conftest import noise_picture, vilt_model, write_page_models, TINY_VILT
+from released import named
 from tools import demo, demo_answers as answers, demo_pictures as pictures
 from tools.toy_world import Scene, Shape, is_true
 
@@ -53,10 +54,12 @@ def test_the_page_names_every_tab_that_is_missing_and_the_command_that_makes_it(
 
 def test_without_checkpoints_it_opens_what_make_left_and_a_name_of_models_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(named, "MODELS", tmp_path)
     assert answers.existing_defaults() == []
-    for path in ("runs/toy/last.pt", "runs/toy-vqa/last.pt", "models/toy.safetensors"):
+    for path in ("runs/toy/last.pt", "runs/toy-vqa/last.pt"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
+    (tmp_path / "toy.safetensors").touch()
     assert answers.existing_defaults() == ["toy", "runs/toy-vqa/last.pt"]
 
 

@@ -41,7 +41,8 @@ def serve(args):
     """Opens the models, starts the page, prints its address, and stays until Ctrl-C."""
     check_gradio()
     place = machine.set_up(args.device, args.precision)
-    models = demo_answers.open_models(args.checkpoints, place.device, args.tokenizer or "")
+    checkpoints = args.checkpoints or demo_answers.existing_defaults()
+    models = demo_answers.open_models(checkpoints, place.device, args.tokenizer or "")
     with tempfile.TemporaryDirectory(prefix="demo_") as folder:
         # Gradio reads these when it is imported.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1",

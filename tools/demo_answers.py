@@ -1,6 +1,6 @@
 """What the demo page shows, computed: models that are opened, words, answers, drawn scenes.
 
-    models = open_models([])                            # the models of models/, or of `make`
+    models = open_models(existing_defaults())           # those of models/, or of `make`
     drawn = draw_scene("scenes", seed=7)                # a picture, and what is true of it
     reading = read_words(models.able["Fill in"]["toy"], drawn.path, "a ___ square")
     reading.words[1].choices                            # [("red", 0.97), ("pink", 0.02), …]
@@ -24,6 +24,7 @@ from torch import Tensor
 import disk
 import predict
 from predict import Model
+from released.named import model_names
 from tools.toy import pair_row, picture_rows
 from tools.toy_sentences import place_phrase, places_of
 from tools.toy_world import COLOURS, KINDS, PLURAL, Noun, Scene, Shape, is_true
@@ -62,10 +63,10 @@ def open_models(checkpoints: Sequence[str | Path], device: str | torch.device = 
                 tokenizer_folder: str | Path = "") -> Models:
     """Opens checkpoints and finds the tabs that each can serve.
 
-    checkpoints: anything that weights.load opens. None given: those of TABS, as far as they exist.
+    checkpoints: anything that weights.load opens.
     """
     models = Models({tab: {} for tab in TABS}, [])
-    for checkpoint in dict.fromkeys(map(str, checkpoints or existing_defaults())):
+    for checkpoint in dict.fromkeys(map(str, checkpoints)):
         model = predict.open_model(checkpoint, None, tokenizer_folder).to(device)
         tabs = [tab for tab in TABS if is_able(model, tab)]
         for tab in tabs:
@@ -77,8 +78,7 @@ def open_models(checkpoints: Sequence[str | Path], device: str | torch.device = 
 
 def existing_defaults() -> list[str]:
     """The checkpoints of TABS that exist: by name in models/, else what `make` trained."""
-    names = {file.stem for file in Path("models").glob("*.safetensors")}
-    found = []
+    names, found = model_names(), []
     for tab in TABS.values():
         if tab.model in names:
             found.append(tab.model)

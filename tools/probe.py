@@ -26,10 +26,11 @@ import vilt
 from batches import evaluation_batches
 from data import CaptionDataset, Captions, pad_texts, token_lengths
 from eval import REQUIRED, add_commands, at_least, one_model
-from disk import read_json
+from disk import read_json, write_text
 from files import find_files
 from layers import encode_batch_images
 from predict import choose_datasets, device_of, finite, no_split, picture_batch
+from released.named import beside
 from tar_index import table_of
 from tasks import shape_of
 from tools.look import look_at
@@ -262,8 +263,8 @@ def tables(args, model, splits: list[str]) -> dict[str, Captions]:
 
 def write(args, name: str, contents):
     """Writes JSON to --out, or under this name beside the checkpoint."""
-    path = Path(args.out or Path(args.checkpoint).with_name(name))
-    path.write_text(json.dumps(contents) + "\n")
+    path = Path(args.out or beside(args.checkpoint, name))
+    write_text(path, json.dumps(contents) + "\n")
     print(f"wrote {path}")
 
 
