@@ -41,10 +41,8 @@ from layers import (TASK_HEADS, Mask, ReconstructorLayer, StreamLayer, TextEmbed
                     VocabHead, check_config, check_divides, check_pairs, check_rates, loss_and_hits,
                     resize_positions, roberta_positions, sine_waves, task_head, task_loss)
 from losses import targets_of
-from masks import (SHIFT, bidirectional_mask, left_to_right_mask, prefix_mask, reconstructor_mask,
+from masks import (OBJECTIVES, SHIFT, left_to_right_mask, prefix_mask, reconstructor_mask,
                    right_to_left_mask)
-
-OBJECTIVES = ("flm", "mlm", "ar", "prefix")
 
 
 @dataclass(frozen=True)
@@ -130,10 +128,9 @@ class Config:
             weights = {"reconstructed": 1 / total,
                        "left_to_right": self.left_to_right_weight / total,
                        "right_to_left": self.right_to_left_weight / total}
-        elif self.objective == "mlm":
-            weights = {"reconstructed": 1.0}
         else:
-            weights = {"left_to_right": 1.0}
+            output, _ = OBJECTIVES[self.objective]
+            weights = {output: 1.0}
         if self.itm:
             weights["itm"] = 1.0
         return {name: weight for name, weight in weights.items() if weight}
@@ -250,7 +247,7 @@ class FLM(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Draws all weights, from torch's global random state.
 
         The ViT by CLIP's rule (`ViT.init_weights`), image_position as `sine_waves`. The rest by
@@ -283,7 +280,8 @@ class FLM(nn.Module):
             visual = visual + resize_positions(self.image_position, size)
         return visual
 
-    def encode_text(self, ids: Tensor, first=None, last=None, prefix=None, queries=None,
+    def encode_text(self, ids: Tensor, first: Tensor | None = None, last: Tensor | None = None,
+                    prefix: Tensor | None = None, queries: Tensor | None = None,
                     class_only: bool = False) -> Text:
         """All that does not depend on the image: ids (B, L) int64, `<s> … </s>`, padded -> Text.
 
@@ -299,12 +297,8 @@ class FLM(nn.Module):
         position = roberta_positions(real)
         x = self.embed(ids, position)                                                    # (B, L, D)
         if c.objective != "flm":
-            if c.objective == "mlm":
-                mask = bidirectional_mask(real)
-            elif prefix is None:
-                mask = left_to_right_mask(real)
-            else:
-                mask = prefix_mask(real, prefix)
+            _, mask_of = OBJECTIVES[c.objective]
+            mask = mask_of(real) if prefix is None else prefix_mask(real, prefix)
             text = Text(x[:, None], Mask.of(mask[:, None]))                                 # S = 1
             return self._run(self.text_layers, [], text)
         if queries is None:
@@ -320,7 +314,7 @@ class FLM(nn.Module):
             text = text.class_query()
         return self._run(self.text_layers, self.text_reconstructor, text)
 
-    def fuse(self, visual: Tensor, text: Text, image_of=None) -> Fused:
+    def fuse(self, visual: Tensor, text: Text, image_of: Tensor | None = None) -> Fused:
         """Reads captions with their images: visual (M, P, D), text of B captions -> Fused.
 
         image_of (B,): the image of each caption, 0..M-1; without it, B / M neighbours to an image.
@@ -331,7 +325,7 @@ class FLM(nn.Module):
         if c.objective != "flm":
             text = replace(text, streams=streams + self.token_type[0])
             x = self._run(self.fusion_layers, [], text, visual, image_of).streams[:, 0]  # (B, L, D)
-            name = "reconstructed" if c.objective == "mlm" else "left_to_right"
+            name, _ = OBJECTIVES[c.objective]
             return Fused(pooled=self._pool(x), **{name: x})
         types = torch.stack([self.token_type[0], self.stream_type[0]])                      # (2, D)
         q = self.text_to_fusion(text.queries) + self.stream_type[1]                      # (B, Q, D)

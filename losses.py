@@ -44,9 +44,15 @@ def row_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0,
     Without count_hits the second is NaN. logits (N, V), targets (N,) -> two of (N,), float32
     """
     losses = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
+    losses = whole(losses)
     if not count_hits:
         return losses, torch.full_like(losses, torch.nan)
-    return losses, (logits.argmax(-1) == targets).float()
+    return losses, (whole(logits.argmax(-1)) == targets).float()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of what a divided vocabulary head computed (a DTensor: parallel.py)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def losses_in_chunks(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,

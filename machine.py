@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 import disk
 
@@ -50,22 +51,34 @@ class Machine:
     device: torch.device
     precision: str              # fp32, bf16 or fp16, of matrix products
     messages: object = None     # process group for numbers that stay on the CPU; None: alone
+    tensor: int = 1             # processes that hold one model together (parallel.py)
+    mesh: object = None         # DeviceMesh of "data" x "tensor", where tensor is above 1
 
-    def say(self, *words, **how):
+    @property
+    def data_rank(self) -> int:
+        """Which part of a global batch this process sees; those that share a model share it."""
+        return self.rank // self.tensor
+
+    @property
+    def data_world(self) -> int:
+        """The number of parts that a global batch is cut into."""
+        return self.world // self.tensor
+
+    def say(self, *words: object, **how: object) -> None:
         """Prints, in the first process only."""
         if self.rank == 0:
             print(*words, **how, flush=True)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         """The context in which the model runs."""
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision],
                               enabled=self.precision != "fp32")
 
-    def no_autocast(self):
+    def no_autocast(self) -> torch.autocast:
         """The context in which the backward pass runs: each operation as its forward one did."""
         return torch.autocast(self.device.type, enabled=False)
 
-    def wait(self):
+    def wait(self) -> None:
         """Returns when all processes are here."""
         if self.world > 1:
             dist.barrier()
@@ -127,13 +140,17 @@ def on_one_node(env: dict, world: int) -> bool:
     return True
 
 
-def set_up(device: str = "", precision: str = "") -> Machine:
+def set_up(device: str = "", precision: str = "", tensor: int = 1) -> Machine:
     """Joins the process group, if there are several processes -> Machine.
 
     device: cpu, cuda, cuda:1, …; "" is a GPU where there is one. precision: see `choose_precision`.
+    tensor: number of processes that hold one model together.
     ValueError, with a message for users, for settings that do not work here.
     """
     rank, world, local_rank = find_ranks(os.environ)
+    if tensor < 1 or world % tensor:
+        raise ValueError(f"--tensor-parallel {tensor}: {world} processes do not divide into groups "
+                         f"of {tensor} (torchrun, mpirun or srun starts several)")
     device = find_device(device, world, local_rank)
     precision = choose_precision(precision, device)
     if device.type == "cuda":
@@ -158,7 +175,11 @@ def set_up(device: str = "", precision: str = "") -> Machine:
         dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world,
                                 store=store, timeout=TIMEOUT, device_id=device if on_gpu else None)
     messages = dist.new_group(backend="gloo", timeout=TIMEOUT) if world > 1 else None
-    return Machine(rank, world, device, precision, messages)
+    mesh = None
+    if tensor > 1:
+        mesh = init_device_mesh(device.type, (world // tensor, tensor),
+                                mesh_dim_names=("data", "tensor"))
+    return Machine(rank, world, device, precision, messages, tensor, mesh)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -231,7 +252,7 @@ class Signals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def note(self, number: int, frame):
+    def note(self, number: int, frame: object) -> None:
         if not self.training:
             print(f"stopped by {signal.Signals(number).name} before training began",
                   file=sys.stderr)
@@ -243,7 +264,7 @@ class Signals:
             os._exit(128 + number)
 
 
-def ignore_signals(worker: int = 0):
+def ignore_signals(worker: int = 0) -> None:
     """For data-loading processes, which end when the process that they load for ends."""
     for number in Signals.WATCHED:
         signal.signal(number, signal.SIG_IGN)

@@ -9,18 +9,27 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import disk
+import parallel
 import weights
 from flops import Work
 from loggers import Loggers
 from machine import memory_gb
 from optimizer import moments_of
+from settings import Settings
 from tasks import to_device
+
+if TYPE_CHECKING:           # for the annotations alone: both files come later
+    from runs import Run
+    from train import State
 
 
 # What a run counts from its first step to its last; checkpoints keep it.
@@ -42,7 +51,7 @@ class Sums:
         self.weights = loss_weights
         self.values = torch.zeros(4, len(loss_weights), dtype=torch.float64, device=device)
 
-    def add(self, results: dict, counts: torch.Tensor):
+    def add(self, results: dict, counts: torch.Tensor) -> None:
         """results: output -> (loss, hits or NaN), sums over its targets; counts (outputs,)."""
         losses = torch.stack([results[name][0].detach() for name in self.weights])
         hits = torch.stack([results[name][1] for name in self.weights])
@@ -86,7 +95,7 @@ class Log:
     included. Then it writes what an undisturbed run would. Every line also goes to --log's loggers.
     """
 
-    def __init__(self, run, state, work: Work | None = None):
+    def __init__(self, run: "Run", state: "State", work: Work | None = None):
         """work: for the utilization, which is left out without it; the first process has it."""
         self.run, self.counters, self.work = run, state.counters, work
         self.sums = Sums(run.config.loss_weights, run.machine.device)
@@ -116,7 +125,7 @@ class Log:
         disk.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         return kept, [line for line in lines if line["step"] > step]
 
-    def remember(self, metrics: dict):
+    def remember(self, metrics: dict) -> None:
         """Keeps what later reports need of a line."""
         if "val_loss" in metrics:
             self.validated = metrics["step"]
@@ -128,22 +137,22 @@ class Log:
         """The sums since the last report of each process: a checkpoint keeps them."""
         machine = self.run.machine
         parts = machine.union({machine.rank: self.sums.values.cpu()})
-        return [parts[rank] for rank in range(machine.world)]
+        return [parts[rank] for rank in range(0, machine.world, machine.tensor)]
 
-    def take_sums(self, sums: list[torch.Tensor]):
+    def take_sums(self, sums: list[torch.Tensor]) -> None:
         """What sums_of_all gave. With another number of processes the first one takes them all."""
-        rank, world = self.run.machine.rank, self.run.machine.world
+        rank, world = self.run.machine.data_rank, self.run.machine.data_world
         if len(sums) == world:
             self.sums.values += with_counted(sums[rank]).to(self.sums.values.device)
         elif rank == 0:
             for one in sums:
                 self.sums.values += with_counted(one).to(self.sums.values.device)
 
-    def start_window(self):
+    def start_window(self) -> None:
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
         self.samples, self.waiting, self.tokens_before = 0, 0.0, self.counters["tokens"]
 
-    def write(self, metrics: dict):
+    def write(self, metrics: dict) -> None:
         if self.run.machine.rank == 0:
             with disk.naming(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(metrics) + "\n")
@@ -151,20 +160,20 @@ class Log:
         self.remember(metrics)
 
     @contextlib.contextmanager
-    def waiting_for_data(self):
+    def waiting_for_data(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
         self.waiting += time.perf_counter() - began
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
         """What happens here is not counted as training."""
         began, cpu_began = time.perf_counter(), time.process_time()
         yield
         self.began += time.perf_counter() - began
         self.cpu_began += time.process_time() - cpu_began
 
-    def micro_batch(self, results: dict, counts: torch.Tensor, notes: dict):
+    def micro_batch(self, results: dict, counts: torch.Tensor, notes: dict) -> None:
         """Counts a micro-batch; Halt if too many images cannot be decoded."""
         self.sums.add(results, counts)
         for name in ("samples", "tokens", "padded_tokens", "cut"):
@@ -180,17 +189,17 @@ class Log:
             raise Halt(f"{bad} of {seen} images cannot be decoded (named in "
                        f"{self.unreadable_path}), more than --max-unreadable {limit}")
 
-    def step(self, rate: float, norm: torch.Tensor):
+    def step(self, rate: float, norm: torch.Tensor) -> None:
         self.rate, self.norm = rate, norm
         self.samples += self.run.settings.global_batch
 
-    def validation(self, metrics: dict, step: int, best: bool = False):
+    def validation(self, metrics: dict, step: int, best: bool = False) -> None:
         """Prints and writes a validation. best: of all so far, by --keep-best."""
         self.write({"step": step, **metrics})
         self.run.machine.say(f"step {step:>6} | validation {losses_line(metrics, 'val_')}"
                              f"{' | the best' if best else ''}")
 
-    def report(self, state):
+    def report(self, state: "State") -> None:
         """Prints and writes the means since the last report; Halt if gradients stay non-finite."""
         s, machine, counters = self.run.settings, self.run.machine, self.counters
         metrics = self.sums.read()          # waits for the device, so the clock below is honest
@@ -229,7 +238,7 @@ class Log:
         if not self.work:
             return {}
         pairs = self.samples / self.run.machine.world
-        tokens = self.counters["tokens"] - self.tokens_before
+        tokens = (self.counters["tokens"] - self.tokens_before) / self.run.machine.tensor
         return {"mfu": self.work.utilization(pairs, tokens, seconds)}
 
 
@@ -280,12 +289,15 @@ def clock(seconds: float) -> str:
 # -------------------------------------------------------------------------------------------------
 # Before the first step.
 
-def describe(run, model, step: int, work: Work | None = None):
+def describe(run: "Run", model: nn.Module, step: int, work: Work | None = None) -> None:
     """Prints what is about to run. work: what the first process knows of its device."""
     s, machine = run.settings, run.machine
     table = run.tables["train"]
     texts = {"vqa": "questions", "nlvr2": "statements"}.get(s.task, "captions")
     epochs = s.steps * s.global_batch / len(table.row_of)
+    processes = f"{machine.world} processes"
+    if machine.tensor > 1:
+        processes = f"{machine.data_world} groups of {machine.tensor} processes"
     machine.say(f"{s.task} with {' + '.join(run.config.loss_weights)} | "
                 f"recipe {s.recipe or 'none'} | model {s.load or s.model}, "
                 f"{count_parameters(model) / 1e6:.1f} M parameters | {machine.precision} on "
@@ -294,14 +306,14 @@ def describe(run, model, step: int, work: Work | None = None):
         machine.say("training takes the validation split too, so what validation says is no test "
                     "(--hold-out keeps it apart)")
     machine.say(f"{len(table.row_of):,} {texts} of {len(table):,} images | global batch "
-                f"{s.global_batch} = {machine.world} processes x {run.accumulation} x "
+                f"{s.global_batch} = {processes} x {run.accumulation} x "
                 f"{run.micro_batch} | {s.steps} steps from step {step} = {epochs:.1f} epochs")
     if s.captions_per_image > 1:
         machine.say(f"up to {s.captions_per_image} {texts} share an image: it passes the model "
                     "once for all of them")
 
 
-def write_config(run, model):
+def write_config(run: "Run", model: nn.Module) -> None:
     """Writes OUT/config.json: a run directory explains itself."""
     if run.machine.rank > 0:
         return
@@ -316,7 +328,7 @@ def write_config(run, model):
     disk.write_text(run.out / "config.json", json.dumps(described, indent=2) + "\n")
 
 
-def count_parameters(model) -> int:
+def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -326,7 +338,7 @@ def device_name(device: torch.device) -> str:
     return f"cpu x {torch.get_num_threads()}"
 
 
-def dry_run(run):
+def dry_run(run: "Run") -> None:
     """Prints what would run, its settings, and an estimate of the memory of a process.
 
     Activations are counted in a forward pass of the first step's longest micro-batch.
@@ -338,17 +350,27 @@ def dry_run(run):
         machine.say(f"{title}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
     for split, table in run.tables.items():
         machine.say(f"{split}: {table.named() if table else 'none'}")
-    shards = machine.world if s.shard else 1
-    parameters = 4 * count_parameters(model) / shards
-    kept = [tensor for kept in moments_of(model, s).values() for tensor in kept.values()]
+    shards = machine.data_world if s.shard else 1
+    held = parallel.parameters_of_one(model, machine.tensor)
+    parameters = 4 * sum(held.values()) / shards
     parts = {"weights": parameters, "gradients": parameters,
-             "optimizer's moments": sum(4 * tensor.numel() for tensor in kept) / shards,
+             "optimizer's moments": bytes_of_moments(model, s, held) / shards,
              "activations": activation_bytes(run, model)}
     described = ", ".join(f"{name} {size / 2 ** 30:.2f}" for name, size in parts.items())
     machine.say(f"memory of a process: about {sum(parts.values()) / 2 ** 30:.2f} GB ({described})")
 
 
-def activation_bytes(run, model) -> int:
+def bytes_of_moments(model: nn.Module, settings: Settings,
+                     held: dict[str, float]) -> float:
+    """Bytes of what the optimizer keeps. held: the numbers of each parameter in this process."""
+    total = 0.0
+    for name, moments in moments_of(model, settings).items():
+        for moment in moments.values():
+            total += 4 * (held[name] if moment.ndim else 1)         # AdamW's count of steps: 1
+    return total
+
+
+def activation_bytes(run: "Run", model: nn.Module) -> int:
     """Bytes that the forward pass of one micro-batch keeps for the backward pass."""
     dataset = run.task.dataset(run.tables["train"], train=True)
     longest = list(run.sampler.micro_batches(0, 1, run.micro_batch))[-1]

@@ -10,20 +10,23 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 from torch.utils.data import DataLoader
 
 import checkpoints
 import disk
 import machine as machines
+import parallel
 import tokenizer
 import vilt
 import weights
 from batches import GlobalBatches
-from data import token_lengths
+from data import Captions, token_lengths
 from machine import Machine, loader_workers
 from recipes import MODELS
 from settings import AUTO, Settings, check_model, check_same_run, check_task, split_batch
-from tasks import Task, task_of
+from tasks import Config, Task, task_of
+from tokenizer import Tokenizer
 
 # A short validation comes early: (its step, its number of captions). What is wrong with the
 # validation split shows in the first minute, not after the first thousand steps.
@@ -35,7 +38,7 @@ class Run:
     """What stays the same from the first step to the last."""
     settings: Settings
     machine: Machine
-    config: object                  # the model's Config, as the task needs it
+    config: Config                  # the model's Config, as the task needs it
     task: Task
     tables: dict                    # split -> table; val may be None
     sampler: GlobalBatches
@@ -61,7 +64,8 @@ class Run:
     def loader(self, step: int) -> DataLoader:
         """This process's micro-batches from a step on."""
         s, m = self.settings, self.machine
-        numbers = self.sampler.micro_batches(step, s.steps, self.micro_batch, m.rank, m.world)
+        numbers = self.sampler.micro_batches(step, s.steps, self.micro_batch, m.data_rank,
+                                             m.data_world)
         return DataLoader(self.task.dataset(self.tables["train"], train=True),
                           batch_sampler=numbers, collate_fn=self.task.collate,
                           num_workers=loader_workers(s.workers, m.device),
@@ -111,6 +115,7 @@ def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
     tok = task_class.add_special_tokens(tok)
     config = fit_config(config, config_flags, tok, task_class, settings)
     check_task(settings, config_flags, config, micro_batch)
+    parallel.check(config, machine.tensor, machine.data_world if settings.shard else 1)
     answers = task_class.answers(settings) if config.head == "vqa" else None
     if settings.keep_best and not (tables["val"] and settings.eval_every):
         raise ValueError(f"--keep-best {settings.keep_best}: this run has no validation")
@@ -133,7 +138,8 @@ def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
     return run
 
 
-def fit_config(config, config_flags: dict, tok, task_class, settings: Settings):
+def fit_config(config: Config, config_flags: dict, tok: Tokenizer, task_class: type[Task],
+               settings: Settings) -> Config:
     """A model's Config with the flags' values, the tokenizer's sizes, and the head of the task."""
     # `adapt` removes a pooler that the task does not train.
     config = replace(config, **config_flags, pooler=True)
@@ -142,7 +148,8 @@ def fit_config(config, config_flags: dict, tok, task_class, settings: Settings):
     return task_class.adapt(config, settings)
 
 
-def open_tokenizer(settings, config_flags, saved, source, table, machine):
+def open_tokenizer(settings: Settings, config_flags: dict, saved: dict | None,
+                   source: nn.Module | None, table: Captions, machine: Machine) -> Tokenizer:
     """The checkpoint's tokenizer, else that of --tokenizer, else one trained on the captions.
 
     The last one is kept in OUT/tokenizer.
@@ -172,7 +179,7 @@ def open_tokenizer(settings, config_flags, saved, source, table, machine):
     return tokenizer.load(directory)
 
 
-def training_lengths(table, tok, out: Path, machine: Machine) -> np.ndarray:
+def training_lengths(table: Captions, tok: Tokenizer, out: Path, machine: Machine) -> np.ndarray:
     """token_lengths of the training captions, counted once by the first process and kept in OUT.
 
     The file's name is derived from the data files and the tokenizer that they were counted with.

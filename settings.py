@@ -21,7 +21,8 @@ import vilt
 from disk import shortened
 from machine import Machine
 from recipes import MODELS, RECIPES
-from tasks import TASKS
+from released.named import locate
+from tasks import TASKS, Config
 from weights import backbone_of
 
 
@@ -41,6 +42,7 @@ class Settings:
     # what it starts from
     model: str = "base-b32"         # name of a model in recipes.MODELS; --load beats it
     load: str = ""                 # a checkpoint, ours or a released one: sizes, weights, tokenizer
+                                    # (a file, a folder, or a name: toy of models/, hf:OWNER/NAME)
     vit: str = ""                 # a file to start the image side from: CLIP's, or for ViLT a ViT's
     text: str = ""                  # a file to start the text side from: RoBERTa's or BERT's
     trust: bool = False             # run the code of TorchScript files that OpenAI did not publish
@@ -99,6 +101,8 @@ class Settings:
     static_graph: bool = False      # several processes, one micro-batch a step: tell DDP that all
                                     # steps use the same parameters, as they do here
     shard: bool = False             # fully sharded parameters (FSDP2) instead of DDP
+    tensor_parallel: int = 1        # processes over which each layer is divided; the others, in
+                                    # groups of so many, share the data
     peak_tflops: float = 0.0        # TFLOP/s of one device, for the utilization that reports give;
                                     # 0: measured at the start by a matrix product
     # reporting
@@ -123,7 +127,8 @@ FREE_TO_CHANGE = {"resume", "out", "data", "epochs", "micro_batch", "workers", "
                   "shard", "log_every", "eval_every", "eval_samples", "pad_to", "save_every",
                   "keep", "keep_best", "max_unreadable", "max_skipped", "tokenizer", "trust",
                   "dry_run", "peak_tflops", "log", "chunk_loss",
-                  "checkpoint_activations", "keep_casts", "bucket_views", "static_graph"}
+                  "checkpoint_activations", "keep_casts", "bucket_views", "static_graph",
+                  "tensor_parallel"}
 
 
 # A CPU gains nothing from larger micro-batches, and its memory is needed for other things.
@@ -137,7 +142,7 @@ SET_BY_TASK = {"head", "answers", "pooler", "cls_id", "pad_id", "sep_id", "mask_
 # -------------------------------------------------------------------------------------------------
 # The command line.
 
-def documented_fields(config_class) -> dict[str, tuple[str, str]]:
+def documented_fields(config_class: type) -> dict[str, tuple[str, str]]:
     """Field -> (its group, its help text), from the comments in a dataclass's source."""
     found, group, name = {}, "", ""
     for line in inspect.getsource(config_class).splitlines():
@@ -168,7 +173,7 @@ def pairs(text: str) -> int:
 FORMS = {"micro_batch": {"type": pairs}, "pad_to": {"nargs": "+"}}
 
 
-def add_flags(parser):
+def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for every field of Settings and of the models' Configs."""
     groups = {}
 
@@ -224,10 +229,11 @@ def parse(argv: list[str] | None) -> tuple[Settings, dict]:
     task, recipe = given.get("task", Settings.task), given.get("recipe", "")
     if task not in TASKS:
         parser.error(f"--task {task}: one of {', '.join(TASKS)} is expected")
-    if recipe and recipe not in RECIPES[task]:
-        parser.error(f"--recipe {recipe}: one of {', '.join(RECIPES[task])} is expected "
+    recipes = RECIPES.get(task, {})
+    if recipe and recipe not in recipes:
+        parser.error(f"--recipe {recipe}: one of {', '.join(recipes)} is expected "
                      f"for task {task}")
-    merged = RECIPES[task].get(recipe, {}) | given
+    merged = recipes.get(recipe, {}) | given
     if "steps" in given and "epochs" not in given:
         merged["epochs"] = 0.0              # a flag beats the recipe's epochs
     if "pad_to" in given:                   # a multiple, or several lengths
@@ -252,7 +258,7 @@ def parse(argv: list[str] | None) -> tuple[Settings, dict]:
     return settings, config_flags
 
 
-def list_recipes():
+def list_recipes() -> None:
     """Prints every recipe with its settings."""
     for task, recipes in RECIPES.items():
         print(task)
@@ -265,13 +271,14 @@ def list_recipes():
 # -------------------------------------------------------------------------------------------------
 # Checks.
 
-def check(settings: Settings, machine: Machine):
+def check(settings: Settings, machine: Machine) -> None:
     """ValueError or FileNotFoundError for settings that do not go together."""
     s = settings
-    for flag in ("vit", "text", "load", "exchange"):
-        path = getattr(s, flag)
-        if path and not Path(path).exists():
-            raise FileNotFoundError(f"--{flag} {path}: there is no such file")
+    for flag in ("vit", "text", "load"):
+        if getattr(s, flag):
+            locate(getattr(s, flag))
+    if s.exchange and not Path(s.exchange).exists():
+        raise FileNotFoundError(f"--exchange {s.exchange}: there is no such file")
     for checkpoint in (Path(s.out) / "last.pt", Path(s.out) / "previous.pt"):
         if checkpoint.exists() and not (s.resume or s.dry_run):
             raise ValueError(f"{checkpoint} exists: --resume goes on from it; for a new run choose "
@@ -291,8 +298,10 @@ def check(settings: Settings, machine: Machine):
     if s.shard and s.micro_batch == AUTO:
         raise ValueError("--micro-batch auto needs whole models, which --shard cuts: a process "
                          "that runs out of memory would leave the others waiting")
-    if s.shard and machine.world == 1:
-        raise ValueError("--shard needs several processes: start with torchrun")
+    if s.shard and machine.data_world == 1:
+        several = f"more than {s.tensor_parallel}" if machine.tensor > 1 else "several"
+        raise ValueError(f"--shard needs {several} processes: start with torchrun")
+    check_tensor_parallel(s)
     if s.task == "retrieval" and s.false_captions < 1:
         raise ValueError(f"--false-captions {s.false_captions}: at least 1 is expected, or there "
                          "is no choice")
@@ -307,24 +316,40 @@ def check(settings: Settings, machine: Machine):
                          "process must have one a step: its share of the global batch")
 
 
+def check_tensor_parallel(settings: Settings) -> None:
+    """ValueError for what does not go with --tensor-parallel. (Sizes: parallel.check.)"""
+    s = settings
+    if s.tensor_parallel == 1:
+        return
+    if s.muon_lr:
+        raise ValueError("--muon-lr needs whole matrices, which --tensor-parallel divides")
+    if s.micro_batch == AUTO:
+        raise ValueError("--micro-batch auto needs whole models, which --tensor-parallel divides")
+    for flag in ("compile", "chunk_loss", "bucket_views", "static_graph"):
+        if getattr(s, flag):
+            raise ValueError(f"--{flag.replace('_', '-')} does not go with --tensor-parallel")
+    if s.precision == "fp16":
+        raise ValueError("--precision fp16 does not go with --tensor-parallel: bf16 or fp32 does")
+
+
 def split_batch(settings: Settings, machine: Machine) -> tuple[int, int]:
     """The global batch -> (micro-batch, micro-batches that one process accumulates per step).
 
     A process's share is cut into equal micro-batches of at most --micro-batch pairs. What fits into
     memory (AUTO) is not known yet: then they are as for 0.
     """
-    share, rest = divmod(settings.global_batch, machine.world)
+    share, rest = divmod(settings.global_batch, machine.data_world)
     most = LARGEST_ON_A_CPU if machine.device.type == "cpu" else share
     if settings.micro_batch not in (0, AUTO):
         most = settings.micro_batch
     if rest or share < 1 or most < 1:
         raise ValueError(f"--global-batch {settings.global_batch} --micro-batch "
-                         f"{settings.micro_batch}: {machine.world} processes cannot share it")
+                         f"{settings.micro_batch}: {machine.data_world} processes cannot share it")
     micro = max(size for size in range(1, min(most, share) + 1) if share % size == 0)
     return micro, share // micro
 
 
-def check_config_flags(config_flags: dict, config, what: str):
+def check_config_flags(config_flags: dict, config: Config, what: str) -> None:
     """ValueError for a flag that the model's Config does not have. what: how to call the model."""
     names = {field.name for field in fields(config)}
     for name in config_flags:
@@ -332,7 +357,7 @@ def check_config_flags(config_flags: dict, config, what: str):
             raise ValueError(f"--{name.replace('_', '-')}: {what} has no such setting")
 
 
-def check_model(settings: Settings, config_flags: dict, config):
+def check_model(settings: Settings, config_flags: dict, config: Config) -> None:
     """ValueError for settings that do not go with the model that --load opened."""
     s = settings
     check_config_flags(config_flags, config, f"the model of {s.load}")
@@ -344,7 +369,7 @@ def check_model(settings: Settings, config_flags: dict, config):
                          f"{s.load} is one of {backbone_of(config)}")
 
 
-def check_task(settings: Settings, config_flags: dict, config, micro_batch: int):
+def check_task(settings: Settings, config_flags: dict, config: Config, micro_batch: int) -> None:
     """ValueError for settings that do not go with the Config that the task made of the model's."""
     if config_flags.get("label_smoothing") and config.head != "vocab":
         raise ValueError(f"--label-smoothing {config_flags['label_smoothing']}: is for words, "
@@ -359,7 +384,8 @@ def check_task(settings: Settings, config_flags: dict, config, micro_batch: int)
                          f"hold at least {most + 1} pairs")
 
 
-def check_same_run(path, saved: dict, settings: Settings, config, files: list):
+def check_same_run(path: Path, saved: dict, settings: Settings, config: Config,
+                   files: list) -> None:
     """ValueError unless a run resumes with the settings and the data that it was started with.
 
     (The answer list of vqa is compared in runs.open_run.)

@@ -20,12 +20,14 @@ import contextlib
 import math
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -34,13 +36,14 @@ from tqdm import tqdm
 import checkpoints
 import disk
 import machine as machines
+import parallel
 import switches
 import weights
 from batches import evaluation_batches
 from data import token_lengths
 from fitting import fit_micro_batch
 from flops import work_of
-from machine import Machine, loader_workers
+from machine import Machine, Signals, loader_workers
 from optimizer import new_optimizer, rate_at
 from report import COUNTERS, Log, Sums, clock, describe, dry_run, write_config
 from runs import Run, open_run
@@ -74,8 +77,10 @@ def build_state(run: Run) -> State:
         start_from_files(run, bare)
     bare.to(machine.device)
     switches.lighten(bare, s)
+    if machine.tensor > 1:
+        parallel.divide(bare, machine)
     if s.shard:
-        shard(bare, machine.precision)
+        shard(bare, machine.precision, **parallel.shards(bare, machine))
     if s.compile:
         switches.compile_model(bare, s)
     optimizer = new_optimizer(bare, s)
@@ -85,7 +90,7 @@ def build_state(run: Run) -> State:
     if saved:
         checkpoints.restore(run, state)
         state.skipped = none + state.counters["skipped"]
-    if machine.world > 1 and not s.shard:
+    if machine.world > 1 and machine.tensor == 1 and not s.shard:
         on_gpu = machine.device.type == "cuda"
         state.model = DistributedDataParallel(
             bare, device_ids=[machine.device.index] if on_gpu else None,
@@ -93,7 +98,7 @@ def build_state(run: Run) -> State:
     return state
 
 
-def start_from_files(run: Run, model):
+def start_from_files(run: Run, model: nn.Module) -> None:
     """Fills a new model with what --load, --vit and --text name."""
     s = run.settings
     if not (s.load or s.vit or s.text):
@@ -108,10 +113,11 @@ def start_from_files(run: Run, model):
                         f"than that of {s.data}")
 
 
-def shard(model, precision: str):
+def shard(model: nn.Module, precision: str, **how: object) -> None:
     """Shards the parameters of every layer over the processes (FSDP2).
 
     They are kept in float32 and gathered in the precision in which they are used.
+    how: what fully_shard should know besides (parallel.shards).
     """
     policy = MixedPrecisionPolicy()
     if precision != "fp32":
@@ -119,17 +125,18 @@ def shard(model, precision: str):
                                       reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layers in [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]:
         for layer in layers:
-            fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+            fully_shard(layer, mp_policy=policy, **how)
+    fully_shard(model, mp_policy=policy, **how)
 
 
 # -------------------------------------------------------------------------------------------------
 # The loop.
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     with machines.running("train.py"):
         settings, config_flags = parse(argv)
-        machine = machines.set_up(settings.device, settings.precision)
+        machine = machines.set_up(settings.device, settings.precision,
+                                  settings.tensor_parallel)
         settings = replace(settings, precision=machine.precision)
         check(settings, machine)
         with the_only_writer(settings, machine), machines.Signals() as signals:
@@ -139,11 +146,12 @@ def main(argv=None):
             if settings.dry_run:
                 dry_run(run)
             else:
-                train(run, signals)
+                with parallel.divided_loss(machine):
+                    train(run, signals)
 
 
 @contextlib.contextmanager
-def the_only_writer(settings: Settings, machine: Machine):
+def the_only_writer(settings: Settings, machine: Machine) -> Iterator[None]:
     """Holds OUT during the block, so that no other run writes there, and removes torn files."""
     if machine.rank > 0 or settings.dry_run:
         yield
@@ -156,7 +164,7 @@ def the_only_writer(settings: Settings, machine: Machine):
         yield
 
 
-def say_new_schedule(run: Run):
+def say_new_schedule(run: Run) -> None:
     """Says what becomes of the rate where a run resumes with more steps than it had."""
     s, step, steps = run.settings, run.saved["step"], run.saved["settings"].get("steps", 0)
     if s.steps > steps > 0:
@@ -165,7 +173,7 @@ def say_new_schedule(run: Run):
                         f"at step {step:,} goes from {before:.1e} to {after:.1e}")
 
 
-def train(run: Run, signals):
+def train(run: Run, signals: Signals) -> None:
     """Trains until the last step is done, or until a signal asks to stop (then SystemExit)."""
     state = build_state(run)
     if run.settings.micro_batch == AUTO:
@@ -192,7 +200,7 @@ def train(run: Run, signals):
                     f"| {int(state.skipped)} steps skipped | {log.spikes} loss spikes")
 
 
-def loop(run: Run, state: State, log: Log, signals) -> signal.Signals | None:
+def loop(run: Run, state: State, log: Log, signals: Signals) -> signal.Signals | None:
     """Saves, validates, steps and reports, each when it is due -> the signal that stopped it.
 
     A checkpoint is written before the validation of the same step: a crash there loses nothing.
@@ -233,11 +241,11 @@ def loop(run: Run, state: State, log: Log, signals) -> signal.Signals | None:
             log.report(state)
 
 
-def train_step(run: Run, state: State, micro_batches: list, log: Log):
+def train_step(run: Run, state: State, micro_batches: list, log: Log) -> None:
     """One optimizer step, on the mean losses of a global batch."""
     s = run.settings
     # Dropout's random numbers are a function of the step, as the data is: nothing has to be saved.
-    seeds = np.random.SeedSequence([s.seed, state.step, run.machine.rank])
+    seeds = np.random.SeedSequence([s.seed, state.step, run.machine.data_rank])
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
     share = rate_at(state.step, s)
     for group in state.optimizer.param_groups:
@@ -250,13 +258,14 @@ def train_step(run: Run, state: State, micro_batches: list, log: Log):
     state.step += 1
 
 
-def backward(run: Run, state: State, micro_batches: list, log: Log):
+def backward(run: Run, state: State, micro_batches: list, log: Log) -> None:
     """Adds up the gradient of a global batch, which is the same however the batch was split.
 
     The loss is sum_o weight_o (sum over o's targets of the global batch) / (number of them), for
     each output o. So the targets of all micro-batches and processes are counted before the first
     backward pass, and each micro-batch's sum is divided by that count. DDP and FSDP average the
-    gradients over the processes; the factor `world` undoes that.
+    gradients over the processes; the factor `world` undoes that. (With --tensor-parallel N, each
+    target is counted N times, and the gradients are averaged over world / N groups.)
     """
     s, machine, loss_weights = run.settings, run.machine, run.config.loss_weights
     count_hits = not s.chunk_loss or run.report_due(state.step + 1)
@@ -271,7 +280,7 @@ def backward(run: Run, state: State, micro_batches: list, log: Log):
         last = i == run.accumulation - 1    # gradients travel between processes only once per step
         if s.shard:
             state.bare.set_requires_gradient_sync(last)
-        quiet = machine.world > 1 and not s.shard and not last
+        quiet = isinstance(state.model, DistributedDataParallel) and not last
         with state.model.no_sync() if quiet else contextlib.nullcontext():
             with machine.autocast():
                 results = state.model(to_device(batch, machine.device, run.config), count_hits)
@@ -281,6 +290,7 @@ def backward(run: Run, state: State, micro_batches: list, log: Log):
             with machine.no_autocast():
                 state.scaler.scale(loss).backward()
         log.micro_batch(results, counts[i], notes)
+    parallel.average_gradients(state.bare, machine)
 
 
 def update(run: Run, state: State) -> torch.Tensor:
@@ -292,14 +302,12 @@ def update(run: Run, state: State) -> torch.Tensor:
     optimizer, scaler = state.optimizer, state.scaler
     scaler.unscale_(optimizer)
     gradients = [p.grad for p in state.bare.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if hasattr(norm, "full_tensor"):        # sharded
-        norm = norm.full_tensor()
+    norm = parallel.total_norm(gradients)
     bad = (~torch.isfinite(norm)).float()
     state.skipped = state.skipped + bad
     state.skipped_in_a_row = (state.skipped_in_a_row + bad) * bad
     if run.settings.clip:
-        torch.nn.utils.clip_grads_with_norm_(state.bare.parameters(), run.settings.clip, norm)
+        parallel.clip(state.bare.parameters(), run.settings.clip, norm)
     if not scaler.is_enabled():
         optimizer.found_inf = bad           # the fused AdamW does nothing where this is 1
     scaler.step(optimizer)
@@ -309,7 +317,7 @@ def update(run: Run, state: State) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(run: Run, state: State, samples: int, signals) -> dict | None:
+def evaluate(run: Run, state: State, samples: int, signals: Signals) -> dict | None:
     """Losses and accuracies on captions of the validation split, evenly spread.
 
     Each is counted once by all processes.
@@ -321,8 +329,8 @@ def evaluate(run: Run, state: State, samples: int, signals) -> dict | None:
     lengths = token_lengths(table, run.task.tok, chosen)
     batches = evaluation_batches(lengths, chosen, run.micro_batch)
     # A process that has nothing left repeats the first batch, uncounted: shards run in step.
-    rounds = math.ceil(len(batches) / machine.world)
-    places = range(machine.rank, rounds * machine.world, machine.world)
+    rounds = math.ceil(len(batches) / machine.data_world)
+    places = range(machine.data_rank, rounds * machine.data_world, machine.data_world)
     mine = [batches[k] if k < len(batches) else batches[0] for k in places]
     loader = DataLoader(run.task.dataset(table, train=False), batch_sampler=mine,
                         collate_fn=run.task.collate,

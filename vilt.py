@@ -135,7 +135,8 @@ def all_patches(sizes: Tensor, rows: int, columns: int) -> Tensor:
     return inside_first.masked_fill(outside.gather(1, inside_first), -1)
 
 
-def some_patches(rows: int, columns: int, limit: int, rng) -> tuple[np.ndarray, np.ndarray]:
+def some_patches(rows: int, columns: int, limit: int,
+                 rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
     """Row and column of each patch of an image that is shown: all, or `limit` random ones."""
     count = rows * columns
     chosen = np.arange(count)
@@ -185,7 +186,8 @@ def transport_plan(cost: Tensor, text_real: Tensor, image_real: Tensor, beta: fl
 
 
 def transport_distance(text: Tensor, image: Tensor, text_real: Tensor, image_real: Tensor,
-                       beta: float = 0.5, iterations: int = 50, inner: int = 1):
+                       beta: float = 0.5, iterations: int = 50,
+                       inner: int = 1) -> tuple[Tensor, Tensor]:
     """The cost of that plan. Gradients move the words and patches, not the plan.
 
     text (B, M, D), image (B, N, D), float32 -> (distance (B,), plan (B, N, M))
@@ -266,7 +268,7 @@ class ViLT(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Draws all weights from torch's global random state: normal, std init_std.
 
         LayerNorms start at 1 and 0, biases at 0.
@@ -284,8 +286,9 @@ class ViLT(nn.Module):
 
     # -- encode once, fuse many ------------------------------------------------------------------
 
-    def encode_image(self, images: Tensor, sizes=None, patches=None, which: int = 0,
-                     hidden=None) -> Visual:
+    def encode_image(self, images: Tensor, sizes: Tensor | None = None,
+                     patches: Tensor | None = None, which: int = 0,
+                     hidden: Tensor | None = None) -> Visual:
         """All that does not depend on the text: images (B, 3, H, W), normalised -> Visual.
 
         sizes (B, 2) int64: rows and columns of patches of each image, which stands at the top left
@@ -336,7 +339,7 @@ class ViLT(nn.Module):
         tokens = self.embed(ids, position) + self.token_type[0]                          # (B, L, D)
         return Text(tokens, ids != self.config.pad_id, 1 if class_only else None)
 
-    def fuse(self, visual: Visual, text: Text, image_of=None) -> Fused:
+    def fuse(self, visual: Visual, text: Text, image_of: Tensor | None = None) -> Fused:
         """Reads captions with their images: visual of M images, text of B captions -> Fused.
 
         image_of (B,): the image of each caption, 0..M-1; without it, B / M neighbours to an image.
@@ -363,7 +366,7 @@ class ViLT(nn.Module):
         """Scores every token of the vocabulary: (…, D) -> (…, V)."""
         return self.vocab_head(x)
 
-    def align(self, visual: Visual, text: Text, fused: Fused, sep: Tensor):
+    def align(self, visual: Visual, text: Text, fused: Fused, sep: Tensor) -> tuple[Tensor, Tensor]:
         """How far each caption's words are from its image's patches, and which word goes where.
 
         [CLS], [SEP] (`sep` (B, L) is True there) and the image's class token take no part.

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import ExifTags, Image
 from conftest import ANSWERS, caption, finetune, picture, tiny, write_world
 
 import predict
@@ -82,6 +83,31 @@ def test_search_orders_pictures_by_the_score_of_the_pair(world, photo):
         assert score == pytest.approx(math.log(torch.softmax(logits, -1)[1]), abs=1e-5)
     assert [path for path, _ in found] == sorted(scores, key=lambda p: -scores[p])
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("kind", ["flm", "vilt"])
+def test_rank_orders_texts_by_the_same_score_as_search(world, photo, kind):
+    model, texts = weights.load(world / f"{kind}.pt"), ["a red dog", "two", "a big house near a tree"]
+    ranked = predict.rank(model, photo, texts)
+    scores = {text: predict.search(model, text, [photo])[0][1] for text in texts}
+    assert dict(ranked) == scores and len(set(scores.values())) == 3
+    assert [text for text, _ in ranked] == sorted(texts, key=lambda text: -scores[text])
+    assert predict.rank(model, photo, []) == []
+
+
+def test_a_picture_in_memory_is_seen_as_its_file_is(world, photo, tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.open(photo).save(tmp_path / "turned.png", exif=exif)
+    Image.open(photo).convert("L").save(tmp_path / "grey.png")
+    for kind in ("flm", "vilt"):
+        config = weights.load(world / f"{kind}.pt").config
+        for path in (photo, tmp_path / "turned.png", tmp_path / "grey.png"):
+            assert torch.equal(predict.open_picture(Image.open(path), config), predict.open_picture(str(path), config))
+        with pytest.raises(ValueError, match="the picture: not a picture that can be read .3000 x 2 pixels"):
+            predict.open_picture(Image.new("RGB", (3000, 2)), config)
+    model = weights.load(world / "vqa/last.pt")
+    assert predict.ask(model, Image.open(photo), "is it red?") == predict.ask(model, photo, "is it red?")
 
 
 @torch.no_grad()
