@@ -30,6 +30,7 @@ from layers import encode_batch_images, task_logits
 from metrics import caption_scores, check_official_tools, nlvr2_scores, recall_at_k, vqa_accuracy
 from predict import finite, open_model
 from rebuilt import official_identifiers
+from retrieval import Gallery, fill_scores, scores_file, texts_that_fit
 
 # -------------------------------------------------------------------------------------------------
 # VQA and NLVR2: one answer of a list for each text.
@@ -252,17 +253,17 @@ def retrieval(args: argparse.Namespace) -> None:
     at_least(0, "--captions", args.captions)
     run = Evaluation(args, "retrieval")
     place, dataset = run.machine, run.task.dataset(run.table, train=False)
-    gallery = predict.Gallery(run.model, dataset, args.images, args.captions)
-    path = predict.scores_file(gallery, run.out, f"scores_{run.about}", place, args.resume)
+    gallery = Gallery(run.model, dataset, args.images, args.captions)
+    path = scores_file(gallery, run.out, f"scores_{run.about}", place, args.resume)
     scores = np.lib.format.open_memmap(path, "r+")                          # (N, M)
     N, M = scores.shape
     mine = range(place.rank, N, place.world)
     with place.autocast():
         at_once = args.batch_size
         if args.fill_memory:
-            at_once = predict.texts_that_fit(gallery, at_once)
+            at_once = texts_that_fit(gallery, at_once)
             run.say(f"{at_once:,} captions at a time")
-        predict.fill_scores(gallery, scores, mine, at_once, quiet=place.rank > 0)
+        fill_scores(gallery, scores, mine, at_once, quiet=place.rank > 0)
     scores.flush()
     # Every process has read all captions, so only the first one counts those that were cut.
     run.warn(gallery.unreadable, gallery.cut if place.rank == 0 else 0)

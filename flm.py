@@ -24,7 +24,7 @@ Where to find what
     the wrong pairs of matching             tasks.Pretrain.other_pictures, exchange.Exchange
     the total loss over a global batch      flm.Config.loss_weights, train.backward
     the ViT, attention, the layers          layers.ViT, layers.Attention, layers.StreamLayer
-    captions; scoring N images x M texts    generate.generate, predict.fill_scores
+    captions; scoring N images x M texts    generate.generate, retrieval.fill_scores
 
 Letters: B batch, L text length, n real tokens of a caption, S streams (2 for FLM, else 1),
 Q queries (L, or 1), P image tokens (1 + patches), D width, V vocabulary, M images.

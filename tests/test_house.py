@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # checkpoints, prepare and sources/ that to other people's downloads.
 ORDER = ("disk tokenizer tars files rebuilt data tar_index exchange batches losses layers masks flm vilt recipes tasks released weights "
          "machine parallel flops loggers settings optimizer report checkpoints runs switches fitting train "
-         "generate ptb metrics predict evaluation eval sources prepare tools tests").split()
+         "generate ptb metrics predict retrieval evaluation eval sources prepare tools tests").split()
 
 
 def modules():

@@ -9,6 +9,7 @@ from PIL import ExifTags, Image
 from conftest import ANSWERS, caption, finetune, picture, tiny, write_world
 
 import predict
+import retrieval
 import weights
 
 
@@ -184,10 +185,10 @@ def test_captions_kept_in_halves_are_fused_as_autocast_fuses_them(objective):
     with torch.autocast("cpu", torch.bfloat16):
         visual = model.encode_image(torch.rand(1, 3, 24, 24))
         text = model.encode_text(ids, class_only=True)
-        kept = predict.Gallery.encode_texts(SimpleNamespace(model=model), [row[row != 1].tolist() for row in ids])
+        kept = retrieval.Gallery.encode_texts(SimpleNamespace(model=model), [row[row != 1].tolist() for row in ids])
         assert kept.streams.dtype == torch.bfloat16 and text.streams.dtype == torch.float32
         assert torch.equal(predict.match_score(model, visual, kept), predict.match_score(model, visual, text))
-    whole = predict.Gallery.encode_texts(SimpleNamespace(model=model), [ids[1].tolist()])
+    whole = retrieval.Gallery.encode_texts(SimpleNamespace(model=model), [ids[1].tolist()])
     assert whole.streams.dtype == torch.float32             # nothing is rounded in float32
 
 
@@ -200,11 +201,11 @@ def test_captions_at_a_time_double_as_long_as_twice_as_many_fit(monkeypatch, roo
 
     gallery = SimpleNamespace(model=None, tokens=lambda: [[0] * n for n in range(16)],
                               encode_image=lambda i: None, encode_texts=list)
-    monkeypatch.setattr(predict, "device_of", lambda model: torch.device("cuda"))
-    monkeypatch.setattr(predict, "match_score", score)
-    assert predict.texts_that_fit(gallery, 1) == expected
+    monkeypatch.setattr(retrieval, "device_of", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(retrieval, "match_score", score)
+    assert retrieval.texts_that_fit(gallery, 1) == expected
 
 
 def test_a_cpu_scores_as_many_captions_at_a_time_as_it_was_told():
     gallery = SimpleNamespace(model=tiny(itm=True), tokens=lambda: [[0]] * 99)
-    assert predict.texts_that_fit(gallery, 7) == 7
+    assert retrieval.texts_that_fit(gallery, 7) == 7
