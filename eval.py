@@ -25,7 +25,7 @@ import disk
 import files
 import machine
 import predict
-from evaluation import Evaluation, at_least, black
+from evaluation import Evaluation, at_least, black, texts_that_fit
 from layers import encode_batch_images, task_logits
 from metrics import caption_scores, check_official_tools, nlvr2_scores, recall_at_k, vqa_accuracy
 from predict import finite, open_model
@@ -260,7 +260,7 @@ def retrieval(args: argparse.Namespace) -> None:
     with place.autocast():
         at_once = args.batch_size
         if args.fill_memory:
-            at_once = predict.texts_that_fit(gallery, at_once)
+            at_once = texts_that_fit(gallery, at_once)
             run.say(f"{at_once:,} captions at a time")
         predict.fill_scores(gallery, scores, mine, at_once, quiet=place.rank > 0)
     scores.flush()

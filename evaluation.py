@@ -209,3 +209,24 @@ def at_least(least: int, flag: str, value: int) -> None:
     """ValueError if a flag's number is smaller."""
     if value < least:
         raise ValueError(f"{flag} {value}: at least {least} is expected")
+
+
+@torch.no_grad()
+def texts_that_fit(gallery: predict.Gallery, least: int = 256) -> int:
+    """How many captions may be scored at a time: `least`, doubled as long as a GPU has the memory.
+
+    The longest captions are tried. On a CPU it is `least`: more would gain nothing there.
+    """
+    device, tokens = predict.device_of(gallery.model), gallery.tokens()
+    if device.type == "cpu":
+        return least
+    tokens.sort(key=len, reverse=True)
+    visual, size = gallery.encode_image(0), least
+    while size < len(tokens):
+        try:                    # twice as many as will be scored, for the other captions' memory
+            predict.match_score(gallery.model, visual, gallery.encode_texts(tokens[:4 * size]))
+        except torch.OutOfMemoryError:
+            break
+        size *= 2
+    torch.cuda.empty_cache()
+    return size

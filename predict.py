@@ -491,27 +491,6 @@ class Gallery:
 
 
 @torch.no_grad()
-def texts_that_fit(gallery: Gallery, least: int = 256) -> int:
-    """How many captions may be scored at a time: `least`, doubled as long as a GPU has the memory.
-
-    The longest captions are tried. On a CPU it is `least`: more would gain nothing there.
-    """
-    device, tokens = device_of(gallery.model), gallery.tokens()
-    if device.type == "cpu":
-        return least
-    tokens.sort(key=len, reverse=True)
-    visual, size = gallery.encode_image(0), least
-    while size < len(tokens):
-        try:                    # twice as many as will be scored, for the other captions' memory
-            match_score(gallery.model, visual, gallery.encode_texts(tokens[:4 * size]))
-        except torch.OutOfMemoryError:
-            break
-        size *= 2
-    torch.cuda.empty_cache()
-    return size
-
-
-@torch.no_grad()
 def fill_scores(gallery: Gallery, scores: np.ndarray, images: Iterable[int],
                 texts_at_once: int = 256, quiet: bool = False) -> None:
     """Scores some images of a gallery with all of its captions, into their rows of scores (N, M).

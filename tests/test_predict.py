@@ -8,6 +8,7 @@ import torch
 from PIL import ExifTags, Image
 from conftest import ANSWERS, caption, finetune, picture, tiny, write_world
 
+import evaluation
 import predict
 import weights
 
@@ -202,9 +203,9 @@ def test_captions_at_a_time_double_as_long_as_twice_as_many_fit(monkeypatch, roo
                               encode_image=lambda i: None, encode_texts=list)
     monkeypatch.setattr(predict, "device_of", lambda model: torch.device("cuda"))
     monkeypatch.setattr(predict, "match_score", score)
-    assert predict.texts_that_fit(gallery, 1) == expected
+    assert evaluation.texts_that_fit(gallery, 1) == expected
 
 
 def test_a_cpu_scores_as_many_captions_at_a_time_as_it_was_told():
     gallery = SimpleNamespace(model=tiny(itm=True), tokens=lambda: [[0]] * 99)
-    assert predict.texts_that_fit(gallery, 7) == 7
+    assert evaluation.texts_that_fit(gallery, 7) == 7
