@@ -358,7 +358,7 @@ def fill(model: Model, picture: Picture, text: str,
     return tok.decode(filled[0, 1:-1].tolist()), words
 
 
-def check_reads_both_sides(model: Model):
+def check_reads_both_sides(model: Model) -> None:
     """ValueError for a model that cannot say a word from what stands on both sides of it."""
     c = model.config
     if c.objective not in ("flm", "mlm") or c.head != "vocab":
@@ -366,7 +366,7 @@ def check_reads_both_sides(model: Model):
                          f"{c.objective} with head {c.head}")
 
 
-def fill_blanks(model: Model, visual, ids: Tensor,
+def fill_blanks(model: Model, visual: Tensor | vilt.Visual, ids: Tensor,
                 rounds: int = 3) -> tuple[Tensor, list[tuple[int, float]]]:
     """What `fill` does, with token ids (1, L) -> (those of the whole text, [(id, probability)])."""
     blanks = (ids[0] == model.config.mask_id).nonzero()[:, 0]               # positions
@@ -381,7 +381,8 @@ def fill_blanks(model: Model, visual, ids: Tensor,
     return ids, list(zip(guess.tolist(), share.tolist(), strict=True))
 
 
-def token_shares(model: Model, visual, ids: Tensor, positions: Tensor) -> Tensor:
+def token_shares(model: Model, visual: Tensor | vilt.Visual, ids: Tensor,
+                 positions: Tensor) -> Tensor:
     """The probability of every token at some positions of a text, float32 (positions, V).
 
     visual: of one image. ids (1, L). FLM never reads what stands at the position itself; a model of

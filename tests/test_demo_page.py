@@ -86,8 +86,10 @@ class Page:
         def typed():
             [field] = [e for e in self.seen("textarea, input[type=text]")
                        if self.browser.execute_script("return arguments[0].closest('label')?.innerText || ''", e).startswith(label)]
+            field.click()
             self.browser.execute_script("arguments[0].select()", field)
-            field.send_keys(webdriver.Keys.BACKSPACE, text)
+            field.send_keys(webdriver.Keys.BACKSPACE)
+            self.browser.execute_cdp_cmd("Input.insertText", {"text": text})        # pasted: 500 words are many keys
             return field.get_attribute("value") == text
         self.until(typed, f"field {label!r}")
 
