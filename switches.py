@@ -34,7 +34,7 @@ def lighten(model: nn.Module, settings: Settings) -> None:
 def checkpoint_layers(model: nn.Module) -> None:
     """Recomputes the blocks of the ViT (or ViLT), the fusion layers, and the reconstructor.
 
-    They hold nearly all activations. Dropout draws the same numbers again.
+    The text layers are left: captions are short. Dropout draws the same numbers again.
     """
     for module in model.modules():
         if isinstance(module, ViTBlock) or hasattr(module, "cross_attention"):
