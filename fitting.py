@@ -10,6 +10,7 @@ saved with the run's settings: a resumed run goes on with it.
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,14 +18,18 @@ import torch
 import machine as machines
 from optimizer import moments_of
 from report import Halt
+from runs import Run
 from settings import LARGEST_ON_A_CPU
 from tasks import to_device
+
+if TYPE_CHECKING:           # for the annotations alone: train comes later
+    from train import State
 
 MARGIN = 0.08           # share of the memory that is left free: fragments, other sizes of images
 NO_MEMORY = 2 ** 62     # bytes: more than there are
 
 
-def fit_micro_batch(run, state):
+def fit_micro_batch(run: Run, state: "State") -> None:
     """Sets run.micro_batch to the largest that fits, and run.accumulation; every process must ask.
 
     Halt where not even the smallest fits.
@@ -48,17 +53,17 @@ def fit_micro_batch(run, state):
     machine.say(f"--micro-batch auto: {found} pairs, {peaks[found] / 2 ** 30:.2f} GB of at most "
                 f"{limit / 2 ** 30:.2f}{too_large}")
     run.micro_batch = found
-    run.accumulation = run.settings.global_batch // (machine.world * found)
+    run.accumulation = run.settings.global_batch // (machine.data_world * found)
     run.settings = replace(run.settings, micro_batch=found)
 
 
-def sizes_of(run) -> list[int]:
+def sizes_of(run: Run) -> list[int]:
     """The micro-batches that are tried: the divisors of a process's share of the global batch.
 
     On a CPU there are at most LARGEST_ON_A_CPU pairs. Matching takes wrong images from the
     micro-batch, so it has more pairs than can share an image (settings.check_task).
     """
-    share = run.settings.global_batch // run.machine.world
+    share = run.settings.global_batch // run.machine.data_world
     least = run.settings.captions_per_image + 1 if run.config.itm else 1
     most = min(share, LARGEST_ON_A_CPU) if run.machine.device.type == "cpu" else share
     return [size for size in range(least, most + 1) if share % size == 0]
@@ -78,7 +83,7 @@ def expected_peak(peaks: dict[int, int], size: int) -> float:
     return more + (size - last) * (more - less) / (last - before)
 
 
-def memory_limit(machine) -> int:
+def memory_limit(machine: machines.Machine) -> int:
     """Bytes that this process may hold, what it holds now included."""
     if machine.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(machine.device)
@@ -93,7 +98,7 @@ def memory_limit(machine) -> int:
     return int((1 - MARGIN) * (free / machine.world + held))
 
 
-def peak_bytes(run, state, size: int) -> int:
+def peak_bytes(run: Run, state: "State", size: int) -> int:
     """The most bytes held while a micro-batch of this size trains; NO_MEMORY if a GPU ran out.
 
     The optimizer's moments, which the first step will add, are counted with it.

@@ -332,7 +332,7 @@ def memory_gb(device: torch.device) -> float:
         return peak / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
-def forget_peak(device: torch.device):
+def forget_peak(device: torch.device) -> None:
     """Starts to measure peak_memory anew."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -163,10 +163,11 @@ def documented_fields(config_class: type) -> dict[str, tuple[str, str]]:
 
 def pairs(text: str) -> int:
     """A number of pairs, or AUTO."""
-    number = AUTO if text == "auto" else int(text)
-    if number < 0 and text != "auto":
-        raise ValueError
-    return number
+    if text == "auto":
+        return AUTO
+    if int(text) < 0:
+        raise ValueError(f"{text}: a number of pairs is expected")
+    return int(text)
 
 
 # Fields whose flags take more than a value of their type.

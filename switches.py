@@ -16,12 +16,14 @@
 from functools import partial
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from layers import ViTBlock
+from settings import Settings
 
 
-def lighten(model, settings):
+def lighten(model: nn.Module, settings: Settings) -> None:
     """Switches on what saves memory and costs time."""
     if settings.chunk_loss:
         model.vocab_head.chunked = True
@@ -29,17 +31,17 @@ def lighten(model, settings):
         checkpoint_layers(model)
 
 
-def checkpoint_layers(model):
+def checkpoint_layers(model: nn.Module) -> None:
     """Recomputes the blocks of the ViT (or ViLT), the fusion layers, and the reconstructor.
 
-    They hold nearly all activations. Dropout draws the same numbers again.
+    The text layers are left: captions are short. Dropout draws the same numbers again.
     """
     for module in model.modules():
         if isinstance(module, ViTBlock) or hasattr(module, "cross_attention"):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
-def compile_model(model, settings):
+def compile_model(model: nn.Module, settings: Settings) -> None:
     """Compiles a model's forward pass with torch.compile."""
     if settings.chunk_loss:         # the chunks would be unrolled, anew for each number of rows
         model.vocab_head.losses = torch.compiler.disable(model.vocab_head.losses)

@@ -100,15 +100,18 @@ def image_numbers(batch: dict) -> Tensor:
     return batch.get("image_of", torch.arange(len(batch["ids"])))
 
 
-def round_rows(batch: dict):
-    """Fills up the rows that predict words with -1, to a multiple of a sixteenth of B L.
+def round_rows(batch: dict) -> None:
+    """Fills up the rows that predict words with -1, so that there are few numbers of them.
 
-    With a small set of lengths L (--pad-to 16 24 32), there is so a small set of shapes.
+    All outputs get as many: the most that one has, rounded up to an eighth of B L. With a small set
+    of lengths L (--pad-to 16 24 32) there is so a small set of shapes.
     """
-    step = math.ceil(batch["ids"].numel() / 16)
-    for name in batch:
-        if name.endswith("_rows") and name != "mpp_rows":
-            batch[name] = F.pad(batch[name], (0, -len(batch[name]) % step), value=-1)
+    names = [name for name in batch if name.endswith("_rows") and name != "mpp_rows"]
+    step = math.ceil(batch["ids"].numel() / 8)
+    most = max((len(batch[name]) for name in names), default=0)
+    count = math.ceil(most / step) * step
+    for name in names:
+        batch[name] = F.pad(batch[name], (0, count - len(batch[name])), value=-1)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_memory_for_nothing_is_said(world, tmp_path, monkeypatch):
 def test_all_processes_take_what_fits_the_fullest_of_them(world, tmp_path, memory):
     run, state = opened(world, tmp_path)
     # The other process needs 150 bytes more, and has 700.
-    run.machine = SimpleNamespace(world=1, device=run.machine.device, say=run.machine.say,
+    run.machine = SimpleNamespace(world=1, data_world=1, device=run.machine.device, say=run.machine.say,
                                   largest=lambda number: -700 if number < 0 else number + 150)
     fitting.fit_micro_batch(run, state)
     assert run.micro_batch == 4         # 8 would take 1,000
