@@ -407,7 +407,7 @@ def add_commands(parser: argparse.ArgumentParser, commands: dict) -> None:
         p = subparsers.add_parser(function.__name__, help=says, description=says)
         p.set_defaults(run=function, flags=[*rows, *MODEL_FLAGS])
         p.add_argument("checkpoint", help=(
-            "a file or folder that weights.py opens, or the name of a model in models/"))
+            "a file or folder that weights.py opens, or a name: toy (of models/), hf:OWNER/NAME"))
         for flag, default, about in [*rows, *MODEL_FLAGS]:
             add_flag(p, flag, default, about)
 

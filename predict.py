@@ -347,31 +347,52 @@ def fill(model: Model, picture: Picture, text: str,
     themselves, once.
     ValueError for models that read from one side only.
     """
-    c, tok = model.config, model.tokenizer
+    check_reads_both_sides(model)
+    tok = model.tokenizer
+    ids = blanked_ids(model, text)
+    if tok.mask_id not in ids:
+        raise ValueError(f"there is no {tok.tokens[tok.mask_id]} in {text!r}")
+    visual = encode_pictures(model, [picture])
+    filled, found = fill_blanks(model, visual, ids, rounds)
+    words = [(tok.decode([token]).strip(), share) for token, share in found]
+    return tok.decode(filled[0, 1:-1].tolist()), words
+
+
+def check_reads_both_sides(model: Model):
+    """ValueError for a model that cannot say a word from what stands on both sides of it."""
+    c = model.config
     if c.objective not in ("flm", "mlm") or c.head != "vocab":
         raise ValueError("blanks are filled by a pretrained model of objective flm or mlm; this is "
                          f"{c.objective} with head {c.head}")
-    ids = blanked_ids(model, text)
-    blanks = (ids[0] == tok.mask_id).nonzero()[:, 0]                        # positions
-    if len(blanks) == 0:
-        raise ValueError(f"there is no {tok.tokens[tok.mask_id]} in {text!r}")
-    if c.objective == "mlm" or len(blanks) == 1:
-        rounds = 1
 
-    visual = encode_pictures(model, [picture])
-    no_words = [tok.cls_id, tok.pad_id, tok.sep_id, tok.unk_id, tok.mask_id]
+
+def fill_blanks(model: Model, visual, ids: Tensor,
+                rounds: int = 3) -> tuple[Tensor, list[tuple[int, float]]]:
+    """What `fill` does, with token ids (1, L) -> (those of the whole text, [(id, probability)])."""
+    blanks = (ids[0] == model.config.mask_id).nonzero()[:, 0]               # positions
+    if model.config.objective == "mlm" or len(blanks) == 1:
+        rounds = 1
     for _ in range(rounds):
-        fused = model.fuse(visual, model.encode_text(ids))
-        logits = finite(model.vocab_logits(fused.reconstructed[0, blanks]))         # (blanks, V)
-        shares = logits.float().softmax(-1)
-        shares[:, no_words] = 0
-        share, guess = shares.max(-1)                                       # (blanks,)
+        share, guess = token_shares(model, visual, ids, blanks).max(-1)     # (blanks,)
         before = ids
         ids = ids.index_copy(1, blanks, guess[None])                        # (1, L)
         if torch.equal(ids, before):
             break
-    words = [tok.decode([token]).strip() for token in guess.tolist()]
-    return tok.decode(ids[0, 1:-1].tolist()), list(zip(words, share.tolist(), strict=True))
+    return ids, list(zip(guess.tolist(), share.tolist(), strict=True))
+
+
+def token_shares(model: Model, visual, ids: Tensor, positions: Tensor) -> Tensor:
+    """The probability of every token at some positions of a text, float32 (positions, V).
+
+    visual: of one image. ids (1, L). FLM never reads what stands at the position itself; a model of
+    objective mlm does, so it must be `<mask>`. Special tokens are no words and have 0.
+    """
+    tok = model.tokenizer
+    fused = model.fuse(visual, model.encode_text(ids))
+    logits = finite(model.vocab_logits(fused.reconstructed[0, positions]))  # (positions, V)
+    shares = logits.float().softmax(-1)
+    shares[:, [tok.cls_id, tok.pad_id, tok.sep_id, tok.unk_id, tok.mask_id]] = 0
+    return shares
 
 
 # -------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class Settings:
     # what it starts from
     model: str = "base-b32"         # name of a model in recipes.MODELS; --load beats it
     load: str = ""                 # a checkpoint, ours or a released one: sizes, weights, tokenizer
+                                    # (a file, a folder, or a name: toy of models/, hf:OWNER/NAME)
     vit: str = ""                 # a file to start the image side from: CLIP's, or for ViLT a ViT's
     text: str = ""                  # a file to start the text side from: RoBERTa's or BERT's
     trust: bool = False             # run the code of TorchScript files that OpenAI did not publish

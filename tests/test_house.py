@@ -113,7 +113,7 @@ class Parser(Exception):
 
 
 @pytest.mark.parametrize("module", ["tokenizer", "train", "eval", "weights", "prepare", "tools.toy", "tools.plot", "tools.probe",
-                                    "tools.bench", "tools.compare", "tools.cards"])
+                                    "tools.bench", "tools.compare", "tools.cards", "tools.demo"])
 def test_every_flag_of_every_command_says_what_it_does(module, monkeypatch):
     def carry(self, *_, **__):
         raise Parser(self)

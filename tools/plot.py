@@ -61,39 +61,58 @@ def rates(panel: Panel) -> tuple[float, float]:
 def draw_panels(words: Sequence[str], rate: float = 0.4, prefix: int = 3,
                 seed: int = 7) -> list[Panel]:
     """The objectives' masks for a caption. rate: corruption of the last one, FLM with spans."""
-    n = len(words) + 2
     rng = np.random.default_rng(seed)
+    return [draw_objective("mlm", words, rng, flm.Config.mask_rate),
+            draw_objective("ar", words, rng),
+            draw_objective("prefix", words, rng, prefix=prefix),
+            draw_objective("flm", words, rng),
+            draw_objective("flm", words, rng, rate)]
+
+
+def draw_objective(objective: str, words: Sequence[str], rng: np.random.Generator,
+                   rate: float = 0.0, prefix: int = 0) -> Panel:
+    """One objective's masks for a caption.
+
+    rate: the share of the words that mlm masks, or that flm hides from each query; with 0, that is
+    the query's own word alone. prefix: the number of words in prefix's prefix.
+    """
+    n = len(words) + 2
     real = torch.ones(1, n, dtype=torch.bool)
+    if objective == "flm":
+        title, says, spans = "FLM", "every word, from both sides", ()
+        if rate:
+            title, says = "FLM, larger spans", "every word, with more hidden around it"
+            ends = masks.draw_spans(n, n, rate, rng)
+            spans = [torch.from_numpy(end)[None] for end in ends]                   # (1, n) each
+        seen = masks.reconstructor_mask(real, *spans)[0].numpy()                    # (n, 2n)
+        return Panel(title, says, seen[:, :n], seen[:, n:], targets(objective, n))
+
+    masked = []
+    if objective == "mlm":
+        ids = np.arange(n) + 10                         # any ids: only the positions matter
+        _, picked = data.mask_words(ids, [True] * len(words), rate, 4, ids, rng)
+        masked = picked.tolist()
+        title, says, mask = "MLM", "masked words, from both sides", masks.bidirectional_mask(real)
+    elif objective == "ar":
+        title, says, mask = "AR", "every next word, from the left", masks.left_to_right_mask(real)
+    else:
+        title, says = "Prefix", "every next word after a prefix"
+        mask = masks.prefix_mask(real, torch.tensor([prefix]))
+    seen = mask[0].numpy().copy()                                                   # (n, n)
+    seen[:, masked] = False                             # the column is read, but its word is gone
     before = np.tril(np.ones((n, n), bool))             # row i's own column counts as its left
-    ids = np.arange(n) + 10                             # any ids: only the positions matter
-    _, masked = data.mask_words(ids, [True] * len(words), flm.Config.mask_rate, 4, ids, rng)
-    masked = masked.tolist()
-    spans = [torch.from_numpy(ends)[None] for ends in masks.draw_spans(n, n, rate, rng)]  # (1, n)
+    if objective == "mlm":
+        asked = {i: i for i in masked}
+    else:
+        asked = targets(objective, n, prefix if objective == "prefix" else 0)
+    return Panel(title, says, seen & before, seen & ~before, asked, masked)
 
-    def targets(objective, output, prefix=0):
-        rows = masks.predicting_rows(objective, n, prefix)[output]
-        return {row: row + masks.SHIFT[output] for row in rows}
 
-    def stream(mask, hidden=()):
-        seen = mask[0].numpy().copy()                                           # (n, n)
-        seen[:, list(hidden)] = False                   # the column is read, but its word is gone
-        return seen & before, seen & ~before
-
-    def reconstructor(*span):
-        mask = masks.reconstructor_mask(real, *span)[0].numpy()                   # (n, 2n)
-        return mask[:, :n], mask[:, n:], targets("flm", "reconstructed")
-
-    return [
-        Panel("MLM", "masked words, from both sides",
-              *stream(masks.bidirectional_mask(real), masked), {i: i for i in masked}, masked),
-        Panel("AR", "every next word, from the left", *stream(masks.left_to_right_mask(real)),
-              targets("ar", "left_to_right")),
-        Panel("Prefix", "every next word after a prefix",
-              *stream(masks.prefix_mask(real, torch.tensor([prefix]))),
-              targets("prefix", "left_to_right", prefix)),
-        Panel("FLM", "every word, from both sides", *reconstructor()),
-        Panel("FLM, larger spans", "every word, with more hidden around it",
-              *reconstructor(*spans))]
+def targets(objective: str, n: int, prefix: int = 0) -> dict[int, int]:
+    """Row -> the position that it predicts, of FLM's queries or of the only stream of others."""
+    output = "reconstructed" if objective == "flm" else "left_to_right"
+    rows = masks.predicting_rows(objective, n, prefix)[output]
+    return {row: row + masks.SHIFT[output] for row in rows}
 
 
 def plot_masks(args):
@@ -104,17 +123,22 @@ def plot_masks(args):
         raise ValueError(f"--rate {args.rate}: a share above 0 and up to 1 is expected")
     if not 1 <= args.prefix < len(words):
         raise ValueError(f"--prefix {args.prefix}: 1 to {len(words) - 1} words are expected")
+    save(masks_figure(words, args.rate, args.prefix, args.seed), args.out)
+
+
+def masks_figure(words: Sequence[str], rate: float = 0.4, prefix: int = 3, seed: int = 7):
+    """The figure of `draw_panels`, with a key."""
     n = len(words) + 2
     figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 7.6))
     figure.subplots_adjust(left=0.065, right=0.985, top=0.86, bottom=0.083, wspace=0.3, hspace=0.76)
     for axis in axes.flat:
         axis.set(xlim=(0, n), ylim=(n, 0))              # one unit is a cell, row 0 on top
         axis.axis("off")
-    panels = draw_panels(words, args.rate, args.prefix, args.seed)
+    panels = draw_panels(words, rate, prefix, seed)
     for axis, panel in zip(axes.flat[:5], panels, strict=True):
         draw_panel(axis, panel, ["<s>", *words, "</s>"])
     draw_key(axes.flat[5], n)
-    save(figure, args.out)
+    return figure
 
 
 def draw_panel(axis, panel: Panel, tokens: list[str]):
@@ -168,7 +192,8 @@ def cell(axis, x: float, y: float, color: str, pale: bool = False, hatch: str | 
                                  lw=0.7 if hidden else 0,
                                  facecolor=1 - shade * (1 - np.array(to_rgb(color))),
                                  edgecolor="#BBBBBB" if hatch else "#D8D8D8"))  # also the hatch's
-    axis.text(x + 0.5, y + 0.53, mark, ha="center", va="center", weight="bold", size=11)
+    if mark:
+        axis.text(x + 0.5, y + 0.53, mark, ha="center", va="center", weight="bold", size=11)
 
 
 # --------------------------------------------------------------------------------------------------
