@@ -40,6 +40,7 @@ from torch import Tensor
 from layers import (TASK_HEADS, Mask, ReconstructorLayer, StreamLayer, TextEmbedding, ViT,
                     VocabHead, check_config, check_divides, check_pairs, check_rates, loss_and_hits,
                     resize_positions, roberta_positions, sine_waves, task_head, task_loss)
+from losses import targets_of
 from masks import (OBJECTIVES, SHIFT, left_to_right_mask, prefix_mask, reconstructor_mask,
                    right_to_left_mask)
 
@@ -183,6 +184,11 @@ class Text:
             picked.queries = self.queries[index]
             picked.query_mask = self.query_mask.pick(index)
         return picked
+
+    def to(self, dtype: torch.dtype) -> "Text":
+        """The same captions in halves. Under autocast of this type `fuse` casts them anyway."""
+        queries = None if self.queries is None else self.queries.to(dtype)
+        return replace(self, streams=self.streams.to(dtype), queries=queries)
 
     def class_query(self) -> "Text":
         """The same captions with the class query alone. Exact: queries never see each other."""
@@ -358,8 +364,8 @@ class FLM(nn.Module):
         Without count_hits, the number of right words is NaN: not counted.
         `batch` holds `image` (M, 3, H, W) normalised, `ids` (B, L), where M < B `image_of` (B,),
         and what `tasks.PretrainFLM` drew: for every output `<output>_rows`, the rows that predict,
-        as indices into B L; `masked_ids` (mlm); `prefix` (prefix); `first`, `last` (flm with
-        spans); for itm `other_image`, `same_image`. The losses are sums: the mean is over the
+        as indices into B L (-1: none); `masked_ids` (mlm); `prefix` (prefix); `first`, `last` (flm
+        with spans); for itm `other_image`, `same_image`. The losses are sums: the mean is over the
         targets of the *global* batch, which only the loop knows (train.backward). A task's head:
         see `layers.task_loss`.
         """
@@ -377,8 +383,8 @@ class FLM(nn.Module):
         predicting, targets = [], []
         for name, row in zip(outputs, rows, strict=True):
             output = getattr(fused, name)                                                # (B, L, D)
-            predicting.append(output.reshape(-1, c.width).index_select(0, row))
-            targets.append(ids.reshape(-1).index_select(0, row + SHIFT[name]))
+            predicting.append(output.reshape(-1, c.width).index_select(0, row.clamp(min=0)))
+            targets.append(targets_of(ids, row, SHIFT[name]))
         targets = torch.cat(targets)                                                    # (targets,)
         smoothing = c.label_smoothing if self.training else 0.0
         losses, hits = self.vocab_head.losses(torch.cat(predicting), targets, smoothing, count_hits)

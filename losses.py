@@ -24,6 +24,19 @@ ROWS = 1024
 LinearCrossEntropyOptions = getattr(torch.nn, "LinearCrossEntropyOptions", None)
 
 
+# The target of a row that only fills up a shape: no loss, and no hit. It is F.cross_entropy's own.
+IGNORED = -100
+
+
+def targets_of(ids: Tensor, rows: Tensor, shift: int = 0) -> Tensor:
+    """The words that rows predict: ids (B, L), rows (N,), indices into B L -> (N,)
+
+    Row i predicts token i + shift; rows of -1 have the target IGNORED.
+    """
+    words = ids.reshape(-1).index_select(0, (rows + shift).clamp(min=0))
+    return words.masked_fill(rows < 0, IGNORED)
+
+
 def row_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0,
                count_hits: bool = True) -> tuple[Tensor, Tensor]:
     """Each row's cross-entropy, and whether its largest logit is the target's (1 or 0).

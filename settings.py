@@ -78,7 +78,9 @@ class Settings:
     captions_per_image: int = 1     # at most so many captions share an image in a micro-batch: it
                                     # is decoded, and passes the ViT, once for all of them
     bucket: int = 1                 # global batches sorted by length together; more: less padding
-    pad_to: int = 0                 # pad captions to a multiple of N tokens; 0: 8 on GPU, 1 on CPU
+    pad_to: int = 0                 # pad captions to a multiple of N tokens; 0: 8 on GPU, 1 on CPU;
+                                    # several numbers: to the next of these lengths, and round the
+                                    # rows that predict words up, so that --compile makes few graphs
     augment: bool = False           # RandAugment(2, 9) of the training images before the resize
     max_unreadable: float = 0.01    # share of undecodable images above which the run stops, if they
                                     # are more than 10; each process looks at its own share
@@ -167,6 +169,10 @@ def pairs(text: str) -> int:
     return number
 
 
+# Fields whose flags take more than a value of their type.
+FORMS = {"micro_batch": {"type": pairs}, "pad_to": {"nargs": "+"}}
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for every field of Settings and of the models' Configs."""
     groups = {}
@@ -175,8 +181,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         how = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "NAME")}
-        if name == "micro_batch":
-            how["type"] = pairs
+        how |= FORMS.get(name, {})
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         if kind is tuple:
@@ -231,6 +236,9 @@ def parse(argv: list[str] | None) -> tuple[Settings, dict]:
     merged = recipes.get(recipe, {}) | given
     if "steps" in given and "epochs" not in given:
         merged["epochs"] = 0.0              # a flag beats the recipe's epochs
+    if "pad_to" in given:                   # a multiple, or several lengths
+        lengths = tuple(given["pad_to"])
+        merged["pad_to"] = lengths if len(lengths) > 1 else lengths[0]
     for name in ("datasets", "log"):
         merged[name] = tuple(merged.get(name, ()))
     model = merged.setdefault("model", Settings.model)
@@ -280,6 +288,9 @@ def check(settings: Settings, machine: Machine) -> None:
         raise ValueError(f"--peak-tflops {s.peak_tflops}: TFLOP/s of one device are expected")
     if s.seed < 0:
         raise ValueError(f"--seed {s.seed}: at least 0 is expected")
+    lengths = [s.pad_to] if isinstance(s.pad_to, int) else s.pad_to
+    if s.pad_to and min(lengths) < 1:
+        raise ValueError(f"--pad-to {' '.join(map(str, lengths))}: lengths in tokens are expected")
     if not 0 < s.decay <= 1:
         raise ValueError(f"--decay {s.decay}: a share above 0, at most 1, is expected")
     if s.shard and s.muon_lr:

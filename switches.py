@@ -7,7 +7,8 @@
                             (losses.losses_in_chunks).
 `--checkpoint-activations`  A layer keeps its input alone, and is computed again when its gradient
                             is asked for: a third more work in it.
-`--compile`                 torch.compile.
+`--compile`                 torch.compile: one graph for all shapes; with the lengths of --pad-to,
+                            one for each.
 
 `--keep-casts` is in train.train_step, `--bucket-views` and `--static-graph` in train.build_state.
 """
@@ -42,4 +43,8 @@ def compile_model(model, settings):
     """Compiles a model's forward pass with torch.compile."""
     if settings.chunk_loss:         # the chunks would be unrolled, anew for each number of rows
         model.vocab_head.losses = torch.compiler.disable(model.vocab_head.losses)
-    model.compile(dynamic=True)     # lengths and numbers of targets differ between batches
+    few_shapes = not isinstance(settings.pad_to, int)
+    if few_shapes:
+        torch._dynamo.config.recompile_limit = 64       # else some of them would run uncompiled
+    # Without them, lengths and numbers of targets differ between batches.
+    model.compile(dynamic=not few_shapes)

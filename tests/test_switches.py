@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,6 +15,7 @@ import switches
 import train
 import vilt
 from conftest import TRAIN, TRAIN_FLM, TRAIN_VILT, assert_same, torchrun, train_command, train_outcome, write_caption_world
+from runs import open_run
 
 # -- The loss of words in chunks of rows -----------------------------------------------------------
 
@@ -208,3 +210,64 @@ def test_sums_of_an_older_checkpoint_count_all_hits():
     sums = Sums({"reconstructed": 1.0, "wpa": 0.1}, torch.device("cpu"))
     sums.values += with_counted(torch.tensor([[6.0, 2.0], [3.0, torch.nan], [4.0, 2.0]], dtype=torch.float64))
     assert sums.read() == {"loss": 1.6, "reconstructed_loss": 1.5, "reconstructed_accuracy": 0.75, "wpa_loss": 1.0}
+
+
+# -- A small set of shapes -------------------------------------------------------------------------
+
+LENGTHS = ("--pad-to", 8, 12, 16)
+
+
+def opened(world, out, *flags, sizes=TRAIN_FLM):
+    """A run before its first step, and its model."""
+    settings, config_flags = train.parse(train_command(world, out, *TRAIN, "--steps", 14, "--micro-batch", 8, *flags, sizes=sizes))
+    run = open_run(settings, config_flags, machine.set_up("cpu"))
+    torch.manual_seed(0)
+    model = train.weights.model_of(run.config)
+    switches.lighten(model, settings)
+    return run, model
+
+
+@pytest.mark.parametrize("flags", [(), ("--objective", "mlm"), ("--label-smoothing", 0.1), ("--chunk-loss",), TRAIN_VILT],
+                         ids=["flm", "mlm", "smoothing", "chunks", "vilt"])
+def test_rows_that_fill_up_a_shape_change_no_loss_and_no_gradient(world, tmp_path, flags):
+    sizes, flags = (TRAIN_VILT, ()) if flags is TRAIN_VILT else (TRAIN_FLM, flags)
+    found = []
+    for pad_to in ((), LENGTHS):
+        run, model = opened(world, tmp_path, "--dropout", 0, *flags, *pad_to, sizes=sizes)  # dropout draws by shape
+        batch, notes = next(iter(run.loader(0)))
+        filled = sum(int((batch[name] < 0).sum()) for name in batch if name.endswith("_rows"))
+        assert (filled > 0) == bool(pad_to)
+        results = model(train.to_device(batch, torch.device("cpu"), run.config), "--chunk-loss" not in flags)
+        sum(loss for loss, _ in results.values()).backward()
+        found.append((notes["counts"], results, {name: p.grad for name, p in model.named_parameters()}))
+    (counts, results, gradients), (same_counts, same, ours) = found
+    assert counts == same_counts
+    torch.testing.assert_close(same, results, atol=1e-4, rtol=1e-6, equal_nan=True)         # sums of 70 terms
+    torch.testing.assert_close(ours, gradients, atol=1e-4, rtol=1e-5)
+
+
+def shape_of(batch):
+    """The lengths that differ between batches: of captions, and of the rows that predict."""
+    return batch["ids"].shape[1], *(len(batch[name]) for name in batch if name.endswith("_rows"))
+
+
+def test_a_small_set_of_lengths_compiles_a_handful_of_graphs(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    torch._dynamo.reset()
+    many = {shape_of(batch) for batch, _ in opened(world, tmp_path)[0].loader(0)}
+    run, model = opened(world, tmp_path, *LENGTHS)
+    graphs, compile_with, few = [], model.compile, {}
+    count = lambda graph, inputs: graphs.append(graph) or graph.forward             # a backend that counts
+    monkeypatch.setattr(model, "compile", lambda **how: compile_with(backend=count, **how))
+    switches.compile_model(model, run.settings)
+    for batch, _ in run.loader(0):
+        few.setdefault(shape_of(batch), []).append(batch)
+    for batch in [some for batches in few.values() for some in batches[:2]]:
+        model(train.to_device(batch, torch.device("cpu"), run.config))
+    assert len(graphs) == len(few) <= 8 and len(many) > 2 * len(few)
+
+
+def test_a_length_below_one_is_refused(world, tmp_path):
+    settings, _ = train.parse(train_command(world, tmp_path, "--pad-to", 8, 0))
+    with pytest.raises(ValueError, match="--pad-to 8 0: lengths in tokens are expected"):
+        train.check(settings, machine.set_up("cpu"))
