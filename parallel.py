@@ -215,9 +215,9 @@ def average_gradients(model: nn.Module, machine: Machine) -> None:
         whole          all processes                            those of a group
         divided        those with the same part, of all groups  none: FSDP2 has averaged
 
-    DDP does not hold DTensors. So this comes once, after a step's last backward pass. The processes
-    of a group compute the same gradient of a whole parameter, but for rounding: some sums on a GPU
-    have another order each time. The mean keeps their weights equal for good.
+    DDP does not hold DTensors. So this comes in its place, once, after a step's last backward pass.
+    The processes of a group compute the same gradient of a whole parameter, but for rounding: some
+    sums on a GPU have another order each time. The mean keeps their weights equal for good.
     """
     if machine.tensor == 1:
         return

@@ -341,7 +341,8 @@ def device_name(device: torch.device) -> str:
 def dry_run(run: "Run") -> None:
     """Prints what would run, its settings, and an estimate of the memory of a process.
 
-    Activations are counted in a forward pass of the first step's longest micro-batch.
+    Activations are counted in a forward pass of the first step's longest micro-batch; with
+    --tensor-parallel they are those of an undivided model, so a process holds less.
     """
     s, machine = run.settings, run.machine
     model = weights.model_of(run.config).to(machine.device)
@@ -356,12 +357,13 @@ def dry_run(run: "Run") -> None:
     parts = {"weights": parameters, "gradients": parameters,
              "optimizer's moments": bytes_of_moments(model, s, held) / shards,
              "activations": activation_bytes(run, model)}
+    if machine.tensor > 1:
+        parts["activations, undivided"] = parts.pop("activations")
     described = ", ".join(f"{name} {size / 2 ** 30:.2f}" for name, size in parts.items())
     machine.say(f"memory of a process: about {sum(parts.values()) / 2 ** 30:.2f} GB ({described})")
 
 
-def bytes_of_moments(model: nn.Module, settings: Settings,
-                     held: dict[str, float]) -> float:
+def bytes_of_moments(model: nn.Module, settings: Settings, held: dict[str, float]) -> float:
     """Bytes of what the optimizer keeps. held: the numbers of each parameter in this process."""
     total = 0.0
     for name, moments in moments_of(model, settings).items():

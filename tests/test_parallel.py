@@ -142,6 +142,15 @@ def test_a_divided_models_names_become_those_of_files_and_back(make, config):
     assert parallel.own_names(state, whole).keys() == state.keys()
 
 
+def test_a_process_is_said_to_hold_its_part_of_divided_layers_and_the_whole_of_others():
+    model = weights.outline_of(TINY_VILT)
+    whole, half = (parallel.parameters_of_one(model, processes) for processes in (1, 2))
+    assert sum(whole.values()) == sum(parameter.numel() for parameter in model.parameters())
+    assert half["blocks.0.attention.kv.weight"] == whole["blocks.0.attention.kv.weight"] / 2
+    assert half["vocab_head.decoder.weight"] == whole["vocab_head.decoder.weight"] / 2
+    assert half["embed.word.weight"] == whole["embed.word.weight"]
+
+
 def test_keys_and_values_count_their_steps_apart():
     divided = torch.nn.ModuleDict({"kv": parallel.KeysAndValues(torch.nn.Linear(2, 4))})
     moments = {"a.kv.bias": {"step": torch.tensor(2.0), "exp_avg": torch.arange(4)}}
