@@ -17,7 +17,7 @@ PROCESSES ?= 1
 PINS      ?= constraints.txt
 
 .DEFAULT_GOAL := all
-.PHONY: all demo vqa nlvr2 caption retrieval models vilt pictures masks compare speedrun test quick faults lint bench clean help
+.PHONY: all demo vqa nlvr2 caption retrieval models vilt pictures masks compare speedrun test quick faults lint notebook bench clean help
 
 all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (7 minutes)
 	@echo "pictures: docs/masks.png, $(RUN)/curves.png, $(RUN)/words.png"
@@ -169,6 +169,10 @@ faults: .venv/.installed  ## damage files, kill runs, and look what the commands
 
 lint: .venv/.installed  ## what ruff says (pyproject.toml tells the rules)
 	$(PY) -m ruff check
+
+notebook: .venv/.installed  ## run docs/tour.ipynb from top to bottom, and keep what it shows (3 minutes)
+	$(PY) -m pip install --quiet --editable '.[notebook]' $(if $(PINS),--constraint $(PINS))
+	$(PY) -m tools.notebook docs/tour.ipynb
 
 bench: .venv/.installed  ## how fast each part is, side by side
 	for command in step parts loader vilt retrieval captions tune; do $(PY) -m tools.bench $$command || exit 1; done

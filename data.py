@@ -473,14 +473,18 @@ class CaptionDataset(torch.utils.data.Dataset):
         return [self.tok.cls_id, *before, *kept, *after, self.tok.sep_id], len(kept) < len(ids)
 
 
-def pad_texts(texts: list[list[int]], pad_id: int, multiple: int = 1,
+def pad_texts(texts: list[list[int]], pad_id: int, pad_to: int | tuple[int, ...] = 1,
               limit: int | None = None) -> Tensor:
     """Lists of token ids -> int64 (B, L).
 
-    L is the longest, rounded up to a multiple, but not beyond `limit`, the longest the model takes.
+    L is the longest, rounded up to a multiple of pad_to, or to the next of several lengths, but not
+    beyond `limit`, the longest the model takes. What is longer than all lengths has L = limit.
     """
     longest = max(map(len, texts))
-    length = math.ceil(longest / multiple) * multiple
+    if isinstance(pad_to, int):
+        length = math.ceil(longest / pad_to) * pad_to
+    else:
+        length = min((some for some in pad_to if some >= longest), default=limit or longest)
     if limit is not None and length > limit:
         length = max(longest, limit)
     out = torch.full((len(texts), length), pad_id)

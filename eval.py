@@ -258,7 +258,11 @@ def retrieval(args: argparse.Namespace) -> None:
     N, M = scores.shape
     mine = range(place.rank, N, place.world)
     with place.autocast():
-        predict.fill_scores(gallery, scores, mine, args.batch_size, quiet=place.rank > 0)
+        at_once = args.batch_size
+        if args.fill_memory:
+            at_once = predict.texts_that_fit(gallery, at_once)
+            run.say(f"{at_once:,} captions at a time")
+        predict.fill_scores(gallery, scores, mine, at_once, quiet=place.rank > 0)
     scores.flush()
     # Every process has read all captions, so only the first one counts those that were cut.
     run.warn(gallery.unreadable, gallery.cut if place.rank == 0 else 0)
@@ -381,6 +385,7 @@ COMMANDS = {
         *DATA_FLAGS,
         ("--images N", 0, "number of images, the first ones; 0: all"),
         ("--captions N", 0, "number of captions of each image, the first ones; 0: all"),
+        ("--fill-memory", False, "on a GPU, double --batch-size until its memory is used"),
         ("--resume", False, "go on where a run of the same model, data and code was interrupted")]),
     ask: ("answers a question about a picture", [
         PICTURE, ("question", None, 'such as "what is on the table?"'),
@@ -407,7 +412,7 @@ def add_commands(parser: argparse.ArgumentParser, commands: dict) -> None:
         p = subparsers.add_parser(function.__name__, help=says, description=says)
         p.set_defaults(run=function, flags=[*rows, *MODEL_FLAGS])
         p.add_argument("checkpoint", help=(
-            "a file or folder that weights.py opens, or the name of a model in models/"))
+            "a file or folder that weights.py opens, or a name: toy (of models/), hf:OWNER/NAME"))
         for flag, default, about in [*rows, *MODEL_FLAGS]:
             add_flag(p, flag, default, about)
 

@@ -31,7 +31,7 @@ from tasks import to_device
 DEFAULT_SPLIT = {"vqa": "val", "nlvr2": "val", "caption": "test", "retrieval": "test"}
 # Flags that are in the names of the files of results already, or change no result.
 UNNAMED = ("data", "split", "out", "batch-size", "examples", "blank", "annotations", "statements",
-           "resume", "tokenizer", "device")
+           "resume", "tokenizer", "device", "fill-memory")
 
 
 class Evaluation:

@@ -35,12 +35,12 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from layers import (TASK_HEADS, Mask, ReconstructorLayer, StreamLayer, TextEmbedding, ViT,
                     VocabHead, check_config, check_divides, check_pairs, check_rates, loss_and_hits,
                     resize_positions, roberta_positions, sine_waves, task_head, task_loss)
+from losses import targets_of
 from masks import (OBJECTIVES, SHIFT, left_to_right_mask, prefix_mask, reconstructor_mask,
                    right_to_left_mask)
 
@@ -184,6 +184,11 @@ class Text:
             picked.queries = self.queries[index]
             picked.query_mask = self.query_mask.pick(index)
         return picked
+
+    def to(self, dtype: torch.dtype) -> "Text":
+        """The same captions in halves. Under autocast of this type `fuse` casts them anyway."""
+        queries = None if self.queries is None else self.queries.to(dtype)
+        return replace(self, streams=self.streams.to(dtype), queries=queries)
 
     def class_query(self) -> "Text":
         """The same captions with the class query alone. Exact: queries never see each other."""
@@ -353,13 +358,14 @@ class FLM(nn.Module):
 
     # -- training --------------------------------------------------------------------------------
 
-    def forward(self, batch: dict) -> dict:
+    def forward(self, batch: dict, count_hits: bool = True) -> dict:
         """The losses of a batch: output -> (sum of its targets' losses, number predicted right).
 
+        Without count_hits, the number of right words is NaN: not counted.
         `batch` holds `image` (M, 3, H, W) normalised, `ids` (B, L), where M < B `image_of` (B,),
         and what `tasks.PretrainFLM` drew: for every output `<output>_rows`, the rows that predict,
-        as indices into B L; `masked_ids` (mlm); `prefix` (prefix); `first`, `last` (flm with
-        spans); for itm `other_image`, `same_image`. The losses are sums: the mean is over the
+        as indices into B L (-1: none); `masked_ids` (mlm); `prefix` (prefix); `first`, `last` (flm
+        with spans); for itm `other_image`, `same_image`. The losses are sums: the mean is over the
         targets of the *global* batch, which only the loop knows (train.backward). A task's head:
         see `layers.task_loss`.
         """
@@ -377,14 +383,11 @@ class FLM(nn.Module):
         predicting, targets = [], []
         for name, row in zip(outputs, rows, strict=True):
             output = getattr(fused, name)                                                # (B, L, D)
-            predicting.append(output.reshape(-1, c.width).index_select(0, row))
-            targets.append(ids.reshape(-1).index_select(0, row + SHIFT[name]))
+            predicting.append(output.reshape(-1, c.width).index_select(0, row.clamp(min=0)))
+            targets.append(targets_of(ids, row, SHIFT[name]))
         targets = torch.cat(targets)                                                    # (targets,)
-        logits = self.vocab_logits(torch.cat(predicting))                             # (targets, V)
         smoothing = c.label_smoothing if self.training else 0.0
-        losses = F.cross_entropy(logits.float(), targets, reduction="none",
-                                 label_smoothing=smoothing)
-        hits = (logits.argmax(-1) == targets).float()
+        losses, hits = self.vocab_head.losses(torch.cat(predicting), targets, smoothing, count_hits)
         counts = [len(row) for row in rows]
         results = {}
         for name, loss, hit in zip(outputs, losses.split(counts), hits.split(counts), strict=True):

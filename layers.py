@@ -13,6 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses import losses_in_chunks, row_losses, whole
+
 if TYPE_CHECKING:           # for the annotations alone: these files come later
     import flm
     import generate
@@ -88,25 +90,25 @@ class Attention(nn.Module):
         kv = self.kv(memory)                                                # (M, K, 2D)
         if memory_of is not None:
             kv = kv.index_select(0, memory_of)                              # (B, K, 2D)
-        M, K, D = len(kv), memory.shape[1], memory.shape[2]
-        k, v = kv.view(M, K, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        M, K = len(kv), memory.shape[1]
+        k, v = kv.view(M, K, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         return k, v
 
     def forward(self, x: Tensor, memory: Tensor | tuple[Tensor, Tensor], mask: Mask | None = None,
                 memory_of: Tensor | None = None) -> Tensor:
-        B, Q, D = x.shape
+        B, Q, _ = x.shape
         k, v = memory if isinstance(memory, tuple) else self.keys_and_values(memory, memory_of)
         M = len(k)
         dropout = self.dropout if self.training else 0.0
         # Captions of one image stand side by side, as one caption of B / M Q rows.
-        q = self.q(x).view(M, B // M * Q, self.heads, D // self.heads)
+        q = self.q(x).view(M, B // M * Q, self.heads, -1)
         q = q.transpose(1, 2)                                               # (M, heads, B/M Q, d)
         if mask is None:
             y = attend(q, k, v, None, dropout)
         else:
             allowed, sighted = mask.allowed[:, None], mask.sighted[:, None]     # (B, 1, Q, K or 1)
             y = attend(q, k, v, allowed, dropout) * sighted
-        return self.out(y.transpose(1, 2).reshape(B, Q, D))
+        return self.out(y.transpose(1, 2).reshape(B, Q, -1))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -326,8 +328,22 @@ class VocabHead(nn.Module):
         self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width, eps)
         self.decoder = nn.Linear(width, vocab_size)
 
+    chunked = False             # losses without the memory of all logits (train.py --chunk-loss)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """What the decoder reads.   (…, D) -> (…, D)"""
+        return self.norm(F.gelu(self.dense(x)))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.norm(F.gelu(self.dense(x))))
+        return self.decoder(self.transform(x))
+
+    def losses(self, x: Tensor, targets: Tensor, smoothing: float = 0.0,
+               count_hits: bool = True) -> tuple[Tensor, Tensor]:
+        """losses.row_losses of the logits of x (N, D): two of (N,)"""
+        if not self.chunked:
+            return row_losses(self(x), targets, smoothing, count_hits)
+        return losses_in_chunks(self.transform(x), self.decoder.weight, self.decoder.bias, targets,
+                                smoothing, count_hits)
 
 
 def task_head(config: "flm.Config | vilt.Config") -> nn.Module:
@@ -347,8 +363,8 @@ def task_head(config: "flm.Config | vilt.Config") -> nn.Module:
 
 def loss_and_hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropies and number of hits: logits (N, C), targets (N,) -> 2 scalars."""
-    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-    hits = (logits.argmax(-1) == targets).float().sum()
+    loss = whole(F.cross_entropy(logits.float(), targets, reduction="sum"))
+    hits = (whole(logits.argmax(-1)) == targets).float().sum()
     return loss, hits
 
 

@@ -14,13 +14,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 import disk
 
@@ -50,6 +51,18 @@ class Machine:
     device: torch.device
     precision: str              # fp32, bf16 or fp16, of matrix products
     messages: object = None     # process group for numbers that stay on the CPU; None: alone
+    tensor: int = 1             # processes that hold one model together (parallel.py)
+    mesh: object = None         # DeviceMesh of "data" x "tensor", where tensor is above 1
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of a global batch this process sees; those that share a model share it."""
+        return self.rank // self.tensor
+
+    @property
+    def data_world(self) -> int:
+        """The number of parts that a global batch is cut into."""
+        return self.world // self.tensor
 
     def say(self, *words: object, **how: object) -> None:
         """Prints, in the first process only."""
@@ -60,6 +73,10 @@ class Machine:
         """The context in which the model runs."""
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision],
                               enabled=self.precision != "fp32")
+
+    def no_autocast(self) -> torch.autocast:
+        """The context in which the backward pass runs: each operation as its forward one did."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def wait(self) -> None:
         """Returns when all processes are here."""
@@ -123,13 +140,17 @@ def on_one_node(env: dict, world: int) -> bool:
     return True
 
 
-def set_up(device: str = "", precision: str = "") -> Machine:
+def set_up(device: str = "", precision: str = "", tensor: int = 1) -> Machine:
     """Joins the process group, if there are several processes -> Machine.
 
     device: cpu, cuda, cuda:1, …; "" is a GPU where there is one. precision: see `choose_precision`.
+    tensor: number of processes that hold one model together.
     ValueError, with a message for users, for settings that do not work here.
     """
     rank, world, local_rank = find_ranks(os.environ)
+    if tensor < 1 or world % tensor:
+        raise ValueError(f"--tensor-parallel {tensor}: {world} processes do not divide into groups "
+                         f"of {tensor} (torchrun, mpirun or srun starts several)")
     device = find_device(device, world, local_rank)
     precision = choose_precision(precision, device)
     if device.type == "cuda":
@@ -154,7 +175,11 @@ def set_up(device: str = "", precision: str = "") -> Machine:
         dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world,
                                 store=store, timeout=TIMEOUT, device_id=device if on_gpu else None)
     messages = dist.new_group(backend="gloo", timeout=TIMEOUT) if world > 1 else None
-    return Machine(rank, world, device, precision, messages)
+    mesh = None
+    if tensor > 1:
+        mesh = init_device_mesh(device.type, (world // tensor, tensor),
+                                mesh_dim_names=("data", "tensor"))
+    return Machine(rank, world, device, precision, messages, tensor, mesh)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -305,3 +330,27 @@ def memory_gb(device: torch.device) -> float:
         import resource
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # bytes on macOS, else KiB
         return peak / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+def forget_peak(device: torch.device):
+    """Starts to measure peak_memory anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):                 # Linux alone can
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were held since forget_peak: the GPU's tensors, or this process.
+
+    Where the system forgets no peak, it is that of the process's whole life.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        [peak] = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+        return 1024 * int(peak)
+    except (OSError, ValueError):
+        return int(2 ** 30 * memory_gb(device))

@@ -454,8 +454,12 @@ class Gallery:
 
     def encode_texts(self, tokens: list[list[int]]) -> flm.Text | vilt.Text:
         """The model's Text of B captions, for the class vector alone."""
-        ids = pad_texts(tokens, self.model.config.pad_id).to(device_of(self.model))     # (B, L)
-        return self.model.encode_text(ids, class_only=True)
+        device = device_of(self.model)
+        ids = pad_texts(tokens, self.model.config.pad_id).to(device)                    # (B, L)
+        text = self.model.encode_text(ids, class_only=True)
+        if isinstance(text, flm.Text) and torch.is_autocast_enabled(device.type):
+            return text.to(torch.get_autocast_dtype(device.type))
+        return text             # ViLT adds to its tokens in float32
 
     def contents_hash(self, precision: str) -> str:
         """A hash of all that the scores depend on, 16 hexadecimal digits.
@@ -488,13 +492,34 @@ class Gallery:
 
 
 @torch.no_grad()
+def texts_that_fit(gallery: Gallery, least: int = 256) -> int:
+    """How many captions may be scored at a time: `least`, doubled as long as a GPU has the memory.
+
+    The longest captions are tried. On a CPU it is `least`: more would gain nothing there.
+    """
+    device, tokens = device_of(gallery.model), gallery.tokens()
+    if device.type == "cpu":
+        return least
+    tokens.sort(key=len, reverse=True)
+    visual, size = gallery.encode_image(0), least
+    while size < len(tokens):
+        try:                    # twice as many as will be scored, for the other captions' memory
+            match_score(gallery.model, visual, gallery.encode_texts(tokens[:4 * size]))
+        except torch.OutOfMemoryError:
+            break
+        size *= 2
+    torch.cuda.empty_cache()
+    return size
+
+
+@torch.no_grad()
 def fill_scores(gallery: Gallery, scores: np.ndarray, images: Iterable[int],
                 texts_at_once: int = 256, quiet: bool = False) -> None:
     """Scores some images of a gallery with all of its captions, into their rows of scores (N, M).
 
     images: which of the N. Rows that hold no NaN are complete and left as they are. So `scores`
     may be a file that several processes share, or that an interrupted run left.
-    Memory: all encoded captions stay on the device, in FLM 2 M L D floats.
+    Memory: all encoded captions stay on the device, in FLM 2 M L D floats (halves under autocast).
     quiet: no progress bars.
     """
     tokens = gallery.tokens()

@@ -7,7 +7,6 @@ A report gives the mean losses and accuracies since the last one, over the targe
 
 import contextlib
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -19,11 +18,13 @@ import torch.distributed as dist
 from torch import nn
 
 import disk
+import parallel
 import weights
 from flops import Work
 from loggers import Loggers
 from machine import memory_gb
 from optimizer import moments_of
+from settings import Settings
 from tasks import to_device
 
 if TYPE_CHECKING:           # for the annotations alone: both files come later
@@ -41,34 +42,47 @@ class Halt(ValueError):
 
 
 class Sums:
-    """Losses, hits and counts, summed on the device without waiting for it."""
+    """Losses, hits, numbers of targets, and of those whose hits were counted: (4, outputs).
+
+    They are summed on the device, without waiting for it.
+    """
 
     def __init__(self, loss_weights: dict[str, float], device: torch.device):
         self.weights = loss_weights
-        self.values = torch.zeros(3, len(loss_weights), dtype=torch.float64, device=device)
+        self.values = torch.zeros(4, len(loss_weights), dtype=torch.float64, device=device)
 
     def add(self, results: dict, counts: torch.Tensor) -> None:
-        """results: output -> (loss, hits), sums over its targets; counts (outputs,)."""
+        """results: output -> (loss, hits or NaN), sums over its targets; counts (outputs,)."""
         losses = torch.stack([results[name][0].detach() for name in self.weights])
         hits = torch.stack([results[name][1] for name in self.weights])
-        self.values += torch.stack([losses, hits, counts]).to(self.values)
+        self.values += with_counted(torch.stack([losses, hits, counts]).to(self.values))
 
     def read(self, prefix: str = "") -> dict[str, float]:
         """{loss, <output>_loss, <output>_accuracy}, of all processes; starts again at 0."""
         if dist.is_initialized():
             dist.all_reduce(self.values)
-        losses, hits, counts = self.values.tolist()
+        columns = self.values.T.tolist()
         self.values.zero_()
         metrics = {prefix + "loss": 0.0}
-        for (name, weight), loss, hit, count in zip(self.weights.items(), losses, hits, counts,
-                                                    strict=True):
+        for (name, weight), (loss, hit, count, counted) in zip(self.weights.items(), columns,
+                                                               strict=True):
             mean = loss / count if count else 0.0
             metrics[prefix + "loss"] += weight * mean
             metrics[f"{prefix}{name}_loss"] = mean
-            accuracy = hit / count if count else 0.0
-            if not math.isnan(accuracy):                    # an alignment has no right and wrong
-                metrics[f"{prefix}{name}_accuracy"] = accuracy
+            if counted or not count:                        # an alignment has no right and wrong
+                metrics[f"{prefix}{name}_accuracy"] = hit / counted if counted else 0.0
         return metrics
+
+
+def with_counted(sums: torch.Tensor) -> torch.Tensor:
+    """Losses, hits (NaN: not counted) and numbers of targets, (3, outputs), as Sums.values.
+
+    Older checkpoints hold such sums. Those of four rows are returned as they are.
+    """
+    if len(sums) == 4:
+        return sums
+    losses, hits, counts = sums
+    return torch.stack([losses, hits.nan_to_num(), counts, counts * ~hits.isnan()])
 
 
 class Log:
@@ -123,16 +137,16 @@ class Log:
         """The sums since the last report of each process: a checkpoint keeps them."""
         machine = self.run.machine
         parts = machine.union({machine.rank: self.sums.values.cpu()})
-        return [parts[rank] for rank in range(machine.world)]
+        return [parts[rank] for rank in range(0, machine.world, machine.tensor)]
 
     def take_sums(self, sums: list[torch.Tensor]) -> None:
         """What sums_of_all gave. With another number of processes the first one takes them all."""
-        rank, world = self.run.machine.rank, self.run.machine.world
+        rank, world = self.run.machine.data_rank, self.run.machine.data_world
         if len(sums) == world:
-            self.sums.values += sums[rank].to(self.sums.values.device)
+            self.sums.values += with_counted(sums[rank]).to(self.sums.values.device)
         elif rank == 0:
             for one in sums:
-                self.sums.values += one.to(self.sums.values.device)
+                self.sums.values += with_counted(one).to(self.sums.values.device)
 
     def start_window(self) -> None:
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
@@ -224,7 +238,7 @@ class Log:
         if not self.work:
             return {}
         pairs = self.samples / self.run.machine.world
-        tokens = self.counters["tokens"] - self.tokens_before
+        tokens = (self.counters["tokens"] - self.tokens_before) / self.run.machine.tensor
         return {"mfu": self.work.utilization(pairs, tokens, seconds)}
 
 
@@ -281,6 +295,9 @@ def describe(run: "Run", model: nn.Module, step: int, work: Work | None = None) 
     table = run.tables["train"]
     texts = {"vqa": "questions", "nlvr2": "statements"}.get(s.task, "captions")
     epochs = s.steps * s.global_batch / len(table.row_of)
+    processes = f"{machine.world} processes"
+    if machine.tensor > 1:
+        processes = f"{machine.data_world} groups of {machine.tensor} processes"
     machine.say(f"{s.task} with {' + '.join(run.config.loss_weights)} | "
                 f"recipe {s.recipe or 'none'} | model {s.load or s.model}, "
                 f"{count_parameters(model) / 1e6:.1f} M parameters | {machine.precision} on "
@@ -289,7 +306,7 @@ def describe(run: "Run", model: nn.Module, step: int, work: Work | None = None) 
         machine.say("training takes the validation split too, so what validation says is no test "
                     "(--hold-out keeps it apart)")
     machine.say(f"{len(table.row_of):,} {texts} of {len(table):,} images | global batch "
-                f"{s.global_batch} = {machine.world} processes x {run.accumulation} x "
+                f"{s.global_batch} = {processes} x {run.accumulation} x "
                 f"{run.micro_batch} | {s.steps} steps from step {step} = {epochs:.1f} epochs")
     if s.captions_per_image > 1:
         machine.say(f"up to {s.captions_per_image} {texts} share an image: it passes the model "
@@ -333,14 +350,24 @@ def dry_run(run: "Run") -> None:
         machine.say(f"{title}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
     for split, table in run.tables.items():
         machine.say(f"{split}: {table.named() if table else 'none'}")
-    shards = machine.world if s.shard else 1
-    parameters = 4 * count_parameters(model) / shards
-    kept = [tensor for kept in moments_of(model, s).values() for tensor in kept.values()]
+    shards = machine.data_world if s.shard else 1
+    held = parallel.parameters_of_one(model, machine.tensor)
+    parameters = 4 * sum(held.values()) / shards
     parts = {"weights": parameters, "gradients": parameters,
-             "optimizer's moments": sum(4 * tensor.numel() for tensor in kept) / shards,
+             "optimizer's moments": bytes_of_moments(model, s, held) / shards,
              "activations": activation_bytes(run, model)}
     described = ", ".join(f"{name} {size / 2 ** 30:.2f}" for name, size in parts.items())
     machine.say(f"memory of a process: about {sum(parts.values()) / 2 ** 30:.2f} GB ({described})")
+
+
+def bytes_of_moments(model: nn.Module, settings: Settings,
+                     held: dict[str, float]) -> float:
+    """Bytes of what the optimizer keeps. held: the numbers of each parameter in this process."""
+    total = 0.0
+    for name, moments in moments_of(model, settings).items():
+        for moment in moments.values():
+            total += 4 * (held[name] if moment.ndim else 1)         # AdamW's count of steps: 1
+    return total
 
 
 def activation_bytes(run: "Run", model: nn.Module) -> int:

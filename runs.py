@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 import checkpoints
 import disk
 import machine as machines
+import parallel
 import tokenizer
 import vilt
 import weights
@@ -23,7 +24,7 @@ from batches import GlobalBatches
 from data import Captions, token_lengths
 from machine import Machine, loader_workers
 from recipes import MODELS
-from settings import Settings, check_model, check_same_run, check_task, split_batch
+from settings import AUTO, Settings, check_model, check_same_run, check_task, split_batch
 from tasks import Config, Task, task_of
 from tokenizer import Tokenizer
 
@@ -63,7 +64,8 @@ class Run:
     def loader(self, step: int) -> DataLoader:
         """This process's micro-batches from a step on."""
         s, m = self.settings, self.machine
-        numbers = self.sampler.micro_batches(step, s.steps, self.micro_batch, m.rank, m.world)
+        numbers = self.sampler.micro_batches(step, s.steps, self.micro_batch, m.data_rank,
+                                             m.data_world)
         return DataLoader(self.task.dataset(self.tables["train"], train=True),
                           batch_sampler=numbers, collate_fn=self.task.collate,
                           num_workers=loader_workers(s.workers, m.device),
@@ -73,6 +75,10 @@ class Run:
     def due(self, every: int, step: int) -> bool:
         """Whether something that is done every so many steps, and at the end, is done now."""
         return bool(every) and step > 0 and (step % every == 0 or step == self.settings.steps)
+
+    def report_due(self, step: int) -> bool:
+        """Whether a report follows this step; the first comes after step 1."""
+        return step == 1 or self.due(self.settings.log_every, step)
 
     def validation_due(self, step: int) -> int:
         """On how many captions of the validation split the model is tried now; 0: on none."""
@@ -87,10 +93,13 @@ class Run:
 
 def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
     """Opens data, tokenizer and checkpoint, and checks that all of it goes together."""
-    micro_batch, accumulation = split_batch(settings, machine)
     checkpoint, saved, source = None, None, None
     if settings.resume:
         checkpoint, saved = checkpoints.open_saved(Path(settings.out))
+    if saved and settings.micro_batch == AUTO:
+        found = saved["settings"].get("micro_batch")        # as it was: dropout draws the same
+        settings = replace(settings, micro_batch=found if type(found) is int and found else AUTO)
+    micro_batch, accumulation = split_batch(settings, machine)
     if settings.load and not saved:
         source = weights.load(settings.load, trust=settings.trust)
     if saved:
@@ -106,6 +115,7 @@ def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
     tok = task_class.add_special_tokens(tok)
     config = fit_config(config, config_flags, tok, task_class, settings)
     check_task(settings, config_flags, config, micro_batch)
+    parallel.check(config, machine.tensor, machine.data_world if settings.shard else 1)
     answers = task_class.answers(settings) if config.head == "vqa" else None
     if settings.keep_best and not (tables["val"] and settings.eval_every):
         raise ValueError(f"--keep-best {settings.keep_best}: this run has no validation")

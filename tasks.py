@@ -11,6 +11,7 @@ sample's generator draws what is random of an image that several share: it is th
 Letters: B batch, M images of it (B, or fewer), L text length, K patches, D width.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import flm
@@ -98,6 +100,17 @@ def image_numbers(batch: dict) -> Tensor:
     return batch.get("image_of", torch.arange(len(batch["ids"])))
 
 
+def round_rows(batch: dict):
+    """Fills up the rows that predict words with -1, to a multiple of a sixteenth of B L.
+
+    With a small set of lengths L (--pad-to 16 24 32), there is so a small set of shapes.
+    """
+    step = math.ceil(batch["ids"].numel() / 16)
+    for name in batch:
+        if name.endswith("_rows") and name != "mpp_rows":
+            batch[name] = F.pad(batch[name], (0, -len(batch[name]) % step), value=-1)
+
+
 # -------------------------------------------------------------------------------------------------
 # What all tasks share.
 
@@ -159,6 +172,8 @@ class Task:
             batch["image_of"] = owns.cumsum(0) - 1                                          # (B,)
         batch |= patch_layout(c, pictures, rngs)
         counts = self.draw(samples, batch)
+        if not isinstance(self.settings.pad_to, int):
+            round_rows(batch)
         unreadable = [line for sample in samples for line in sample["unreadable"]]
         # The log's samples are images, or pairs of them: its share of unreadable ones is of these.
         notes = {"counts": counts, "samples": len(owners), "tokens": sum(map(len, texts)),

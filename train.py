@@ -36,15 +36,18 @@ from tqdm import tqdm
 import checkpoints
 import disk
 import machine as machines
+import parallel
+import switches
 import weights
 from batches import evaluation_batches
 from data import token_lengths
+from fitting import fit_micro_batch
 from flops import work_of
 from machine import Machine, Signals, loader_workers
 from optimizer import new_optimizer, rate_at
 from report import COUNTERS, Log, Sums, clock, describe, dry_run, write_config
 from runs import Run, open_run
-from settings import Settings, check, parse
+from settings import AUTO, Settings, check, parse
 from tasks import to_device
 
 
@@ -73,10 +76,13 @@ def build_state(run: Run) -> State:
     if not saved:
         start_from_files(run, bare)
     bare.to(machine.device)
+    switches.lighten(bare, s)
+    if machine.tensor > 1:
+        parallel.divide(bare, machine)
     if s.shard:
-        shard(bare, machine.precision)
+        shard(bare, machine.precision, **parallel.shards(bare, machine))
     if s.compile:
-        bare.compile(dynamic=True)          # lengths and numbers of targets differ between batches
+        switches.compile_model(bare, s)
     optimizer = new_optimizer(bare, s)
     none = torch.tensor(0.0, device=machine.device)
     state = State(bare, bare, optimizer, checkpoints.new_scaler(machine), 0, None, dict(COUNTERS),
@@ -84,10 +90,11 @@ def build_state(run: Run) -> State:
     if saved:
         checkpoints.restore(run, state)
         state.skipped = none + state.counters["skipped"]
-    if machine.world > 1 and not s.shard:
+    if machine.world > 1 and machine.tensor == 1 and not s.shard:
         on_gpu = machine.device.type == "cuda"
         state.model = DistributedDataParallel(
-            bare, device_ids=[machine.device.index] if on_gpu else None)
+            bare, device_ids=[machine.device.index] if on_gpu else None,
+            gradient_as_bucket_view=s.bucket_views, static_graph=s.static_graph)
     return state
 
 
@@ -106,10 +113,11 @@ def start_from_files(run: Run, model: nn.Module) -> None:
                         f"than that of {s.data}")
 
 
-def shard(model: nn.Module, precision: str) -> None:
+def shard(model: nn.Module, precision: str, **how: object) -> None:
     """Shards the parameters of every layer over the processes (FSDP2).
 
     They are kept in float32 and gathered in the precision in which they are used.
+    how: what fully_shard should know besides (parallel.shards).
     """
     policy = MixedPrecisionPolicy()
     if precision != "fp32":
@@ -117,8 +125,8 @@ def shard(model: nn.Module, precision: str) -> None:
                                       reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layers in [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]:
         for layer in layers:
-            fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+            fully_shard(layer, mp_policy=policy, **how)
+    fully_shard(model, mp_policy=policy, **how)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -127,7 +135,8 @@ def shard(model: nn.Module, precision: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     with machines.running("train.py"):
         settings, config_flags = parse(argv)
-        machine = machines.set_up(settings.device, settings.precision)
+        machine = machines.set_up(settings.device, settings.precision,
+                                  settings.tensor_parallel)
         settings = replace(settings, precision=machine.precision)
         check(settings, machine)
         with the_only_writer(settings, machine), machines.Signals() as signals:
@@ -137,7 +146,8 @@ def main(argv: list[str] | None = None) -> None:
             if settings.dry_run:
                 dry_run(run)
             else:
-                train(run, signals)
+                with parallel.divided_loss(machine):
+                    train(run, signals)
 
 
 @contextlib.contextmanager
@@ -166,6 +176,8 @@ def say_new_schedule(run: Run) -> None:
 def train(run: Run, signals: Signals) -> None:
     """Trains until the last step is done, or until a signal asks to stop (then SystemExit)."""
     state = build_state(run)
+    if run.settings.micro_batch == AUTO:
+        fit_micro_batch(run, state)
     work = work_of(run, state.step) if run.machine.rank == 0 else None
     describe(run, state.bare, state.step, work)
     write_config(run, state.bare)
@@ -225,7 +237,7 @@ def loop(run: Run, state: State, log: Log, signals: Signals) -> signal.Signals |
         with log.waiting_for_data():
             micro_batches = [next(batches) for _ in range(run.accumulation)]
         train_step(run, state, micro_batches, log)
-        if state.step == 1 or run.due(s.log_every, state.step):
+        if run.report_due(state.step):
             log.report(state)
 
 
@@ -233,12 +245,14 @@ def train_step(run: Run, state: State, micro_batches: list, log: Log) -> None:
     """One optimizer step, on the mean losses of a global batch."""
     s = run.settings
     # Dropout's random numbers are a function of the step, as the data is: nothing has to be saved.
-    seeds = np.random.SeedSequence([s.seed, state.step, run.machine.rank])
+    seeds = np.random.SeedSequence([s.seed, state.step, run.machine.data_rank])
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
     share = rate_at(state.step, s)
     for group in state.optimizer.param_groups:
         group["lr"] = share * group["peak"]
-    backward(run, state, micro_batches, log)
+    # Autocast forgets the weights that it has cast where the outermost of its contexts ends.
+    with run.machine.autocast() if s.keep_casts else contextlib.nullcontext():
+        backward(run, state, micro_batches, log)
     norm = update(run, state)
     log.step(share * s.lr, norm)
     state.step += 1
@@ -250,9 +264,11 @@ def backward(run: Run, state: State, micro_batches: list, log: Log) -> None:
     The loss is sum_o weight_o (sum over o's targets of the global batch) / (number of them), for
     each output o. So the targets of all micro-batches and processes are counted before the first
     backward pass, and each micro-batch's sum is divided by that count. DDP and FSDP average the
-    gradients over the processes; the factor `world` undoes that.
+    gradients over the processes; the factor `world` undoes that. (With --tensor-parallel N, each
+    target is counted N times, and the gradients are averaged over world / N groups.)
     """
     s, machine, loss_weights = run.settings, run.machine, run.config.loss_weights
+    count_hits = not s.chunk_loss or run.report_due(state.step + 1)
     counts = [[notes["counts"][name] for name in loss_weights] for _, notes in micro_batches]
     counts = torch.tensor(counts, dtype=torch.float32)                     # (accumulation, outputs)
     counts = counts.to(machine.device, non_blocking=True)
@@ -264,15 +280,17 @@ def backward(run: Run, state: State, micro_batches: list, log: Log) -> None:
         last = i == run.accumulation - 1    # gradients travel between processes only once per step
         if s.shard:
             state.bare.set_requires_gradient_sync(last)
-        quiet = machine.world > 1 and not s.shard and not last
+        quiet = isinstance(state.model, DistributedDataParallel) and not last
         with state.model.no_sync() if quiet else contextlib.nullcontext():
             with machine.autocast():
-                results = state.model(to_device(batch, machine.device, run.config))
+                results = state.model(to_device(batch, machine.device, run.config), count_hits)
             loss = 0.0
             for (name, weight), factor in zip(loss_weights.items(), factors, strict=True):
                 loss = loss + weight * results[name][0] * factor
-            state.scaler.scale(loss).backward()
+            with machine.no_autocast():
+                state.scaler.scale(loss).backward()
         log.micro_batch(results, counts[i], notes)
+    parallel.average_gradients(state.bare, machine)
 
 
 def update(run: Run, state: State) -> torch.Tensor:
@@ -284,14 +302,12 @@ def update(run: Run, state: State) -> torch.Tensor:
     optimizer, scaler = state.optimizer, state.scaler
     scaler.unscale_(optimizer)
     gradients = [p.grad for p in state.bare.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if hasattr(norm, "full_tensor"):        # sharded
-        norm = norm.full_tensor()
+    norm = parallel.total_norm(gradients)
     bad = (~torch.isfinite(norm)).float()
     state.skipped = state.skipped + bad
     state.skipped_in_a_row = (state.skipped_in_a_row + bad) * bad
     if run.settings.clip:
-        torch.nn.utils.clip_grads_with_norm_(state.bare.parameters(), run.settings.clip, norm)
+        parallel.clip(state.bare.parameters(), run.settings.clip, norm)
     if not scaler.is_enabled():
         optimizer.found_inf = bad           # the fused AdamW does nothing where this is 1
     scaler.step(optimizer)
@@ -313,8 +329,8 @@ def evaluate(run: Run, state: State, samples: int, signals: Signals) -> dict | N
     lengths = token_lengths(table, run.task.tok, chosen)
     batches = evaluation_batches(lengths, chosen, run.micro_batch)
     # A process that has nothing left repeats the first batch, uncounted: shards run in step.
-    rounds = math.ceil(len(batches) / machine.world)
-    places = range(machine.rank, rounds * machine.world, machine.world)
+    rounds = math.ceil(len(batches) / machine.data_world)
+    places = range(machine.data_rank, rounds * machine.data_world, machine.data_world)
     mine = [batches[k] if k < len(batches) else batches[0] for k in places]
     loader = DataLoader(run.task.dataset(table, train=False), batch_sampler=mine,
                         collate_fn=run.task.collate,

@@ -27,6 +27,7 @@ from torch import Tensor
 import flm
 from layers import (TASK_HEADS, Mask, TextEmbedding, ViTBlock, VocabHead, check_config,
                     check_divides, check_pairs, check_rates, loss_and_hits, task_head, task_loss)
+from losses import targets_of
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)       # pixels arrive as (x - MEAN) / STD, from -1 to 1
 
@@ -380,15 +381,16 @@ class ViLT(nn.Module):
 
     # -- training --------------------------------------------------------------------------------
 
-    def forward(self, batch: dict) -> dict:
+    def forward(self, batch: dict, count_hits: bool = True) -> dict:
         """The losses of a batch: output -> (sum of its targets' losses, number predicted right).
 
+        Without count_hits, the number of right words may be NaN: not counted.
         `batch` holds `image` (M, 3, H, W) normalised, `sizes`, `patches`, `ids` (B, L), where M < B
         `image_of` (B,), the image of each caption, and what `tasks.PretrainViLT` drew:
-        `masked_ids`; `mlm_rows`, the masked words as indices into B L; for itm `shown_image` (B,),
-        the image that each caption is shown, and `same_image` (B,), whether it is its own; for mpp
-        `mpp_rows`, the masked patches as indices into B K, and `hidden_patches` (M, K), where their
-        content is hidden.
+        `masked_ids`; `mlm_rows`, the masked words as indices into B L (-1: none); for itm
+        `shown_image` (B,), the image that each caption is shown, and `same_image` (B,), whether it
+        is its own; for mpp `mpp_rows`, the masked patches as indices into B K, and `hidden_patches`
+        (M, K), where their content is hidden.
         Alignment has no right or wrong: its second value is NaN. A task's head: `layers.task_loss`.
         """
         c, ids = self.config, batch["ids"]
@@ -398,14 +400,22 @@ class ViLT(nn.Module):
         visual = self.encode_image(batch["image"], batch["sizes"], batch["patches"])
         words_alone = replace(self.encode_text(batch["masked_ids"]), queries=L)
         x = self.fuse(visual, words_alone, batch.get("image_of")).reconstructed          # (B, L, D)
-        x = x.reshape(B * L, c.width).index_select(0, batch["mlm_rows"])              # (targets, D)
-        targets = ids.reshape(-1).index_select(0, batch["mlm_rows"])
-        results = {"mlm": loss_and_hits(self.vocab_logits(x), targets)}
+        rows = batch["mlm_rows"]
+        x = x.reshape(B * L, c.width).index_select(0, rows.clamp(min=0))              # (targets, D)
+        targets = targets_of(ids, rows)
+        results = {"mlm": self._mlm(x, targets, count_hits)}
         if c.itm:
             results |= self._itm(visual, batch)
         if c.mpp:
             results["mpp"] = self._mpp(batch)
         return results
+
+    def _mlm(self, x: Tensor, targets: Tensor, count_hits: bool) -> tuple[Tensor, Tensor]:
+        """Masked words: x (targets, D), targets (targets,)"""
+        if not self.vocab_head.chunked:
+            return loss_and_hits(self.vocab_logits(x), targets)
+        losses, hits = self.vocab_head.losses(x, targets, count_hits=count_hits)
+        return losses.sum(), hits.sum()
 
     def _itm(self, visual: Visual, batch: dict) -> dict:
         """Image-text matching and, with the features of the same pass, word-patch alignment."""

@@ -10,6 +10,8 @@
 import re
 from pathlib import Path
 
+from released.hub import fetch_model
+
 MODELS = Path(__file__).resolve().parents[1] / "models"
 HUB = "hf:"
 NAME = re.compile(r"[\w-]+")            # neither a folder nor an ending
@@ -28,6 +30,8 @@ def locate(checkpoint: str | Path) -> Path:
     name = str(checkpoint)
     if Path(checkpoint).exists():
         return Path(checkpoint)
+    if name.startswith(HUB):
+        return fetch_model(name.removeprefix(HUB))
     if NAME.fullmatch(name):
         if name in model_names():
             return MODELS / f"{name}.safetensors"

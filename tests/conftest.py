@@ -73,6 +73,14 @@ def write_captions(path, rows, seed=0, captions=2, broken=(), batch_rows=7, size
     return path
 
 
+def trained_toy():
+    """A trained model of the toy world: the released one, or the one that `make` trained."""
+    for path in (ROOT / "models" / "toy.safetensors", ROOT / "runs" / "toy" / "last.pt"):
+        if path.is_file():
+            return path
+    pytest.skip("no trained model: neither models/toy.safetensors nor runs/toy/last.pt (made by `make`)")
+
+
 # -- tiny models -----------------------------------------------------------------------------------
 
 TINY = flm.Config(image_size=24, patch_size=8, vit_width=32, vit_layers=2, vit_heads=2, vocab_size=97, text_width=32,

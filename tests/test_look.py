@@ -12,7 +12,7 @@ from layers import Attention
 from tokenizer import BPE
 from tools import look as looking
 from tools import plot, probe, toy
-from conftest import ROOT, TINY_VILT, TOL, WORDS, picture, tiny, vilt_model
+from conftest import TINY_VILT, TOL, WORDS, picture, tiny, trained_toy, vilt_model
 
 TEXT = "a red dog on a <mask> car"
 
@@ -180,18 +180,10 @@ def test_plot_look_refuses_in_one_sentence(photo, tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
-def trained():
-    """The released model of the toy world, or one that `make` trained."""
-    for path in (ROOT / "models" / "toy.safetensors", ROOT / "runs" / "toy" / "last.pt"):
-        if path.is_file():
-            return path
-    pytest.skip("no trained model: neither models/toy.safetensors nor runs/toy/last.pt (made by `make`)")
-
-
 @pytest.mark.slow
 def test_a_trained_model_looks_at_the_shape_that_a_word_names(tmp_path):
     """Chance is the share of the patches that would have been right, about 7 %. A query does not read its own word."""
-    checkpoint = trained()
+    checkpoint = trained_toy()
     toy.make(tmp_path, images=1, eval_images=60, workers=1)
     probe.main(["look", str(checkpoint), "--data", str(tmp_path), "--captions", "60", "--device", "cpu",
                 "--out", str(tmp_path / "look.json")])

@@ -1,11 +1,12 @@
 """Answers about single pictures, and what is refused."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import ExifTags, Image
-from conftest import ANSWERS, finetune, picture, write_world
+from conftest import ANSWERS, caption, finetune, picture, tiny, write_world
 
 import predict
 import weights
@@ -171,3 +172,39 @@ def test_a_sampled_description_depends_on_its_seed_alone(world, photo):
     model = weights.load(world / "caption/last.pt")
     said = [predict.describe(model, photo, 8, top_p=1.0, seed=seed) for seed in (0, 1, 0)]
     assert said[0] == said[2] != said[1]
+
+
+# -- retrieval in halves, and as much of it at a time as fits --------------------------------------
+
+@pytest.mark.parametrize("objective", ["flm", "mlm"])
+@torch.no_grad()
+def test_captions_kept_in_halves_are_fused_as_autocast_fuses_them(objective):
+    model = tiny(objective=objective, itm=True)
+    ids = torch.cat([caption(n, 9, seed=n) for n in (5, 9, 7)])
+    with torch.autocast("cpu", torch.bfloat16):
+        visual = model.encode_image(torch.rand(1, 3, 24, 24))
+        text = model.encode_text(ids, class_only=True)
+        kept = predict.Gallery.encode_texts(SimpleNamespace(model=model), [row[row != 1].tolist() for row in ids])
+        assert kept.streams.dtype == torch.bfloat16 and text.streams.dtype == torch.float32
+        assert torch.equal(predict.match_score(model, visual, kept), predict.match_score(model, visual, text))
+    whole = predict.Gallery.encode_texts(SimpleNamespace(model=model), [ids[1].tolist()])
+    assert whole.streams.dtype == torch.float32             # nothing is rounded in float32
+
+
+@pytest.mark.parametrize("room, expected", [(3, 1), (7, 2), (8, 4), (15, 4), (16, 16)])
+def test_captions_at_a_time_double_as_long_as_twice_as_many_fit(monkeypatch, room, expected):
+    def score(model, visual, texts):
+        assert texts == sorted(texts, key=len, reverse=True)
+        if len(texts) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    gallery = SimpleNamespace(model=None, tokens=lambda: [[0] * n for n in range(16)],
+                              encode_image=lambda i: None, encode_texts=list)
+    monkeypatch.setattr(predict, "device_of", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(predict, "match_score", score)
+    assert predict.texts_that_fit(gallery, 1) == expected
+
+
+def test_a_cpu_scores_as_many_captions_at_a_time_as_it_was_told():
+    gallery = SimpleNamespace(model=tiny(itm=True), tokens=lambda: [[0]] * 99)
+    assert predict.texts_that_fit(gallery, 7) == 7

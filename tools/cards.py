@@ -11,7 +11,6 @@ the file holds. The scores are those of the toy world, whose truth is known.
 
 import argparse
 import io
-import json
 import math
 import tempfile
 from contextlib import redirect_stdout
@@ -21,6 +20,7 @@ import disk
 import eval
 import weights
 from released import named
+from released.card import BACKBONES, DOES, read_run, table
 from released.named import locate
 from tools import probe
 from tools.toy import judge
@@ -131,19 +131,11 @@ def differences(card: dict, found: list[dict]) -> list[str]:
 # Where a model comes from.
 
 def history(run: Path) -> list[dict]:
-    """The config.json of a run and of those that it started from, the first one first.
-
-    Each also has "last", the last line of metrics.jsonl of training. ValueError or
-    FileNotFoundError for a folder that is no run.
-    """
-    described = disk.read_json(run / "config.json")
-    if not isinstance(described, dict) or not {"command", "settings"} <= described.keys():
-        raise ValueError(f"{run}/config.json: not that of a run of train.py")
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    reports = [line for line in map(json.loads, lines) if "cpu_seconds" in line]
-    described["last"] = reports[-1] if reports else {}
-    parent = Path(described["settings"].get("load") or "").parent
-    before = history(parent) if (parent / "config.json").is_file() else []
+    """What `read_run` says of a run and of those that it started from, the first one first."""
+    described = read_run(run)
+    parent, before = Path(described["settings"].get("load", "")), []
+    if parent.is_file() and (parent.parent / "config.json").is_file():
+        before = history(parent.parent)
     return [*before, described]
 
 
@@ -152,8 +144,8 @@ def describe(run: Path) -> dict:
     runs = history(run)
     settings = runs[-1]["settings"]
     return {"commands": [f"python {one['command']}" for one in runs],
-            "steps": [one["last"].get("step", 0) for one in runs],
-            "cpu_seconds": [round(one["last"].get("cpu_seconds", 0)) for one in runs],
+            "steps": [one["training"].get("step", 0) for one in runs],
+            "cpu_seconds": [round(one["training"].get("cpu_seconds", 0)) for one in runs],
             "files": [Path(path).name for path in runs[-1]["files"]["train"]],
             "torch": runs[-1]["versions"]["torch"], "precision": runs[-1]["precision"],
             "seed": settings["seed"], "data": settings["data"]}
@@ -162,14 +154,13 @@ def describe(run: Path) -> dict:
 # --------------------------------------------------------------------------------------------------
 # The card.
 
-BACKBONES = {"flm": "FLM", "vilt": "ViLT"}
-DOES = {
-    "pretrain": ("pretrained on captions", 'fill {} picture.png "a <mask> circle above a <mask>"'),
-    "vqa": ("fine-tuned to answer questions", 'ask {} picture.png "what colour is the circle?"'),
-    "nlvr2": ("fine-tuned to judge statements about two pictures",
-              'compare {} left.png right.png "both pictures show a star"'),
-    "caption": ("fine-tuned to describe pictures", "describe {} picture.png"),
-    "retrieval": ("fine-tuned to find pictures by text", 'search {} "a red star" pictures/')}
+EXAMPLES = {
+    "pretrain": 'fill {} picture.png "a <mask> circle above a <mask>"',
+    "vqa": 'ask {} picture.png "what colour is the circle?"',
+    "nlvr2": 'compare {} left.png right.png "both pictures show a star"',
+    "caption": "describe {} picture.png",
+    "retrieval": 'search {} "a red star" pictures/',
+}
 CARD = """\
 # {name}
 
@@ -197,7 +188,7 @@ On {files} of {data}, seed {seed}, {precision}, torch {torch}:
 ## Limits
 
 It has seen nothing but these drawings and knows {words:,} tokens. What it says of a photograph
-means nothing. It is small enough to try things in seconds, and is no measure of the method.
+means nothing. It is small, to try things with in seconds. It is no measure of the method.
 
 ## How to make it again
 
@@ -222,27 +213,26 @@ def card_of(path: Path) -> dict:
 def card_text(path: Path) -> str:
     """The card of a file, as Markdown, made of what the file holds."""
     contents, card, name = weights.read(path), card_of(path), path.stem
-    task, use = DOES[contents["task"]]
+    task = contents["task"]
     commands = [f"    {command}    # {steps:,} steps, {seconds:,} CPU seconds"
                 for command, steps, seconds in zip(card["commands"], card["steps"],
                                                    card["cpu_seconds"], strict=True)]
     return CARD.format(
-        name=name, task=task, use=use.format(name), backbone=BACKBONES[contents["backbone"]],
+        name=name, task=DOES[task][0], use=EXAMPLES[task].format(name),
+        backbone=BACKBONES[contents["backbone"]],
         parameters=sum(tensor.numel() for tensor in contents["model"].values()),
         words=contents["config"]["vocab_size"], files=", ".join(card["files"]),
-        scores=table(card["scores"]), commands="\n".join(commands),
+        scores=score_table(card["scores"]), commands="\n".join(commands),
         **{key: card[key] for key in ("data", "seed", "precision", "torch")})
 
 
-def table(rows: list[dict]) -> str:
+def score_table(rows: list[dict]) -> str:
     """The scores as a Markdown table."""
-    pictures = list(rows[0]["shares"])
-    lines = ["| split | score | " + " | ".join(pictures) + " | asked |",
-             "|---|---|" + "---|" * len(pictures) + "---|"]
+    pictures, lines = list(rows[0]["shares"]), []
     for row in rows:
-        shares = " | ".join(percent(row["shares"][picture]) for picture in pictures)
-        lines.append(f"| {row['split']} | {row['score']} | {shares} | {row['asked']:,} |")
-    return "\n".join(lines)
+        shares = [percent(row["shares"][picture]) for picture in pictures]
+        lines.append([row["split"], row["score"], *shares, f"{row['asked']:,}"])
+    return table(["split", "score", *pictures, "asked"], lines)
 
 
 def percent(share: float) -> str:
@@ -268,7 +258,7 @@ def make(run: str, name: str, data: str):
     path = named.MODELS / f"{name}.safetensors"
     weights.save_model(path, model, half=True, card=card)
     disk.write_text(path.with_suffix(".md"), card_text(path))
-    print(table(card["scores"]))
+    print(score_table(card["scores"]))
     print(f"wrote {path} and {path.with_suffix('.md').name}")
 
 

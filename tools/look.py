@@ -23,7 +23,6 @@ Q queries, K keys, D width, d = D/heads, h x w patches, P = 1 + h w image tokens
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,15 +30,16 @@ from torch import Tensor
 import flm
 import vilt
 from layers import Attention, Mask, encode_batch_images
-from predict import blanked_ids, device_of, finite, open_picture, picture_batch
+from predict import Picture, blanked_ids, device_of, finite, open_picture, picture_batch
+from tasks import Model
 
 
 @dataclass(frozen=True)
 class Maps:
     """The shares of the patches in what each token's row reads.
 
-    A row's shares add up to at most 1. In `layers`, the rest goes to the image's class token and,
-    in ViLT, to the text. In `rolled_out` it is the share of the text.
+    A row's shares add up to at most 1. The rest belongs to the image's class token, and to the text
+    where a row reads both.
     """
     layers: Tensor                      # (layers, n, h, w)
     rolled_out: Tensor                  # (n, h, w)
@@ -87,7 +87,7 @@ def attention_weights(attention: Attention, x: Tensor, memory: Tensor,
 
 
 @contextmanager
-def watched(model) -> Iterator[dict[str, Tensor]]:
+def watched(model: Model) -> Iterator[dict[str, Tensor]]:
     """Yields a dict that gets the weights of every attention that runs during the block.
 
     It maps the attention's name in the model to (B, heads, Q, K). Where one runs several times, the
@@ -114,17 +114,17 @@ def watched(model) -> Iterator[dict[str, Tensor]]:
 # -------------------------------------------------------------------------------------------------
 # Maps of a picture.
 
-def look(model, path: str | Path, text: str) -> Look:
+def look(model: Model, picture: Picture, text: str) -> Look:
     """What a model looks at when it reads a text with a picture. The text may hold `<mask>`.
 
     FLM hides each word from its own query, and nothing else.
     FileNotFoundError or ValueError for a picture that cannot be read or a text that is too long.
     """
-    return look_at(model, open_picture(path, model.config), blanked_ids(model, text))
+    return look_at(model, open_picture(picture, model.config), blanked_ids(model, text))
 
 
 @torch.no_grad()
-def look_at(model, picture: Tensor, ids: Tensor) -> Look:
+def look_at(model: Model, picture: Tensor, ids: Tensor) -> Look:
     """The same for a picture as predict.open_picture returns it, uint8 (3, H, W), and ids (1, n).
 
     ids: `<s>` and `</s>` included, without padding.

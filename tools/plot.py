@@ -123,17 +123,22 @@ def plot_masks(args):
         raise ValueError(f"--rate {args.rate}: a share above 0 and up to 1 is expected")
     if not 1 <= args.prefix < len(words):
         raise ValueError(f"--prefix {args.prefix}: 1 to {len(words) - 1} words are expected")
+    save(masks_figure(words, args.rate, args.prefix, args.seed), args.out)
+
+
+def masks_figure(words: Sequence[str], rate: float = 0.4, prefix: int = 3, seed: int = 7):
+    """The figure of `draw_panels`, with a key."""
     n = len(words) + 2
     figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 7.6))
     figure.subplots_adjust(left=0.065, right=0.985, top=0.86, bottom=0.083, wspace=0.3, hspace=0.76)
     for axis in axes.flat:
         axis.set(xlim=(0, n), ylim=(n, 0))              # one unit is a cell, row 0 on top
         axis.axis("off")
-    panels = draw_panels(words, args.rate, args.prefix, args.seed)
+    panels = draw_panels(words, rate, prefix, seed)
     for axis, panel in zip(axes.flat[:5], panels, strict=True):
         draw_panel(axis, panel, ["<s>", *words, "</s>"])
     draw_key(axes.flat[5], n)
-    save(figure, args.out)
+    return figure
 
 
 def draw_panel(axis, panel: Panel, tokens: list[str]):
