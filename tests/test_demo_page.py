@@ -96,7 +96,7 @@ class Page:
     def upload(self, path):
         """Gives the visible picture box a file."""
         def cleared():
-            [button] = self.seen('button[aria-label="Clear"]')[:1]
+            [button] = self.seen('button[aria-label="Remove Image"]')
             button.click()
             return True
         self.until(cleared, "the cross of the picture")
