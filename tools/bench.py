@@ -37,7 +37,6 @@ import flm
 import masks
 import layers
 import machine
-import tasks
 import tokenizer
 import vilt
 import weights
@@ -48,8 +47,9 @@ from predict import match_score
 from settings import Settings
 from sources.shards import Writer
 from tar_index import table_of
-from tasks import Caption, PretrainFLM, PretrainViLT, Retrieval, shape_of
+from tasks import Caption, PretrainFLM, PretrainViLT, Retrieval, to_device
 from tools.bench_padding import padding
+from tools.drawn import drawn_samples, drawn_task
 
 # -- Measuring -------------------------------------------------------------------------------------
 
@@ -141,26 +141,12 @@ def make_batch(task_class, preset, args, pad_to, share=1):
 
     share: number of samples that share an image; all batches have args.batch images.
     """
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(5, preset.vocab_size))]
-    tok = task_class.add_special_tokens(tokenizer.WordPiece({w: i for i, w in enumerate(words)}))
-    config = task_class.adapt(replace(preset, vocab_size=len(tok), cls_id=tok.cls_id,
-                                      pad_id=tok.pad_id, sep_id=tok.sep_id, mask_id=tok.mask_id))
-    task = task_class(Settings(max_tokens=config.max_tokens, pad_to=pad_to), config, tok)
-    shapes = [(640, 480), (480, 640), (640, 427), (427, 640), (500, 500), (640, 400)]   # as COCO's
-    samples = []
-    for b in range(args.batch * share):
-        rng = np.random.default_rng([0, b])
-        ids = rng.integers(5, preset.vocab_size, (args.captions, args.tokens))
-        ids[:, 0], ids[:, -1] = tok.cls_id, tok.sep_id
-        first, *others = ids.tolist()                   # the others are for Retrieval
-        _, (width, height) = shape_of(config)(*shapes[b % len(shapes)])
-        picture = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
-        samples.append({"ids": first, "others": others, "image": picture, "row": b, "rng": rng,
-                        "train": True, "cut": False, "unreadable": [],
-                        "shares_image": b % share > 0})
+    task = drawn_task(task_class, preset, Settings(max_tokens=preset.max_tokens, pad_to=pad_to))
+    samples = drawn_samples(task, args.batch * share, args.tokens, args.captions, share)
     batch, notes = task.collate(samples)
-    scales = {name: weight / notes["counts"][name] for name, weight in config.loss_weights.items()}
-    return task, tasks.to_device(batch, args.device, config), scales
+    weights_of = task.config.loss_weights.items()
+    scales = {name: weight / notes["counts"][name] for name, weight in weights_of}
+    return task, to_device(batch, args.device, task.config), scales
 
 
 def make_flm(task_class, args):
