@@ -64,7 +64,7 @@ def test_the_memory_of_a_plan_is_what_torch_allocates_in_a_real_step(world, tmp_
     assert sum(planned.values()) == pytest.approx(allocated(run, batch), rel=0.03)
     parameters = sum(p.numel() for p in train.build_state(run).bare.parameters())
     assert planned["weights"] == 4 * parameters
-    assert planned["moments"] >= 4 * parameters and planned["activations"] > 0 and planned["logits"] > 0
+    assert planned["moments"] >= 4 * parameters and planned["activations"] > 0
 
 
 @pytest.fixture
