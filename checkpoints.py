@@ -20,6 +20,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import disk
+import parallel
 import weights
 from optimizer import moments_of
 from released.names import is_finite
@@ -67,6 +68,8 @@ def contents_of(run, state, log) -> dict:
     """What weights.save takes. Every process must ask: shards and sums are gathered."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, optimizer = get_state_dict(state.bare, state.optimizer, options=options)
+    if run.machine.tensor > 1:
+        model, optimizer = parallel.whole_names(model), parallel.whole_optimizer(optimizer)
     return dict(
         model=model, config=run.config, task=run.settings.task, answers=run.answers,
         tokenizer_files=weights.pack_tokenizer(run.task.tok), optimizer=optimizer,
@@ -144,8 +147,10 @@ def restore(run, state):
     """Fills a state that was made for this run with what its checkpoint holds."""
     saved = run.saved
     # The rates, decays and groups are this run's own: its settings are known to be the same.
-    optimizer = {"state": saved["optimizer"]["state"], "param_groups": named_groups(state)}
-    set_state_dict(state.bare, state.optimizer, model_state_dict=saved["model"],
+    moments = parallel.own_names(saved["optimizer"]["state"], state.bare)
+    optimizer = {"state": moments, "param_groups": named_groups(state)}
+    model = parallel.own_names(saved["model"], state.bare)
+    set_state_dict(state.bare, state.optimizer, model_state_dict=model,
                    optim_state_dict=optimizer, options=StateDictOptions(full_state_dict=True))
     state.scaler.load_state_dict(saved["scaler"])
     state.step = state.saved_step = saved["step"]

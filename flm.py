@@ -40,7 +40,7 @@ from torch import Tensor
 
 from layers import (TASK_HEADS, Mask, ReconstructorLayer, StreamLayer, TextEmbedding, ViT,
                     VocabHead, check_config, check_divides, check_pairs, check_rates, loss_and_hits,
-                    resize_positions, roberta_positions, sine_waves, task_head, task_loss)
+                    resize_positions, roberta_positions, sine_waves, task_head, task_loss, whole)
 from masks import (SHIFT, bidirectional_mask, left_to_right_mask, prefix_mask, reconstructor_mask,
                    right_to_left_mask)
 
@@ -390,7 +390,8 @@ class FLM(nn.Module):
         smoothing = c.label_smoothing if self.training else 0.0
         losses = F.cross_entropy(logits.float(), targets, reduction="none",
                                  label_smoothing=smoothing)
-        hits = (logits.argmax(-1) == targets).float()
+        losses = whole(losses)
+        hits = (whole(logits.argmax(-1)) == targets).float()
         counts = [len(row) for row in rows]
         results = {}
         for name, loss, hit in zip(outputs, losses.split(counts), hits.split(counts), strict=True):

@@ -98,8 +98,8 @@ def small_batches(run, step: int) -> Iterator[tuple[dict, int]]:
     sampler, m = run.sampler, run.machine
     left = sampler.steps_per_epoch - step % sampler.steps_per_epoch     # of the epoch
     groups = []                                         # (epoch, text) or (epoch, text, text, …)
-    for some in sampler.micro_batches(step, step + min(STEPS, left), run.micro_batch, m.rank,
-                                      m.world):
+    for some in sampler.micro_batches(step, step + min(STEPS, left), run.micro_batch,
+                                      m.data_rank, m.data_world):
         groups += some
     groups.sort(key=lambda group: sampler.lengths[list(group[1:])].max())
     task = type(run.task)(replace(run.task.settings, pad_to=1), run.config, run.task.tok)

@@ -81,24 +81,24 @@ class Attention(nn.Module):
         kv = self.kv(memory)                                                # (M, K, 2D)
         if memory_of is not None:
             kv = kv.index_select(0, memory_of)                              # (B, K, 2D)
-        M, K, D = len(kv), memory.shape[1], memory.shape[2]
-        k, v = kv.view(M, K, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        M, K = len(kv), memory.shape[1]
+        k, v = kv.view(M, K, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         return k, v
 
     def forward(self, x: Tensor, memory, mask: Mask | None = None, memory_of=None) -> Tensor:
-        B, Q, D = x.shape
+        B, Q, _ = x.shape
         k, v = memory if isinstance(memory, tuple) else self.keys_and_values(memory, memory_of)
         M = len(k)
         dropout = self.dropout if self.training else 0.0
         # Captions of one image stand side by side, as one caption of B / M Q rows.
-        q = self.q(x).view(M, B // M * Q, self.heads, D // self.heads)
+        q = self.q(x).view(M, B // M * Q, self.heads, -1)
         q = q.transpose(1, 2)                                               # (M, heads, B/M Q, d)
         if mask is None:
             y = attend(q, k, v, None, dropout)
         else:
             allowed, sighted = mask.allowed[:, None], mask.sighted[:, None]     # (B, 1, Q, K or 1)
             y = attend(q, k, v, allowed, dropout) * sighted
-        return self.out(y.transpose(1, 2).reshape(B, Q, D))
+        return self.out(y.transpose(1, 2).reshape(B, Q, -1))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -338,9 +338,14 @@ def task_head(config) -> nn.Module:
 
 def loss_and_hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropies and number of hits: logits (N, C), targets (N,) -> 2 scalars."""
-    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-    hits = (logits.argmax(-1) == targets).float().sum()
+    loss = whole(F.cross_entropy(logits.float(), targets, reduction="sum"))
+    hits = (whole(logits.argmax(-1)) == targets).float().sum()
     return loss, hits
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of what may be divided over processes (a DTensor: parallel.py)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def encode_batch_images(model, batch: dict, which: int = 0):

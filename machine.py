@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 import disk
 
@@ -50,6 +51,18 @@ class Machine:
     device: torch.device
     precision: str              # fp32, bf16 or fp16, of matrix products
     messages: object = None     # process group for numbers that stay on the CPU; None: alone
+    tensor: int = 1             # processes that hold one model together (parallel.py)
+    mesh: object = None         # DeviceMesh of "data" x "tensor", where tensor is above 1
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of a global batch this process sees; those that share a model share it."""
+        return self.rank // self.tensor
+
+    @property
+    def data_world(self) -> int:
+        """The number of parts that a global batch is cut into."""
+        return self.world // self.tensor
 
     def say(self, *words, **how):
         """Prints, in the first process only."""
@@ -123,13 +136,17 @@ def on_one_node(env: dict, world: int) -> bool:
     return True
 
 
-def set_up(device: str = "", precision: str = "") -> Machine:
+def set_up(device: str = "", precision: str = "", tensor: int = 1) -> Machine:
     """Joins the process group, if there are several processes -> Machine.
 
     device: cpu, cuda, cuda:1, …; "" is a GPU where there is one. precision: see `choose_precision`.
+    tensor: number of processes that hold one model together.
     ValueError, with a message for users, for settings that do not work here.
     """
     rank, world, local_rank = find_ranks(os.environ)
+    if tensor < 1 or world % tensor:
+        raise ValueError(f"--tensor-parallel {tensor}: {world} processes do not divide into groups "
+                         f"of {tensor} (torchrun, mpirun or srun starts several)")
     device = find_device(device, world, local_rank)
     precision = choose_precision(precision, device)
     if device.type == "cuda":
@@ -154,7 +171,11 @@ def set_up(device: str = "", precision: str = "") -> Machine:
         dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world,
                                 store=store, timeout=TIMEOUT, device_id=device if on_gpu else None)
     messages = dist.new_group(backend="gloo", timeout=TIMEOUT) if world > 1 else None
-    return Machine(rank, world, device, precision, messages)
+    mesh = None
+    if tensor > 1:
+        mesh = init_device_mesh(device.type, (world // tensor, tensor),
+                                mesh_dim_names=("data", "tensor"))
+    return Machine(rank, world, device, precision, messages, tensor, mesh)
 
 
 # -------------------------------------------------------------------------------------------------

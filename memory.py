@@ -19,13 +19,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import layers
+import parallel
+from machine import Machine
 from optimizer import moments_of
+from weights import outline_of
 
 PARTS = ("weights", "gradients", "moments", "activations", "logits", "inputs")
 
@@ -42,6 +48,22 @@ class MemoryCount(TorchDispatchMode):
         self.now = dict.fromkeys(PARTS, 0)      # bytes
         self.peak = dict(self.now)
         self.part_of = {}                       # storage -> (its part, its bytes)
+
+    def __enter__(self):
+        # Sharded layers are freed and gathered again by resizing their storages (FSDP2), which is
+        # no operation on a tensor.
+        self.resize, count = torch.UntypedStorage.resize_, self
+
+        def resize(storage, size):
+            count.resized(storage, size)
+            return count.resize(storage, size)
+
+        torch.UntypedStorage.resize_ = resize
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_ = self.resize
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -66,6 +88,12 @@ class MemoryCount(TorchDispatchMode):
     def freed(self, key: int):
         part, size = self.part_of.pop(key)
         self.now[part] -= size
+
+    def resized(self, storage, size: int):
+        if storage._cdata in self.part_of:
+            part, before = self.part_of[storage._cdata]
+            self.now[part] += size - before
+            self.part_of[storage._cdata] = part, size
 
     def move(self, tensor: Tensor, part: str):
         """Counts a tensor's storage with another part from now on."""
@@ -105,10 +133,17 @@ def step_memory(run, new_state: Callable, step: Callable, batch: tuple[dict, dic
     task.collate makes them. Where a step accumulates several, two of them are run: the second one
     has gradients beside it.
     on_gpu: attention as GPUs compute it. Nothing else depends on the device.
+    With --shard, other processes are pretended: this process leaves its group. With
+    --tensor-parallel, the step is that of an undivided model, and what is divided of its weights,
+    gradients and moments is taken off afterwards; activations are an upper bound.
     """
     precision = "fp32" if run.machine.precision == "fp32" else "bf16"       # fp16 has as many bytes
-    machine = replace(run.machine, rank=0, world=1, device=torch.device("cpu"), precision=precision)
-    settings = replace(run.settings, load="", vit="", text="", compile=False, shard=False)
+    machine = replace(run.machine, rank=0, device=torch.device("cpu"), precision=precision)
+    whole = parallel.parameters_of_one(outline_of(run.config), 1)
+    held = parallel.parameters_of_one(outline_of(run.config), machine.tensor)
+    machine = replace(machine, world=machine.data_world, tensor=1)
+    machine = pretend_others(machine) if run.settings.shard else replace(machine, world=1)
+    settings = replace(run.settings, load="", vit="", text="", compile=False)
     alone = replace(run, machine=machine, settings=settings, saved=None, source=None,
                     accumulation=min(2, run.accumulation))
     count = MemoryCount(run.config.vocab_size)
@@ -116,6 +151,10 @@ def step_memory(run, new_state: Callable, step: Callable, batch: tuple[dict, dic
         tensors = {name: fake.from_tensor(tensor) for name, tensor in batch[0].items()}
         state = new_state(alone)
         model, optimizer = state.bare, state.optimizer
+        for module in model.modules():
+            if isinstance(module, FSDPModule):      # it lays its shards out anew at its first use
+                module.unshard()
+                module.reshard()
         names = moments_of(model, settings)
         for name, parameter in model.named_parameters():
             optimizer.state[parameter] = {key: torch.empty_like(like)
@@ -131,7 +170,21 @@ def step_memory(run, new_state: Callable, step: Callable, batch: tuple[dict, dic
                 count.note(tensor, "inputs")
             model.train()
             step(alone, state, [(tensors, batch[1])] * alone.accumulation, Unlogged(count, model))
+    for part in ("weights", "gradients", "moments"):
+        count.peak[part] = round(count.peak[part] * sum(held.values()) / sum(whole.values()))
     return count.peak
+
+
+def pretend_others(machine: Machine) -> Machine:
+    """The machine in a process group whose messages go nowhere: all processes but this one."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", rank=0, world_size=machine.world, store=FakeStore())
+    mesh = init_device_mesh("cpu", (machine.data_world, machine.tensor),
+                            mesh_dim_names=("data", "tensor"))
+    return replace(machine, mesh=mesh)
 
 
 @contextlib.contextmanager

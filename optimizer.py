@@ -10,6 +10,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+import parallel
 import vilt
 from settings import Settings
 
@@ -128,7 +129,11 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         groups = self.param_groups
-        self.param_groups = [group for group in groups if not group["muon"]]
+        self.param_groups = []
+        for group in groups:
+            if not group["muon"]:
+                self.param_groups += [group | {"params": some}
+                                      for some in parallel.alike(group["params"])]
         super().step(closure)
         self.param_groups = groups
         for group in groups:

@@ -64,8 +64,8 @@ def measured_utilization(path: Path = MEASURED) -> tuple[float, str] | None:
 
 def memory_line(parts: dict[str, int]) -> str:
     """12.3 GB: weights 1.3, gradients 1.3, …"""
-    described = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
-    return f"{sum(parts.values()) / GIB:.2f} GB: {described}"
+    described = ", ".join(f"{name} {size / GIB:.3g}" for name, size in parts.items() if size)
+    return f"{sum(parts.values()) / GIB:.3g} GB: {described}"
 
 
 def card_lines(cost: Cost, memory: int | None = None) -> list[str]:
@@ -78,14 +78,14 @@ def card_lines(cost: Cost, memory: int | None = None) -> list[str]:
              f"{cost.tokens:.1f} tokens; the run has {cost.pairs / 1e6:.1f} M pairs",
              f"at {100 * share:.0f} % of the data sheets' peak ({how}), nothing lost between "
              f"cards or to the loader, on {several}:",
-             f"{'card':<12}{'TFLOP/s':>8}{'memory':>8}{'fits':>6}{'pairs/s':>10}{'hours':>9}"
+             f"{'card':<12}{'TFLOP/s':>8}{'memory':>8}{'fits':>6}{'pairs/s':>12}{'hours':>9}"
              f"{'days':>8}"]
     for card in CARDS:
         speed = cost.processes * card.tflops * 1e12 * share / cost.flops_per_pair
         hours = cost.pairs / speed / 3600
         fits = "" if memory is None else "yes" if memory < ROOM * card.gigabytes * GIB else "no"
         lines.append(f"{card.name:<12}{card.tflops:>8.0f}{card.gigabytes:>5.0f} GB{fits:>6}"
-                     f"{speed:>10,.0f}{hours:>9,.1f}{hours / 24:>8,.1f}")
+                     f"{speed:>12,.0f}{hours:>9,.1f}{hours / 24:>8,.1f}")
     return lines
 
 
@@ -120,7 +120,9 @@ def say_plan(run, memory: dict[str, int], cost: Cost, ids: tuple[int, int], on_g
     where = f"{run.machine.precision} on a {'GPU' if on_gpu else 'CPU'}"
     say(f"memory of a process at the peak of a step, {where}, micro-batch of {run.micro_batch}, "
         f"{ids[0]} texts of {ids[1]} tokens: about {memory_line(memory)}")
-    if run.machine.world > 1 and not run.settings.shard:
+    if run.machine.tensor > 1:
+        say("--tensor-parallel: the activations are those of an undivided model, an upper bound")
+    elif run.machine.world > 1 and not run.settings.shard:
         say("DDP holds the gradients a second time while it sends them: "
             f"{4 * count_parameters(outline_of(run.config)) / GIB:.2f} GB more")
     if not on_gpu:

@@ -113,11 +113,11 @@ class Log:
         """The sums since the last report of each process: a checkpoint keeps them."""
         machine = self.run.machine
         parts = machine.union({machine.rank: self.sums.values.cpu()})
-        return [parts[rank] for rank in range(machine.world)]
+        return [parts[rank] for rank in range(0, machine.world, machine.tensor)]
 
     def take_sums(self, sums: list[torch.Tensor]):
         """What sums_of_all gave. With another number of processes the first one takes them all."""
-        rank, world = self.run.machine.rank, self.run.machine.world
+        rank, world = self.run.machine.data_rank, self.run.machine.data_world
         if len(sums) == world:
             self.sums.values += sums[rank].to(self.sums.values.device)
         elif rank == 0:
@@ -214,7 +214,7 @@ class Log:
         if not self.work:
             return {}
         pairs = self.samples / self.run.machine.world
-        tokens = self.counters["tokens"] - self.tokens_before
+        tokens = (self.counters["tokens"] - self.tokens_before) / self.run.machine.tensor
         return {"mfu": self.work.utilization(pairs, tokens, seconds)}
 
 
@@ -271,6 +271,9 @@ def describe(run, model, step: int, work: Work | None = None):
     table = run.tables["train"]
     texts = {"vqa": "questions", "nlvr2": "statements"}.get(s.task, "captions")
     epochs = s.steps * s.global_batch / len(table.row_of)
+    processes = f"{machine.world} processes"
+    if machine.tensor > 1:
+        processes = f"{machine.data_world} groups of {machine.tensor} processes"
     machine.say(f"{s.task} with {' + '.join(run.config.loss_weights)} | "
                 f"recipe {s.recipe or 'none'} | model {s.load or s.model}, "
                 f"{count_parameters(model) / 1e6:.1f} M parameters | {machine.precision} on "
@@ -279,7 +282,7 @@ def describe(run, model, step: int, work: Work | None = None):
         machine.say("training takes the validation split too, so what validation says is no test "
                     "(--hold-out keeps it apart)")
     machine.say(f"{len(table.row_of):,} {texts} of {len(table):,} images | global batch "
-                f"{s.global_batch} = {machine.world} processes x {run.accumulation} x "
+                f"{s.global_batch} = {processes} x {run.accumulation} x "
                 f"{run.micro_batch} | {s.steps} steps from step {step} = {epochs:.1f} epochs")
     if s.captions_per_image > 1:
         machine.say(f"up to {s.captions_per_image} {texts} share an image: it passes the model "

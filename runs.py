@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 import checkpoints
 import disk
 import machine as machines
+import parallel
 import tokenizer
 import vilt
 import weights
@@ -61,7 +62,8 @@ class Run:
     def loader(self, step: int) -> DataLoader:
         """This process's micro-batches from a step on."""
         s, m = self.settings, self.machine
-        numbers = self.sampler.micro_batches(step, s.steps, self.micro_batch, m.rank, m.world)
+        numbers = self.sampler.micro_batches(step, s.steps, self.micro_batch, m.data_rank,
+                                             m.data_world)
         return DataLoader(self.task.dataset(self.tables["train"], train=True),
                           batch_sampler=numbers, collate_fn=self.task.collate,
                           num_workers=loader_workers(s.workers, m.device),
@@ -104,6 +106,7 @@ def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
     tok = task_class.add_special_tokens(tok)
     config = fit_config(config, config_flags, tok, task_class, settings)
     check_task(settings, config_flags, config, micro_batch)
+    parallel.check(config, settings.tensor_parallel)
     answers = task_class.answers(settings) if config.head == "vqa" else None
     if settings.keep_best and not (tables["val"] and settings.eval_every):
         raise ValueError(f"--keep-best {settings.keep_best}: this run has no validation")

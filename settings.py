@@ -86,6 +86,8 @@ class Settings:
                                     # fp16; fp32 on a CPU
     compile: bool = False           # compile the model with torch.compile
     shard: bool = False             # fully sharded parameters (FSDP2) instead of DDP
+    tensor_parallel: int = 1        # processes over which each layer is divided; the others, in
+                                    # groups of so many, share the data
     peak_tflops: float = 0.0        # TFLOP/s of one device, for the utilization that reports give;
                                     # 0: measured at the start by a matrix product
     # reporting
@@ -109,7 +111,7 @@ class Settings:
 FREE_TO_CHANGE = {"resume", "out", "data", "epochs", "micro_batch", "workers", "device", "compile",
                   "shard", "log_every", "eval_every", "eval_samples", "pad_to", "save_every",
                   "keep", "keep_best", "max_unreadable", "max_skipped", "tokenizer", "trust",
-                  "dry_run", "peak_tflops", "log"}
+                  "dry_run", "peak_tflops", "log", "tensor_parallel"}
 
 
 # A CPU gains nothing from larger micro-batches, and its memory is needed for other things.
@@ -254,8 +256,10 @@ def check(settings: Settings, machine: Machine):
         raise ValueError(f"--decay {s.decay}: a share above 0, at most 1, is expected")
     if s.shard and s.muon_lr:
         raise ValueError("--muon-lr needs whole matrices, which --shard cuts")
-    if s.shard and machine.world == 1:
-        raise ValueError("--shard needs several processes: start with torchrun")
+    if s.shard and machine.data_world == 1:
+        several = f"more than {s.tensor_parallel}" if machine.tensor > 1 else "several"
+        raise ValueError(f"--shard needs {several} processes: start with torchrun")
+    check_tensor_parallel(s)
     if s.task == "retrieval" and s.false_captions < 1:
         raise ValueError(f"--false-captions {s.false_captions}: at least 1 is expected, or there "
                          "is no choice")
@@ -267,16 +271,29 @@ def check(settings: Settings, machine: Machine):
     split_batch(s, machine)
 
 
+def check_tensor_parallel(settings: Settings):
+    """ValueError for what does not go with --tensor-parallel. (Sizes: parallel.check.)"""
+    s = settings
+    if s.tensor_parallel == 1:
+        return
+    if s.muon_lr:
+        raise ValueError("--muon-lr needs whole matrices, which --tensor-parallel divides")
+    if s.compile:
+        raise ValueError("--compile does not go with --tensor-parallel")
+    if s.precision == "fp16":
+        raise ValueError("--precision fp16 does not go with --tensor-parallel: bf16 or fp32 does")
+
+
 def split_batch(settings: Settings, machine: Machine) -> tuple[int, int]:
     """The global batch -> (micro-batch, micro-batches that one process accumulates per step).
 
     A process's share is cut into equal micro-batches of at most --micro-batch pairs.
     """
-    share, rest = divmod(settings.global_batch, machine.world)
+    share, rest = divmod(settings.global_batch, machine.data_world)
     most = settings.micro_batch or (LARGEST_ON_A_CPU if machine.device.type == "cpu" else share)
     if rest or share < 1 or most < 1:
         raise ValueError(f"--global-batch {settings.global_batch} --micro-batch "
-                         f"{settings.micro_batch}: {machine.world} processes cannot share it")
+                         f"{settings.micro_batch}: {machine.data_world} processes cannot share it")
     micro = max(size for size in range(1, min(most, share) + 1) if share % size == 0)
     return micro, share // micro
 

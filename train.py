@@ -34,6 +34,7 @@ from tqdm import tqdm
 import checkpoints
 import disk
 import machine as machines
+import parallel
 import weights
 from batches import evaluation_batches
 from data import token_lengths
@@ -73,8 +74,10 @@ def build_state(run: Run) -> State:
         start_from_files(run, bare)
     if next(bare.parameters()).device != machine.device:    # a plan's fake tensors cannot move
         bare.to(machine.device)
+    if machine.tensor > 1:
+        parallel.divide(bare, machine)
     if s.shard:
-        shard(bare, machine.precision)
+        shard(bare, machine.precision, machine.mesh and machine.mesh["data"])
     if s.compile:
         bare.compile(dynamic=True)          # lengths and numbers of targets differ between batches
     optimizer = new_optimizer(bare, s)
@@ -84,7 +87,7 @@ def build_state(run: Run) -> State:
     if saved:
         checkpoints.restore(run, state)
         state.skipped = none + state.counters["skipped"]
-    if machine.world > 1 and not s.shard:
+    if machine.world > 1 and machine.tensor == 1 and not s.shard:
         on_gpu = machine.device.type == "cuda"
         state.model = DistributedDataParallel(
             bare, device_ids=[machine.device.index] if on_gpu else None)
@@ -106,8 +109,8 @@ def start_from_files(run: Run, model):
                         f"than that of {s.data}")
 
 
-def shard(model, precision: str):
-    """Shards the parameters of every layer over the processes (FSDP2).
+def shard(model, precision: str, mesh=None):
+    """Shards the parameters of every layer over the processes (FSDP2), or those of a mesh.
 
     They are kept in float32 and gathered in the precision in which they are used.
     """
@@ -117,8 +120,8 @@ def shard(model, precision: str):
                                       reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layers in [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]:
         for layer in layers:
-            fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -127,7 +130,8 @@ def shard(model, precision: str):
 def main(argv=None):
     with machines.running("train.py"):
         settings, config_flags = parse(argv)
-        machine = machines.set_up(settings.device, settings.precision)
+        machine = machines.set_up(settings.device, settings.precision,
+                                  settings.tensor_parallel)
         settings = replace(settings, precision=machine.precision)
         check(settings, machine)
         with the_only_writer(settings, machine), machines.Signals() as signals:
@@ -137,7 +141,8 @@ def main(argv=None):
             if settings.dry_run:
                 dry_run(run, build_state, train_step)
             else:
-                train(run, signals)
+                with parallel.divided_loss(machine):
+                    train(run, signals)
 
 
 @contextlib.contextmanager
@@ -233,7 +238,7 @@ def train_step(run: Run, state: State, micro_batches: list, log: Log):
     """One optimizer step, on the mean losses of a global batch."""
     s = run.settings
     # Dropout's random numbers are a function of the step, as the data is: nothing has to be saved.
-    seeds = np.random.SeedSequence([s.seed, state.step, run.machine.rank])
+    seeds = np.random.SeedSequence([s.seed, state.step, run.machine.data_rank])
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
     share = rate_at(state.step, s)
     for group in state.optimizer.param_groups:
@@ -250,7 +255,8 @@ def backward(run: Run, state: State, micro_batches: list, log: Log):
     The loss is sum_o weight_o (sum over o's targets of the global batch) / (number of them), for
     each output o. So the targets of all micro-batches and processes are counted before the first
     backward pass, and each micro-batch's sum is divided by that count. DDP and FSDP average the
-    gradients over the processes; the factor `world` undoes that.
+    gradients over the processes; the factor `world` undoes that. (With --tensor-parallel N, each
+    target is counted N times, and the gradients are averaged over world / N groups.)
     """
     s, machine, loss_weights = run.settings, run.machine, run.config.loss_weights
     counts = [[notes["counts"][name] for name in loss_weights] for _, notes in micro_batches]
@@ -264,7 +270,7 @@ def backward(run: Run, state: State, micro_batches: list, log: Log):
         last = i == run.accumulation - 1    # gradients travel between processes only once per step
         if s.shard:
             state.bare.set_requires_gradient_sync(last)
-        quiet = machine.world > 1 and not s.shard and not last
+        quiet = isinstance(state.model, DistributedDataParallel) and not last
         with state.model.no_sync() if quiet else contextlib.nullcontext():
             with machine.autocast():
                 results = state.model(to_device(batch, machine.device, run.config))
@@ -273,6 +279,7 @@ def backward(run: Run, state: State, micro_batches: list, log: Log):
                 loss = loss + weight * results[name][0] * factor
             state.scaler.scale(loss).backward()
         log.micro_batch(results, counts[i], notes)
+    parallel.average_gradients(state.bare, machine, s.shard)
 
 
 def update(run: Run, state: State) -> torch.Tensor:
@@ -284,14 +291,12 @@ def update(run: Run, state: State) -> torch.Tensor:
     optimizer, scaler = state.optimizer, state.scaler
     scaler.unscale_(optimizer)
     gradients = [p.grad for p in state.bare.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if hasattr(norm, "full_tensor"):        # sharded
-        norm = norm.full_tensor()
+    norm = parallel.total_norm(gradients)
     bad = (~torch.isfinite(norm)).float()
     state.skipped = state.skipped + bad
     state.skipped_in_a_row = (state.skipped_in_a_row + bad) * bad
     if run.settings.clip:
-        torch.nn.utils.clip_grads_with_norm_(state.bare.parameters(), run.settings.clip, norm)
+        parallel.clip(state.bare.parameters(), run.settings.clip, norm)
     if not scaler.is_enabled():
         optimizer.found_inf = bad           # the fused AdamW does nothing where this is 1
     scaler.step(optimizer)
@@ -313,8 +318,8 @@ def evaluate(run: Run, state: State, samples: int, signals) -> dict | None:
     lengths = token_lengths(table, run.task.tok, chosen)
     batches = evaluation_batches(lengths, chosen, run.micro_batch)
     # A process that has nothing left repeats the first batch, uncounted: shards run in step.
-    rounds = math.ceil(len(batches) / machine.world)
-    places = range(machine.rank, rounds * machine.world, machine.world)
+    rounds = math.ceil(len(batches) / machine.data_world)
+    places = range(machine.data_rank, rounds * machine.data_world, machine.data_world)
     mine = [batches[k] if k < len(batches) else batches[0] for k in places]
     loader = DataLoader(run.task.dataset(table, train=False), batch_sampler=mine,
                         collate_fn=run.task.collate,

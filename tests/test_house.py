@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each file imports only from those before it. weights and released/ are the door to other people's
 # checkpoints, prepare and sources/ that to other people's downloads.
 ORDER = ("disk tokenizer tars files rebuilt data tar_index exchange batches layers masks flm vilt recipes tasks released weights "
-         "machine flops loggers settings optimizer memory report plan checkpoints runs train "
+         "machine parallel flops loggers settings optimizer memory report plan checkpoints runs train "
          "generate ptb metrics predict evaluation eval sources prepare tools tests").split()
 
 

@@ -1,10 +1,8 @@
 """A plan's memory is that of the run, its time the arithmetic that it names."""
 
 import json
-from dataclasses import replace
 
 import pytest
-import torch
 from conftest import TRAIN_FLM, TRAIN_VILT, train_command, write_caption_world
 from torch.profiler import ProfilerActivity, profile
 
@@ -15,6 +13,8 @@ import settings as train_settings
 import train
 from runs import open_run
 from tools import plan as plan_tool
+
+pytestmark = pytest.mark.slow       # every plan takes seconds
 
 STEP = "--global-batch 16 --micro-batch 8 --steps 6 --lr 1e-2 --clip 1.0 --dropout 0.1".split()
 
@@ -87,7 +87,7 @@ def test_a_plan_needs_no_data_and_says_memory_time_and_what_is_assumed(planned):
     assert "global batch 32 = 2 processes x 4 x 4" in printed and "1,000 steps" in printed
     assert "bf16 on a GPU, micro-batch of 4, 4 texts of 56 tokens" in printed
     assert "texts of 9.0 tokens; the run has 0.0 M pairs" in printed
-    assert "an assumption: none was measured" in printed and "on 2 cards" in printed
+    assert "an assumption: none was measured" in printed and "on 2 cards" in printed and "DDP holds" in printed
     assert all(card.name in printed for card in plan.CARDS)
 
 
@@ -125,3 +125,10 @@ def test_a_plan_that_lacks_something_is_refused_in_a_sentence(flags, sentence):
 def test_every_task_can_be_planned(planned, task):
     printed = planned("--task", task, "--recipe", "toy", "--vocab-size", 400, "--global-batch", 8, "--micro-batch", 4, "--steps", 10)
     assert "about" in printed and part(printed, "activations") >= 0
+
+
+def test_shards_hold_their_part_of_weights_gradients_and_moments(planned):
+    alone, shared = planned(*TOY, "--muon-lr", 0), planned(*TOY, "--muon-lr", 0, "--shard", "--processes", 4)
+    for name in ("weights", "moments"):
+        assert part(shared, name) == pytest.approx(part(alone, name) / 4, rel=0.03)
+    assert "DDP holds" not in shared

@@ -15,15 +15,14 @@ from dataclasses import replace
 
 import torch
 
-import disk
 from flops import PASSES, count_flops
-from machine import Machine
-from plan import Cost, say_plan
+from machine import Machine, running
 from memory import step_memory
+from plan import Cost, say_plan
 from recipes import MODELS
 from report import count_parameters
 from runs import Run
-from settings import parse as parse_settings, split_batch
+from settings import check, parse as parse_settings, split_batch
 from tasks import task_of, to_device
 from tools.drawn import drawn_samples, drawn_task
 from train import build_state, train_step
@@ -52,7 +51,11 @@ def planned_run(args, flags: list[str]) -> Run:
     """The Run that train.py would open, but for its data."""
     settings, config_flags = parse_settings([*flags, "--data", "drawn", "--out", "none"])
     precision = settings.precision or "bf16"
-    machine = Machine(0, args.processes, torch.device("cuda"), precision)
+    machine = Machine(0, args.processes, torch.device("cuda"), precision,
+                      tensor=settings.tensor_parallel)
+    if settings.load:
+        raise ValueError("--load: a plan needs no weights; --model names their sizes")
+    check(settings, machine)
     if settings.epochs:
         if not args.texts:
             raise ValueError(f"recipe {settings.recipe} counts in epochs: --texts says of how many "
@@ -60,8 +63,6 @@ def planned_run(args, flags: list[str]) -> Run:
         per_epoch = args.texts // settings.global_batch
         settings = replace(settings, steps=round(settings.epochs * per_epoch))
     micro_batch, accumulation = split_batch(settings, machine)
-    if settings.load:
-        raise ValueError("--load: a plan needs no weights; --model names their sizes")
     preset = replace(MODELS[settings.model], **config_flags, pooler=True)
     settings = replace(settings, pad_to=settings.pad_to or 8, precision=precision)
     task = drawn_task(task_of(settings.task, preset), preset, settings)
@@ -77,7 +78,7 @@ def drawn_batch(task, pairs: int, tokens: int) -> tuple[dict, dict]:
 
 
 def main(argv=None):
-    with disk.command("plan"):
+    with running("plan.py"):
         args, flags = parse(argv)
         for name, least in (("processes", 1), ("tokens", 3), ("longest", 0), ("texts", 0)):
             if getattr(args, name) < least:
