@@ -163,11 +163,11 @@ def step_memory(run, new_state: Callable, step: Callable, batch: tuple[dict, dic
                 lambda parameter: count.move(parameter.grad, "gradients"))
         with count:
             for parameter in model.parameters():
-                count.note(parameter, "weights")
+                count.move(parameter, "weights")
                 for moment in optimizer.state[parameter].values():
-                    count.note(moment, "moments")
+                    count.move(moment, "moments")
             for tensor in tensors.values():
-                count.note(tensor, "inputs")
+                count.move(tensor, "inputs")
             model.train()
             step(alone, state, [(tensors, batch[1])] * alone.accumulation, Unlogged(count, model))
     for part in ("weights", "gradients", "moments"):
