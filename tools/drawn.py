@@ -1,7 +1,7 @@
 """Samples of random pictures and words in the shapes of real ones: for measuring and planning.
 
-    task = drawn_task(PretrainFLM, flm.PRESETS["base-b32"], pad_to=8)
-    batch, notes = task.collate(drawn_samples(task, 64, tokens=13))
+    run = drawn_run(["--task", "pretrain", "--model", "base-b32"], machine)
+    batch, notes = drawn_batch(run.task, 64, tokens=13)
 """
 
 from dataclasses import replace
@@ -10,12 +10,44 @@ import numpy as np
 import torch
 
 import tokenizer
-from settings import Settings
-from tasks import VQA, Task, shape_of
+from machine import Machine
+from recipes import MODELS
+from runs import Run
+from settings import Settings, parse, split_batch
+from tasks import VQA, Task, shape_of, task_of
 
 # Width and height of photographs, as COCO's are; answers, as VQAv2's list has them.
 SHAPES = [(640, 480), (480, 640), (640, 427), (427, 640), (500, 500), (640, 400)]
 ANSWERS = 3129
+
+
+def drawn_run(flags: list[str], machine: Machine, texts: int = 0) -> Run:
+    """The Run that train.py would open with these flags, but for its data and its checkpoint.
+
+    texts: of the training data, for recipes that count in epochs.
+    """
+    settings, config_flags = parse([*flags, "--data", "drawn", "--out", "none"])
+    if settings.load:
+        raise ValueError("--load: no weights are needed here; --model names their sizes")
+    if settings.epochs:
+        if not texts:
+            raise ValueError(f"recipe {settings.recipe} counts in epochs: --texts says of how many "
+                             "texts, or --steps how many steps")
+        per_epoch = texts // settings.global_batch
+        settings = replace(settings, steps=round(settings.epochs * per_epoch))
+    micro_batch, accumulation = split_batch(settings, machine)
+    preset = replace(MODELS[settings.model], **config_flags, pooler=True)
+    settings = replace(settings, pad_to=settings.pad_to or 8, precision=machine.precision)
+    task = drawn_task(task_of(settings.task, preset), preset, settings)
+    return Run(settings, machine, task.config, task, {"train": None, "val": None}, None,
+               micro_batch, accumulation, None, None, None)
+
+
+def drawn_batch(task: Task, pairs: int, tokens: int) -> tuple[dict, dict]:
+    """A batch of so many pairs, and its notes (Task.collate)."""
+    captions = 1 + (task.settings.false_captions if task.HEAD == "retrieval" else 0)
+    most = min(tokens, task.settings.max_tokens)
+    return task.collate(drawn_samples(task, pairs, most, captions))
 
 
 def drawn_task(task_class: type[Task], preset, settings: Settings) -> Task:

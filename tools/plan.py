@@ -24,7 +24,7 @@ from report import count_parameters
 from runs import Run
 from settings import check, parse as parse_settings, split_batch
 from tasks import task_of, to_device
-from tools.drawn import drawn_samples, drawn_task
+from tools.drawn import drawn_batch, drawn_run
 from train import build_state, train_step
 from weights import outline_of
 
@@ -47,34 +47,13 @@ def parse(argv):
     return parser.parse_known_args(argv)
 
 
-def planned_run(args, flags: list[str]) -> Run:
-    """The Run that train.py would open, but for its data."""
-    settings, config_flags = parse_settings([*flags, "--data", "drawn", "--out", "none"])
-    precision = settings.precision or "bf16"
-    machine = Machine(0, args.processes, torch.device("cuda"), precision,
+def planned_run(args, flags: list[str]):
+    """The Run of the flags on so many GPUs."""
+    settings, _ = parse_settings([*flags, "--data", "drawn", "--out", "none"])
+    machine = Machine(0, args.processes, torch.device("cuda"), settings.precision or "bf16",
                       tensor=settings.tensor_parallel)
-    if settings.load:
-        raise ValueError("--load: a plan needs no weights; --model names their sizes")
     check(settings, machine)
-    if settings.epochs:
-        if not args.texts:
-            raise ValueError(f"recipe {settings.recipe} counts in epochs: --texts says of how many "
-                             "texts, or --steps how many steps")
-        per_epoch = args.texts // settings.global_batch
-        settings = replace(settings, steps=round(settings.epochs * per_epoch))
-    micro_batch, accumulation = split_batch(settings, machine)
-    preset = replace(MODELS[settings.model], **config_flags, pooler=True)
-    settings = replace(settings, pad_to=settings.pad_to or 8, precision=precision)
-    task = drawn_task(task_of(settings.task, preset), preset, settings)
-    return Run(settings, machine, task.config, task, {"train": None, "val": None}, None,
-               micro_batch, accumulation, None, None, None)
-
-
-def drawn_batch(task, pairs: int, tokens: int) -> tuple[dict, dict]:
-    """A batch of so many pairs, and its notes."""
-    captions = 1 + (task.settings.false_captions if task.HEAD == "retrieval" else 0)
-    most = min(tokens, task.settings.max_tokens)
-    return task.collate(drawn_samples(task, pairs, most, captions))
+    return drawn_run(flags, machine, args.texts)
 
 
 def main(argv=None):
