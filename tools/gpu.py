@@ -78,6 +78,8 @@ def work(names: list[str], device: str, small: bool, scratch: str, results):
     from tools.gpu_steps import Place
 
     place = Place(machine.set_up(device, "bf16").device, small, Path(scratch))
+    if small:
+        torch.compiler.set_stance("force_eager")        # compiling takes minutes on a CPU
     place.scratch.mkdir(parents=True, exist_ok=True)
     rows = {row.name: row for row in table()}
     for name in names:

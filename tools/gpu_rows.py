@@ -35,7 +35,7 @@ def table() -> list[Row]:
             "trust"),
         Row("parity bf16", "against the CPU, bf16", 25, steps.parity, {"precision": "bf16"},
             "trust"),
-        Row("step 256", base + "at 256", 20, step),
+        Row("step 256", base + "at 256", 30, step, {"plan": True}),
         Row("step 256 compiled", base + "at 256, --compile", 90, step, {"more": ("--compile",)}),
         Row("launches 64", base + "at 64", 15, steps.launches, {"micro_batch": 64}, "launches"),
         Row("launches 256", base + "at 256", 15, steps.launches, {"micro_batch": 256}, "launches")]
@@ -54,7 +54,7 @@ def table() -> list[Row]:
             {"workers": 8, "shorter": 288}, "loader"),
         Row("loader 14", "14 workers, 640 x 480", 30, runs.loader, {"workers": 14}, "loader"),
         Row("loader 2", "2 workers, 640 x 480", 60, runs.loader, {"workers": 2}, "loader"),
-        Row("vilt", "ViLT at 256", 25, step, {"model": "vilt"}),
+        Row("vilt", "ViLT at 256", 25, step, {"model": "vilt", "plan": True}),
         Row("base-b16", "base-b16 at 128", 25, step, {"model": "base-b16", "micro_batch": 128})]
     for task, size in (("vqa", 256), ("nlvr2", 128), ("caption", 256), ("retrieval", 32)):
         rows.append(Row(f"task {task}", f"{base}{task} at {size}", 25, step,
@@ -64,7 +64,7 @@ def table() -> list[Row]:
         Row("killed", "killed and resumed", 60, runs.killed, {}, "trust"),
         Row("precisions", "200 steps by precision", 90, runs.precisions, {}, "trust"),
         Row("large-l14-336", "large-l14-336 at 32", 40, step,
-            {"model": "large-l14-336", "micro_batch": 32}),
+            {"model": "large-l14-336", "micro_batch": 32, "plan": True}),
         Row("large recomputed", "large-l14-336 at 128, --checkpoint-activations", 40, step,
             {"model": "large-l14-336", "micro_batch": 128,
              "more": ("--checkpoint-activations",)}),

@@ -1,4 +1,4 @@
-"""Rows of `python -m tools.bench gpu` that run commands: the loader, precisions, a kill, the toy."""
+"""Rows of `python -m tools.bench gpu` that are whole runs; and the loader."""
 
 import json
 import signal

@@ -36,8 +36,10 @@ class Place:
         """A size, in the small setting a 64th of it."""
         return max(least, number // 64) if self.small else number
 
-    def machine(self, precision: str = "bf16") -> Machine:
-        return Machine(0, 1, self.device, precision)
+    def machine(self, precision: str = "") -> Machine:
+        """precision: bf16 unless told; in the small setting float32, as many CPUs lack bf16."""
+        usual = "fp32" if self.small else "bf16"
+        return Machine(0, 1, self.device, precision or usual)
 
     def wait(self):
         if self.device.type == "cuda":
@@ -116,13 +118,13 @@ def drawn_step(place: Place, model: str, micro_batch: int, lengths: tuple[int, .
 
 
 def step(place: Place, model: str = "base-b32", micro_batch: int = 256,
-         lengths: tuple[int, ...] = (13,), precision: str = "bf16", task: str = "pretrain",
-         more: tuple[str, ...] = ()) -> dict:
+         lengths: tuple[int, ...] = (13,), precision: str = "", task: str = "pretrain",
+         more: tuple[str, ...] = (), plan: bool = False) -> dict:
     """A training step of train.py, optimizer included, on drawn pairs that lie on the CPU.
 
     lengths: tokens of the texts of each micro-batch. more: flags of train.py.
-    -> pairs_per_second; tflops, of the matrix products on real tokens alone; gigabytes at the peak,
-    and what the plan (memory.py) said.
+    -> pairs_per_second; tflops, of the matrix products on real tokens alone; gigabytes at the peak;
+    with `plan`, what memory.py says of it, which takes some seconds.
     """
     place.free()
     run, state, one, batches = drawn_step(place, model, micro_batch, lengths, precision, task, more)
@@ -138,12 +140,18 @@ def step(place: Place, model: str = "base-b32", micro_batch: int = 256,
     speed = pairs / seconds
     found = {"pairs_per_second": speed, "tflops": speed * work / len(lengths) / 1e12,
              "gigabytes": held}
-    if not run.settings.shard:
+    if plan:
         longest = max(batches, key=lambda batch: batch[0]["ids"].numel())
         planned = step_memory(run, train.build_state, train.train_step, longest,
                               place.device.type == "cuda")
         found["planned_gigabytes"] = sum(planned.values()) / 2 ** 30
     return found
+
+
+def all_reduce_rate(place: Place) -> float:
+    """Gigabytes a second of the sum of a gigabyte over the processes."""
+    numbers = torch.ones(place.scaled(2 ** 28), device=place.device)
+    return numbers.nbytes / place.seconds(lambda: dist.all_reduce(numbers)) / 1e9
 
 
 def shard(place: Place) -> dict:
@@ -154,11 +162,8 @@ def shard(place: Place) -> dict:
     backend = "nccl" if place.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        numbers = torch.ones(place.scaled(2 ** 28), device=place.device)
-        seconds = place.seconds(lambda: dist.all_reduce(numbers))
-        del numbers
-        return {"all_reduce_gb_per_second": 4 * place.scaled(2 ** 28) / seconds / 1e9,
-                **step(place, more=("--shard",))}
+        rate = all_reduce_rate(place)
+        return {"all_reduce_gb_per_second": rate, **step(place, more=("--shard",))}
     finally:
         dist.destroy_process_group()
 
@@ -166,7 +171,7 @@ def shard(place: Place) -> dict:
 def launches(place: Place, micro_batch: int, more: tuple[str, ...] = ()) -> dict:
     """Kernels of a step, and the share of its time in which none runs, by torch's profiler."""
     place.free()
-    _, _, one, _ = drawn_step(place, "base-b32", micro_batch, (13,), "bf16", "pretrain", more)
+    _, _, one, _ = drawn_step(place, "base-b32", micro_batch, (13,), "", "pretrain", more)
     place.seconds(one, at_least=0)
     with profile() as profiler:
         one()

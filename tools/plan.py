@@ -19,11 +19,9 @@ from flops import PASSES, count_flops
 from machine import Machine, running
 from memory import step_memory
 from plan import Cost, say_plan
-from recipes import MODELS
 from report import count_parameters
-from runs import Run
-from settings import check, parse as parse_settings, split_batch
-from tasks import task_of, to_device
+from settings import check, parse as parse_settings
+from tasks import to_device
 from tools.drawn import drawn_batch, drawn_run
 from train import build_state, train_step
 from weights import outline_of
