@@ -6,7 +6,7 @@
 The loop's own step runs on tensors that have shapes and types but no contents (torch's fake
 tensors). Every storage that an operation makes is noted, and noted off when it is freed, so the
 largest sum is the peak. There is no formula that the code could outgrow: another layer, switch or
-optimizer is counted as it is. On a CPU the sum is what torch's allocator hands out, within 1 %
+optimizer is counted as it is. On a CPU the sum is what torch's allocator hands out, within 3 %
 (tests/test_plan.py).
 
 Not in it: what a kernel takes for itself while it runs; what the allocator rounds up or cannot use

@@ -125,6 +125,8 @@ def say_plan(run, memory: dict[str, int], cost: Cost, ids: tuple[int, int], on_g
     elif run.machine.world > 1 and not run.settings.shard:
         say("DDP holds the gradients a second time while it sends them: "
             f"{4 * count_parameters(outline_of(run.config)) / GIB:.2f} GB more")
+    if run.settings.shard:
+        say("(with --shard, activations also hold gathered layers, and gradients not yet sharded)")
     if not on_gpu:
         say("python -m tools.plan counts the memory that a GPU takes")
     for line in card_lines(cost, sum(memory.values()) if on_gpu else None):
