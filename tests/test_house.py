@@ -87,7 +87,8 @@ class Parser(Exception):
 
 
 @pytest.mark.parametrize("module", ["tokenizer", "train", "eval", "weights", "prepare", "tools.toy", "tools.plot", "tools.probe",
-                                    "tools.bench", "tools.compare"])
+                                    "tools.bench", "tools.compare",
+                                    "tools.gpu", "tools.gpu_page"])
 def test_every_flag_of_every_command_says_what_it_does(module, monkeypatch):
     def carry(self, *_, **__):
         raise Parser(self)

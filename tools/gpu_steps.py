@@ -38,8 +38,10 @@ class Place:
 
     def machine(self, precision: str = "") -> Machine:
         """precision: bf16 unless told; in the small setting float32, as many CPUs lack bf16."""
-        usual = "fp32" if self.small else "bf16"
-        return Machine(0, 1, self.device, precision or usual)
+        precision = precision or ("fp32" if self.small else "bf16")
+        # As machine.set_up: fp32 means fp32, and no TF32.
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        return Machine(0, 1, self.device, precision)
 
     def wait(self):
         if self.device.type == "cuda":
@@ -84,6 +86,7 @@ class Unlogged:
 
 def peak(place: Place, precision: str) -> dict:
     """The rate of a large matrix product: random numbers, as zeros run faster."""
+    place.machine(precision)
     side = 128 if place.small else 8192
     a, b = (torch.randn(side, side, device=place.device, dtype=DTYPES[precision])
             for _ in range(2))
@@ -197,13 +200,10 @@ def parity(place: Place, precision: str) -> dict:
         width = "fp32" if there is not place else precision
         run, state, _, batches = drawn_step(there, "base-b32", 256 if there.small else 8, (13,),
                                             width, "pretrain", ("--dropout", "0"))
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = width != "fp32"
         with run.machine.autocast():
             results = state.bare(to_device(batches[0][0], there.device, run.config))
         losses = torch.stack([loss.float() for loss, _ in results.values()])
         losses.sum().backward()
-        torch.backends.cuda.matmul.allow_tf32 = before
         gradient = torch.cat([p.grad.float().flatten().cpu() for p in state.bare.parameters()
                               if p.grad is not None])
         found.append((losses.detach().cpu(), gradient))
