@@ -14,9 +14,10 @@ RECIPE    ?= toy
 LOAD      ?=
 FLAGS     ?=
 PROCESSES ?= 1
+PINS      ?= constraints.txt
 
 .DEFAULT_GOAL := all
-.PHONY: all vqa nlvr2 caption retrieval vilt pictures masks compare speedrun test quick faults lint bench clean help
+.PHONY: all demo vqa nlvr2 caption retrieval models vilt pictures masks compare speedrun test quick faults lint notebook bench clean help
 
 all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (7 minutes)
 	@echo "pictures: docs/masks.png, $(RUN)/curves.png, $(RUN)/words.png"
@@ -24,10 +25,11 @@ all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on 
 # ---------------------------------------------------------------------------------------------------
 # Set-up and the toy world. A marker is written last: what was interrupted is done again.
 
-.venv/.installed: pyproject.toml
+# PINS: the versions that the tests passed with. `make PINS=` takes the newest that are allowed.
+.venv/.installed: pyproject.toml $(PINS)
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --upgrade pip
-	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --editable '.[dev]'
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --editable '.[dev]' $(if $(PINS),--constraint $(PINS))
 	@touch $@
 
 $(DATA)/toy_words.json: | .venv/.installed
@@ -69,6 +71,17 @@ vilt: runs/vilt/.trained  ## pretrain ViLT on the toy world; which patches is ea
 	$(PY) -m tools.plot align runs/vilt/align.json --out runs/vilt/align.png
 
 # ---------------------------------------------------------------------------------------------------
+# A page to try models on: those of models/, or what the targets here trained; FLAGS='runs/mine/last.pt …' names others.
+
+# Without PINS: Gradio needs a Pillow below 13.
+.venv/.demo: pyproject.toml | .venv/.installed
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --editable '.[demo]'
+	@touch $@
+
+demo: .venv/.demo  ## a web page to try models on: fill in words, ask, describe, compare, search, see the masks
+	$(PY) -m tools.demo $(FLAGS)
+
+# ---------------------------------------------------------------------------------------------------
 # Tasks. On the toy world they are scored on new scenes (test) and on colour-shape pairs that were
 # never trained on (holdout), with the right images and with black ones.
 
@@ -84,25 +97,42 @@ vqa: $(RUN)-vqa/.trained  ## fine-tune for visual question answering, score it, 
 	$(PY) -m tools.plot sheet $(RUN)-vqa/vqa/examples.json --out $(RUN)-vqa/examples.png
 
 # Statements about two pictures are learned from a model that answers questions (docs/LOG.md).
-nlvr2: | $(RUN)-vqa/.trained  ## the same for statements about two images
+$(RUN)-nlvr2/.trained: | $(RUN)-vqa/.trained
 	$(PY) train.py --task nlvr2 --recipe toy --load $(RUN)-vqa/last.pt --data $(DATA) --out $(RUN)-nlvr2 --resume $(FLAGS)
+	@touch $@
+
+nlvr2: $(RUN)-nlvr2/.trained  ## the same for statements about two images
 	$(PY) eval.py nlvr2 $(RUN)-nlvr2/last.pt --data $(DATA) --split holdout --blank
 	$(PY) eval.py nlvr2 $(RUN)-nlvr2/last.pt --data $(DATA) --split test --blank
 	$(PY) -m tools.plot sheet $(RUN)-nlvr2/nlvr2/examples.json --out $(RUN)-nlvr2/examples.png
 
 # Captions need no class vector. How many are true of their scene is known on the toy world alone.
-caption: | $(RUN)/.trained  ## the same for captioning
+$(RUN)-caption/.trained: | $(RUN)/.trained
 	$(PY) train.py --task caption --recipe toy --load $(RUN)/last.pt --data $(DATA) --out $(RUN)-caption --resume $(FLAGS)
+	@touch $@
+
+caption: $(RUN)-caption/.trained  ## the same for captioning
 	$(PY) eval.py caption $(RUN)-caption/last.pt --data $(DATA) --split holdout --blank
 	$(PY) eval.py caption $(RUN)-caption/last.pt --data $(DATA) --split test --blank
 	for name in holdout holdout_black test test_black; do \
 	    $(PY) -m tools.toy true $(RUN)-caption/caption/captions_$${name}_results.json --data $(DATA) || exit 1; done
 	$(PY) -m tools.plot sheet $(RUN)-caption/caption/examples.json --out $(RUN)-caption/examples.png
 
-retrieval: | $(RUN)-itm/.trained  ## the same for finding images by text and texts by image
+$(RUN)-retrieval/.trained: | $(RUN)-itm/.trained
 	$(PY) train.py --task retrieval --recipe toy --load $(RUN)-itm/last.pt --data $(DATA) --out $(RUN)-retrieval --resume $(FLAGS)
+	@touch $@
+
+retrieval: $(RUN)-retrieval/.trained  ## the same for finding images by text and texts by image
 	$(PY) eval.py retrieval $(RUN)-retrieval/last.pt --data $(DATA) --split test --images 300 --captions 1
 	$(PY) -m tools.plot sheet $(RUN)-retrieval/retrieval/examples.json --out $(RUN)-retrieval/examples.png
+
+# Weights in half precision and a card of measured scores for each; every command knows them by name.
+models: $(foreach run,$(RUN) $(RUN)-vqa $(RUN)-caption $(RUN)-retrieval runs/vilt,$(run)/.trained)  ## models/: train what is missing, write weights and cards
+	$(PY) -m tools.cards make $(RUN) toy --data $(DATA)
+	$(PY) -m tools.cards make $(RUN)-vqa toy-vqa --data $(DATA)
+	$(PY) -m tools.cards make $(RUN)-caption toy-caption --data $(DATA)
+	$(PY) -m tools.cards make $(RUN)-retrieval toy-retrieval --data $(DATA)
+	$(PY) -m tools.cards make runs/vilt vilt-toy --data $(DATA)
 
 else    # real data, a published recipe
 
@@ -122,7 +152,7 @@ speedrun: | $(DATA)/toy_words.json  ## time until colours and shapes are both at
 
 # What was interrupted goes on; FLAGS='--minutes 1 --seeds 1' is a rough picture.
 
-compare: | $(if $(filter toy,$(RECIPE)),$(DATA)/toy_words.json,.venv/.installed)  ## quality against training time: FLM beside its rivals (hours)
+compare: | $(if $(filter toy,$(RECIPE)),$(DATA)/toy_words.json,.venv/.installed)  ## quality against training time: FLM beside its rivals (an hour)
 	$(PY) -m tools.compare --data $(DATA) --recipe $(RECIPE) --out runs/compare $(FLAGS)
 
 # ---------------------------------------------------------------------------------------------------
@@ -139,6 +169,10 @@ faults: .venv/.installed  ## damage files, kill runs, and look what the commands
 
 lint: .venv/.installed  ## what ruff says (pyproject.toml tells the rules)
 	$(PY) -m ruff check
+
+notebook: .venv/.installed  ## run docs/tour.ipynb from top to bottom, and keep what it shows (3 minutes)
+	$(PY) -m pip install --quiet --editable '.[notebook]' $(if $(PINS),--constraint $(PINS))
+	$(PY) -m tools.notebook docs/tour.ipynb
 
 bench: .venv/.installed  ## how fast each part is, side by side
 	for command in step parts loader vilt retrieval captions tune; do $(PY) -m tools.bench $$command || exit 1; done

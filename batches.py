@@ -7,7 +7,7 @@
 What is seen at a step is a pure function of (seed, epoch, step), so resuming is arithmetic.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class GlobalBatches:
         numbers = self.order[k * self.size:(k + 1) * self.size]
         return numbers[np.argsort(self.keys[numbers], kind="stable")]
 
-    def shuffle(self, rng) -> np.ndarray:
+    def shuffle(self, rng: np.random.Generator) -> np.ndarray:
         """The order of an epoch: caption numbers, one global batch after the other."""
         order = self.shuffle_groups(rng)
         if self.bucket == 1:
@@ -64,7 +64,7 @@ class GlobalBatches:
         batches = order[np.lexsort((self.keys[order], bucket))].reshape(-1, self.size)
         return rng.permutation(batches).reshape(-1)
 
-    def shuffle_groups(self, rng) -> np.ndarray:
+    def shuffle_groups(self, rng: np.random.Generator) -> np.ndarray:
         """All caption numbers in random order, but those of a group side by side.
 
         Sorting by `keys` keeps them so: it is stable, and a group has a single key.
@@ -94,7 +94,8 @@ class GlobalBatches:
                 yield [(epoch, *group.tolist()) for group in np.split(mine, ends)]
 
 
-def draw_groups(lengths: np.ndarray, row_of: np.ndarray, most: int, rng) -> np.ndarray:
+def draw_groups(lengths: np.ndarray, row_of: np.ndarray, most: int,
+                rng: np.random.Generator) -> np.ndarray:
     """The group of each caption, int64 (captions,): up to `most` captions of one image.
 
     Captions of like length share a group, or the shorter ones would be padding: an image's captions
@@ -117,7 +118,8 @@ def draw_groups(lengths: np.ndarray, row_of: np.ndarray, most: int, rng) -> np.n
     return group_of
 
 
-def evaluation_batches(lengths, numbers, size: int) -> list[list[tuple[int, int]]]:
+def evaluation_batches(lengths: np.ndarray, numbers: Sequence[int] | np.ndarray,
+                       size: int) -> list[list[tuple[int, int]]]:
     """Batches of captions of similar length, each of `numbers` exactly once: (epoch 0, number).
 
     lengths: the sorting key of each of `numbers`, in their order.

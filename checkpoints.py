@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -22,9 +23,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 import disk
 import parallel
 import weights
+from machine import Machine
 from optimizer import moments_of
 from released.names import is_finite
-from report import COUNTERS, Halt
+from report import COUNTERS, Halt, Log
+
+if TYPE_CHECKING:           # for the annotations alone: both files come later
+    from runs import Run
+    from train import State
 
 
 def open_saved(out: Path) -> tuple[Path, dict] | tuple[None, None]:
@@ -64,7 +70,7 @@ def whole_beside(path: Path) -> str:
 # -------------------------------------------------------------------------------------------------
 # Saving.
 
-def contents_of(run, state, log) -> dict:
+def contents_of(run: "Run", state: "State", log: Log) -> dict:
     """What weights.save takes. Every process must ask: shards and sums are gathered."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, optimizer = get_state_dict(state.bare, state.optimizer, options=options)
@@ -78,7 +84,7 @@ def contents_of(run, state, log) -> dict:
         sums=log.sums_of_all())
 
 
-def save(run, state, log, keep: bool = False):
+def save(run: "Run", state: "State", log: Log, keep: bool = False) -> None:
     """Writes OUT/last.pt; the one before becomes OUT/previous.pt. keep: OUT/step_N.pt too."""
     contents = contents_of(run, state, log)
     if run.machine.rank == 0:
@@ -96,7 +102,7 @@ def save(run, state, log, keep: bool = False):
 class Best:
     """The best value of --keep-best so far. OUT/best.json keeps it beside OUT/best.pt."""
 
-    def __init__(self, run):
+    def __init__(self, run: "Run"):
         self.name, self.value = run.settings.keep_best, None
         self.path = run.out / "best.json"
         if not self.name:
@@ -120,7 +126,7 @@ class Best:
             return not math.isnan(value)
         return value < self.value if self.name.endswith("loss") else value > self.value
 
-    def save(self, run, state, log, metrics: dict):
+    def save(self, run: "Run", state: "State", log: Log, metrics: dict) -> None:
         """Writes OUT/best.pt, the state of this step, and then its value."""
         self.value = metrics[self.name]
         path = run.out / "best.pt"
@@ -138,12 +144,12 @@ class Best:
 # -------------------------------------------------------------------------------------------------
 # Coming back.
 
-def new_scaler(machine) -> torch.amp.GradScaler:
+def new_scaler(machine: Machine) -> torch.amp.GradScaler:
     """Scales losses so that float16 gradients do not vanish; does nothing in other precisions."""
     return torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
 
 
-def restore(run, state):
+def restore(run: "Run", state: "State") -> None:
     """Fills a state that was made for this run with what its checkpoint holds."""
     saved = run.saved
     # The rates, decays and groups are this run's own: its settings are known to be the same.
@@ -161,14 +167,14 @@ def restore(run, state):
         disk.also_as(run.out / "previous.pt", run.checkpoint)
 
 
-def named_groups(state) -> list[dict]:
+def named_groups(state: "State") -> list[dict]:
     """The optimizer's groups with names in the place of parameters, as checkpoints hold them."""
     name_of = {id(parameter): name for name, parameter in state.bare.named_parameters()}
     return [group | {"params": [name_of[id(parameter)] for parameter in group["params"]]}
             for group in state.optimizer.param_groups]
 
 
-def check_saved(path: Path, saved: dict, run):
+def check_saved(path: Path, saved: dict, run: "Run") -> None:
     """ValueError, in one sentence, for whatever in a checkpoint is not as this run would save it.
 
     The optimizer's groups and rates are not compared: they are not taken from the file.
@@ -192,7 +198,7 @@ def check_saved(path: Path, saved: dict, run):
                          f"{whole_beside(path)}")
 
 
-def differences(found, expected, name: str = "") -> Iterator[str]:
+def differences(found: object, expected: object, name: str = "") -> Iterator[str]:
     """Where two nests of dicts differ in keys, types, shapes or kinds of numbers, in words.
 
     Numbers are counts: they must be finite and not negative. Tensors must be finite.
@@ -223,14 +229,17 @@ def differences(found, expected, name: str = "") -> Iterator[str]:
         yield f"{name} is {found}"
 
 
-def kind_of(value) -> str:
+def kind_of(value: object) -> str:
     """A value's type in words; of tensors their numbers' type and their shape."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     return f"a {type(value).__name__}"
 
 
-def good_sums(sums, outputs: int) -> bool:
-    """Whether these are a list of report.Sums.values, one for each process (or none)."""
-    kind = kind_of(torch.zeros(3, outputs, dtype=torch.float64))
-    return isinstance(sums, list) and all(kind_of(one) == kind for one in sums)
+def good_sums(sums: object, outputs: int) -> bool:
+    """Whether these are a list of report.Sums.values, one for each process (or none).
+
+    Older checkpoints have three rows (report.with_counted).
+    """
+    kinds = [kind_of(torch.zeros(rows, outputs, dtype=torch.float64)) for rows in (3, 4)]
+    return isinstance(sums, list) and all(kind_of(one) in kinds for one in sums)

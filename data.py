@@ -12,8 +12,9 @@ Letters: B batch, L text length (tokens), H, W height and width of an image (pix
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ from tqdm import tqdm
 import files
 from disk import shortened
 from files import Table, nested, outermost, refuse, running_sum
+from tokenizer import Tokenizer
 
 # -------------------------------------------------------------------------------------------------
 # Reading.
@@ -43,7 +45,7 @@ class Captions(Table):
     MORE: tuple = ()                    # columns that belong to the texts
     OPTIONAL: tuple = ("image_id",)     # read where it is there
 
-    def __init__(self, paths):
+    def __init__(self, paths: Iterable[str | Path]):
         self.first_value = []           # of each batch: where its texts begin in Arrow's values
         self.counts = []                # of each batch: the number of texts of each row
         types = {field.name: field.type for field in self.SCHEMA}
@@ -93,11 +95,11 @@ class Questions(Captions):
     SCHEMA, TEXT = files.VQA, "questions"
     MORE = ("answer_labels", "answer_scores", "question_id")
 
-    def __init__(self, paths):
+    def __init__(self, paths: Iterable[str | Path]):
         self.largest_label, self.largest_place = -1, ""     # of all; and where it is: "FILE row 3"
         super().__init__(paths)
 
-    def take(self, path, first_row, batch):
+    def take(self, path: str, first_row: int, batch: pa.RecordBatch) -> None:
         super().take(path, first_row, batch)
         asked = self.counts[-1]                                                     # (rows,)
         labels, label_lists = nested(batch.column("answer_labels"))
@@ -123,7 +125,7 @@ class Questions(Captions):
             row = first_row + outermost(int(labels.argmax()), label_lists)
             self.largest_place = f"{path} row {row}"
 
-    def check_labels(self, count: int):
+    def check_labels(self, count: int) -> None:
         """ValueError for labels that an answer list of `count` answers does not have."""
         if self.largest_label >= count:
             raise ValueError(f"{self.largest_place}: label {self.largest_label} is past the end of "
@@ -145,7 +147,7 @@ class Statements(Captions):
     SCHEMA, IMAGES, TEXT = files.NLVR2, ("image_0", "image_1"), "questions"
     MORE, OPTIONAL = ("answers", "identifier"), ("identifiers",)
 
-    def take(self, path, first_row, batch):
+    def take(self, path: str, first_row: int, batch: pa.RecordBatch) -> None:
         super().take(path, first_row, batch)
         if "identifiers" in batch.schema.names:
             _, (counts, *_) = nested(batch.column("identifiers"))
@@ -173,7 +175,8 @@ class Statements(Captions):
         return {"label": int(str(answer) == "True"), "identifier": identifier, "pair": pair}
 
 
-def token_lengths(table: Captions, tok, numbers=None) -> np.ndarray:
+def token_lengths(table: Captions, tok: Tokenizer,
+                  numbers: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
     """Tokens of each text, or of those numbered, `<s>` and `</s>` included, int32: the sorting key.
 
     About 100,000 captions a second. Their length in bytes would cost nothing, but batches sorted by
@@ -230,6 +233,8 @@ class Whole:
         return size, size
 
 
+Shape = Square | Whole
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # What is opened at all. Pillow knows more formats, but some of its readers start programs (EPS).
@@ -245,8 +250,11 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
 # Pillow warns of many pixels, which open_header refuses, and of tags that nobody here reads.
 warnings.filterwarnings("ignore", module="PIL")
 
+Encoded = bytes | memoryview | pa.Buffer
 
-def open_image(encoded, draft: Callable[[int, int], tuple[int, int]] | None = None) -> Image.Image:
+
+def open_image(encoded: Encoded,
+               draft: Callable[[int, int], tuple[int, int]] | None = None) -> Image.Image:
     """Encoded bytes -> the upright picture, RGB. Of several frames it is the first.
 
     draft: (width, height) as stored -> the size that is needed at least. libjpeg then decodes a
@@ -257,22 +265,32 @@ def open_image(encoded, draft: Callable[[int, int], tuple[int, int]] | None = No
     if draft and image.format == "JPEG":
         image.draft("RGB", draft(*image.size))
     image.load()
-    turn = turn_of(image)
-    image = to_rgb(image)
-    return image if turn is None else image.transpose(turn)
+    return upright(image)
 
 
-def open_header(encoded) -> Image.Image:
+def open_header(encoded: Encoded) -> Image.Image:
     """Encoded bytes -> a picture of which nothing is decoded yet. ValueError for one too large."""
     try:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"in none of the formats {', '.join(FORMATS)}") from None
+    check_size(image)
+    return image
+
+
+def check_size(image: Image.Image) -> None:
+    """ValueError for a picture with too many pixels, or much longer than wide."""
     width, height = image.size
     if width * height > Image.MAX_IMAGE_PIXELS or max(image.size) > LONGEST * min(image.size):
         raise ValueError(f"{width} x {height} pixels; at most {Image.MAX_IMAGE_PIXELS:,} pixels, "
                          f"and {LONGEST} times as long as wide, are opened")
-    return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A loaded picture as RGB, standing as its EXIF says."""
+    turn = turn_of(image)
+    image = to_rgb(image)
+    return image if turn is None else image.transpose(turn)
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
@@ -304,7 +322,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode(encoded, shape, fast: bool = False, augment=None) -> Tensor:
+def decode(encoded: Encoded, shape: Shape, fast: bool = False,
+           augment: Callable[[Image.Image], Image.Image] | None = None) -> Tensor:
     """Encoded bytes -> uint8 (3, H, W) of a shape (Square or Whole), resized bicubically.
 
     fast, for training: libjpeg decodes at 1/2, 1/4 or 1/8 where that still has the pixels, and
@@ -319,6 +338,11 @@ def decode(encoded, shape, fast: bool = False, augment=None) -> Tensor:
     image = open_image(encoded, needed if fast else None)
     if augment is not None:
         image = augment(image)
+    return resized(image, shape, fast)
+
+
+def resized(image: Image.Image, shape: Shape, fast: bool = False) -> Tensor:
+    """An RGB picture -> uint8 (3, H, W) of a shape. fast: torch resizes it, see `decode`."""
     (width, height), (kept_width, kept_height) = shape(*image.size)
     if not fast:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -329,7 +353,7 @@ def decode(encoded, shape, fast: bool = False, augment=None) -> Tensor:
     return pixels[:, top:top + kept_height, left:left + kept_width].contiguous()
 
 
-def normalize(images: Tensor, mean=CLIP_MEAN, std=CLIP_STD) -> Tensor:
+def normalize(images: Tensor, mean: tuple = CLIP_MEAN, std: tuple = CLIP_STD) -> Tensor:
     """uint8 (B, 3, H, W) -> float32, on the device it is on: (x / 255 - mean) / std."""
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (mean, std))
     return (images.float() / 255 - mean) / std
@@ -354,8 +378,9 @@ class CaptionDataset(torch.utils.data.Dataset):
     between the text and `</s>`. augment: RandAugment(2, 9).
     """
 
-    def __init__(self, table, tok, shape, max_tokens: int, train: bool, seed: int = 0,
-                 augment: bool = False, clean=str, around=((), ())):
+    def __init__(self, table: Captions, tok: Tokenizer, shape: Shape, max_tokens: int, train: bool,
+                 seed: int = 0, augment: bool = False, clean: Callable[[str], str] = str,
+                 around: tuple[tuple, tuple] = ((), ())):
         self.table, self.tok, self.shape = table, tok, shape
         self.max_tokens, self.train, self.seed = max_tokens, train, seed
         self.clean, self.around = clean, around
@@ -411,7 +436,8 @@ class CaptionDataset(torch.utils.data.Dataset):
         there = int(np.searchsorted(row_of, row_of[first], side="right")) - first
         return [first + k % there for k in range(count)]
 
-    def pictures(self, row: int, rng=None) -> tuple[list[Tensor], list[str]]:
+    def pictures(self, row: int,
+                 rng: np.random.Generator | None = None) -> tuple[list[Tensor], list[str]]:
         """The images of a row, and a line for each that cannot be decoded and is black."""
         pictures, wrong = [], []
         for which in range(len(self.table.IMAGES)):
@@ -425,7 +451,7 @@ class CaptionDataset(torch.utils.data.Dataset):
                 pictures.append(torch.zeros(3, height, width, dtype=torch.uint8))
         return pictures, wrong
 
-    def decode(self, encoded, rng) -> Tensor:
+    def decode(self, encoded: Encoded, rng: np.random.Generator | None) -> Tensor:
         if self.augment is None:
             return decode(encoded, self.shape, fast=self.train)
         with torch.random.fork_rng(devices=[]):     # RandAugment draws from torch's global state
@@ -447,13 +473,18 @@ class CaptionDataset(torch.utils.data.Dataset):
         return [self.tok.cls_id, *before, *kept, *after, self.tok.sep_id], len(kept) < len(ids)
 
 
-def pad_texts(texts: list[list[int]], pad_id: int, multiple: int = 1, limit=None) -> Tensor:
+def pad_texts(texts: list[list[int]], pad_id: int, pad_to: int | tuple[int, ...] = 1,
+              limit: int | None = None) -> Tensor:
     """Lists of token ids -> int64 (B, L).
 
-    L is the longest, rounded up to a multiple, but not beyond `limit`, the longest the model takes.
+    L is the longest, rounded up to a multiple of pad_to, or to the next of several lengths, but not
+    beyond `limit`, the longest the model takes. What is longer than all lengths has L = limit.
     """
     longest = max(map(len, texts))
-    length = math.ceil(longest / multiple) * multiple
+    if isinstance(pad_to, int):
+        length = math.ceil(longest / pad_to) * pad_to
+    else:
+        length = min((some for some in pad_to if some >= longest), default=limit or longest)
     if limit is not None and length > limit:
         length = max(longest, limit)
     out = torch.full((len(texts), length), pad_id)
@@ -474,8 +505,8 @@ def pad_pictures(pictures: list[Tensor]) -> Tensor:
     return out
 
 
-def mask_words(ids: list[int], word_starts: list[bool], rate: float, mask_id: int, replacements,
-               rng) -> tuple[np.ndarray, np.ndarray]:
+def mask_words(ids: list[int], word_starts: list[bool], rate: float, mask_id: int,
+               replacements: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """BERT's masking, of whole words: 80 % of their tokens become `<mask>`, 10 % a random token.
 
     The fate of each token is drawn apart from the others of its word.

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 try:
     import fcntl
@@ -142,7 +142,7 @@ def one_writer(lock: Path, what: str) -> Iterator[None]:
         file.close()
 
 
-def hold(file, what: str) -> bool:
+def hold(file: IO, what: str) -> bool:
     """Locks an open file -> False where the disk knows no locks. ValueError if it is locked."""
     if fcntl is None:
         return False

@@ -15,6 +15,7 @@ import argparse
 import math
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,11 +30,12 @@ from layers import encode_batch_images, task_logits
 from metrics import caption_scores, check_official_tools, nlvr2_scores, recall_at_k, vqa_accuracy
 from predict import finite, open_model
 from rebuilt import official_identifiers
+from retrieval import Gallery, fill_scores, scores_file, texts_that_fit
 
 # -------------------------------------------------------------------------------------------------
 # VQA and NLVR2: one answer of a list for each text.
 
-def choose(run, answers: list[str], ids: list) -> dict[str, dict]:
+def choose(run: Evaluation, answers: list[str], ids: list) -> dict[str, dict]:
     """Of each text the answer with the highest logit -> {column heading: {id: answer}}."""
     def function(batch, numbers):
         best = finite(task_logits(run.model, batch)).argmax(-1)             # (B,)
@@ -41,7 +43,7 @@ def choose(run, answers: list[str], ids: list) -> dict[str, dict]:
     return run.answers(function, dict(enumerate(ids)))
 
 
-def vqa(args):
+def vqa(args: argparse.Namespace) -> None:
     run = Evaluation(args, "vqa")
     details = run.details()
     ids = run.unique([d["question_id"] for d in details], "question ids")
@@ -85,7 +87,7 @@ def vqa(args):
     run.sheet("VQA", range(run.count), example)
 
 
-def soft_truth(run, details: dict, listed: list[str]) -> dict[str, float]:
+def soft_truth(run: Evaluation, details: dict, listed: list[str]) -> dict[str, float]:
     """{answer: soft score} of a question, from its labels in the Arrow file."""
     labels = details["labels"]
     if labels and max(labels) >= len(listed):
@@ -94,7 +96,7 @@ def soft_truth(run, details: dict, listed: list[str]) -> dict[str, float]:
     return {listed[label]: score for label, score in zip(labels, details["scores"], strict=True)}
 
 
-def official_annotations(run, ids: list) -> tuple[Path, dict | None]:
+def official_annotations(run: Evaluation, ids: list) -> tuple[Path, dict | None]:
     """The path and contents of --annotations, or of what prepare.py wrote beside the questions.
 
     The contents are None where there is no such file. ValueError if they are of other questions.
@@ -118,7 +120,7 @@ def official_annotations(run, ids: list) -> tuple[Path, dict | None]:
     return path, annotations
 
 
-def nlvr2(args):
+def nlvr2(args: argparse.Namespace) -> None:
     run = Evaluation(args, "nlvr2")
     details = run.details()
     truths = [str(bool(d["label"])) for d in details]
@@ -152,7 +154,7 @@ def nlvr2(args):
     run.sheet("NLVR2", range(run.count), example)
 
 
-def identifiers_of(run, details: list[dict]) -> list[str]:
+def identifiers_of(run: Evaluation, details: list[dict]) -> list[str]:
     """The statements' official identifiers: by --statements, else the files' own; [] if unknown."""
     if run.args.statements:
         texts = list(run.table.texts())
@@ -163,7 +165,7 @@ def identifiers_of(run, details: list[dict]) -> list[str]:
     return [] if None in names else run.unique(names, "identifiers")
 
 
-def official_subsets(run, known: set[str]) -> dict[str, set[str]]:
+def official_subsets(run: Evaluation, known: set[str]) -> dict[str, set[str]]:
     """The identifiers of the balanced and unbalanced parts, where prepare.py wrote them."""
     subsets, split = {}, {"val": "dev", "test": "test1"}.get(run.split, run.split)
     for part in ("balanced", "unbalanced"):
@@ -194,7 +196,7 @@ def official_id(name: str | int) -> int | str:
     return int(number[1] or number[2]) if number else name
 
 
-def caption(args):
+def caption(args: argparse.Namespace) -> None:
     at_least(0, "--images", args.images)
     settings = decoding_of(args)            # before anything is read
     if args.official:
@@ -230,7 +232,7 @@ def caption(args):
     run.sheet("Captions", firsts, example)
 
 
-def decoding_of(args) -> dict:
+def decoding_of(args: argparse.Namespace) -> dict:
     """The settings of predict.describe, without the seed. ValueError for a flag without effect."""
     sampled = args.top_p is not None
     for flag, value, needs, used in (
@@ -246,18 +248,22 @@ def decoding_of(args) -> dict:
 # -------------------------------------------------------------------------------------------------
 # Retrieval. The head of predict.py says what is computed for each image, caption and pair.
 
-def retrieval(args):
+def retrieval(args: argparse.Namespace) -> None:
     at_least(0, "--images", args.images)
     at_least(0, "--captions", args.captions)
     run = Evaluation(args, "retrieval")
     place, dataset = run.machine, run.task.dataset(run.table, train=False)
-    gallery = predict.Gallery(run.model, dataset, args.images, args.captions)
-    path = predict.scores_file(gallery, run.out, f"scores_{run.about}", place, args.resume)
+    gallery = Gallery(run.model, dataset, args.images, args.captions)
+    path = scores_file(gallery, run.out, f"scores_{run.about}", place, args.resume)
     scores = np.lib.format.open_memmap(path, "r+")                          # (N, M)
     N, M = scores.shape
     mine = range(place.rank, N, place.world)
     with place.autocast():
-        predict.fill_scores(gallery, scores, mine, args.batch_size, quiet=place.rank > 0)
+        at_once = args.batch_size
+        if args.fill_memory:
+            at_once = texts_that_fit(gallery, at_once)
+            run.say(f"{at_once:,} captions at a time")
+        fill_scores(gallery, scores, mine, at_once, quiet=place.rank > 0)
     scores.flush()
     # Every process has read all captions, so only the first one counts those that were cut.
     run.warn(gallery.unreadable, gallery.cut if place.rank == 0 else 0)
@@ -280,7 +286,7 @@ def retrieval(args):
 # Single pictures.
 
 @contextmanager
-def one_model(args, task: str | None = None):
+def one_model(args: argparse.Namespace, task: str | None = None) -> Iterator[predict.Model]:
     """The model of a command about single pictures, on its device and in its precision."""
     place = machine.set_up(args.device, args.precision)
     model = open_model(args.checkpoint, task, args.tokenizer).to(place.device)
@@ -288,25 +294,25 @@ def one_model(args, task: str | None = None):
         yield model
 
 
-def ask(args):
+def ask(args: argparse.Namespace) -> None:
     with one_model(args, "vqa") as model:
         for answer, share in predict.ask(model, args.image, args.question, args.k):
             print(f"{100 * share:5.1f} %  {answer}")
 
 
-def describe(args):
+def describe(args: argparse.Namespace) -> None:
     settings = decoding_of(args)
     with one_model(args, "caption") as model:
         print(predict.describe(model, args.image, seed=args.seed or 0, **settings))
 
 
-def compare(args):
+def compare(args: argparse.Namespace) -> None:
     with one_model(args, "nlvr2") as model:
         share = predict.compare(model, args.left, args.right, args.sentence)
         print(f"{share > 0.5} ({100 * max(share, 1 - share):.1f} %)")
 
 
-def search(args):
+def search(args: argparse.Namespace) -> None:
     at_least(0, "-k", args.k)
     paths, unreadable = predict.picture_files(args.images), []
     with one_model(args, "retrieval") as model:
@@ -317,7 +323,13 @@ def search(args):
         print(f"{score:8.3f}  {path}")
 
 
-def fill(args):
+def rank(args: argparse.Namespace) -> None:
+    with one_model(args, "retrieval") as model:
+        for text, score in predict.rank(model, args.image, args.texts):
+            print(f"{score:8.3f}  {text}")
+
+
+def fill(args: argparse.Namespace) -> None:
     with one_model(args) as model:
         text, words = predict.fill(model, args.image, args.text)
         print(text)
@@ -374,6 +386,7 @@ COMMANDS = {
         *DATA_FLAGS,
         ("--images N", 0, "number of images, the first ones; 0: all"),
         ("--captions N", 0, "number of captions of each image, the first ones; 0: all"),
+        ("--fill-memory", False, "on a GPU, double --batch-size until its memory is used"),
         ("--resume", False, "go on where a run of the same model, data and code was interrupted")]),
     ask: ("answers a question about a picture", [
         PICTURE, ("question", None, 'such as "what is on the table?"'),
@@ -386,23 +399,26 @@ COMMANDS = {
         ("text", None, 'such as "a dog on a sofa"'),
         ("images…", None, "picture files, folders, or quoted patterns such as 'a/**/*.jpg'"),
         ("-k N", 20, "number of pictures that are shown, the best; 0: all")]),
+    rank: ("puts texts in the order in which they fit a picture", [
+        PICTURE, ("texts…", None, 'such as "a dog on a sofa" "a cat on a chair"')]),
     fill: ("fills the blanks of a text about a picture", [
         PICTURE, ("text", None, 'such as "a <mask> dog"')]),
 }
 
 
-def add_commands(parser: argparse.ArgumentParser, commands: dict):
+def add_commands(parser: argparse.ArgumentParser, commands: dict) -> None:
     """Gives a parser a table of commands, all of them with a checkpoint and MODEL_FLAGS."""
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for function, (says, rows) in commands.items():
         p = subparsers.add_parser(function.__name__, help=says, description=says)
         p.set_defaults(run=function, flags=[*rows, *MODEL_FLAGS])
-        p.add_argument("checkpoint", help="a file or folder that weights.py opens")
+        p.add_argument("checkpoint", help=(
+            "a file or folder that weights.py opens, or a name: toy (of models/), hf:OWNER/NAME"))
         for flag, default, about in [*rows, *MODEL_FLAGS]:
             add_flag(p, flag, default, about)
 
 
-def add_flag(parser: argparse.ArgumentParser, flag: str, default, about: str):
+def add_flag(parser: argparse.ArgumentParser, flag: str, default: object, about: str) -> None:
     name, _, unit = flag.rstrip("…").partition(" ")
     how = {"nargs": "+"} if flag.endswith("…") else {}
     if default is False:
@@ -415,7 +431,7 @@ def add_flag(parser: argparse.ArgumentParser, flag: str, default, about: str):
     parser.add_argument(name, help=about, **how)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_commands(parser, COMMANDS)
@@ -423,6 +439,8 @@ def main(argv=None):
         args = parser.parse_args(argv)
         for name in {"text", "question", "sentence"} & vars(args).keys():
             setattr(args, name, disk.typed(getattr(args, name)))
+        if "texts" in args:
+            args.texts = [disk.typed(text) for text in args.texts]
         args.run(args)
 
 

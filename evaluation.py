@@ -9,8 +9,9 @@ What the commands of eval.py about datasets share. Any number of processes and a
 the same answers, because each text is asked exactly once.
 """
 
+import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,19 +24,20 @@ import machine
 import predict
 import tasks
 from batches import evaluation_batches
+from released.named import beside
 from settings import Settings
 from tasks import to_device
 
 DEFAULT_SPLIT = {"vqa": "val", "nlvr2": "val", "caption": "test", "retrieval": "test"}
 # Flags that are in the names of the files of results already, or change no result.
 UNNAMED = ("data", "split", "out", "batch-size", "examples", "blank", "annotations", "statements",
-           "resume", "tokenizer", "device")
+           "resume", "tokenizer", "device", "fill-memory")
 
 
 class Evaluation:
     """A checkpoint, the split of the data that it is asked about, and the folder of the results."""
 
-    def __init__(self, args, task: str):
+    def __init__(self, args: argparse.Namespace, task: str):
         at_least(1, "--batch-size", args.batch_size)
         at_least(0, "--examples", args.examples)
         self.machine = machine.set_up(args.device, args.precision)
@@ -45,7 +47,7 @@ class Evaluation:
         self.args = args
         self.split = args.split or DEFAULT_SPLIT[task]
         self.about = self.split + options_of(args)      # in the names of the files of results
-        self.out = Path(args.out or Path(args.checkpoint).with_name(task))
+        self.out = Path(args.out or beside(args.checkpoint, task))
         task_class = tasks.task_of(task, self.config)
         self.datasets = predict.choose_datasets(model, args.data, args.datasets, task_class.KIND)
         self.settings = Settings(task=task, data=args.data, datasets=self.datasets, pad_to=1,
@@ -119,7 +121,7 @@ class Evaluation:
             self.warn(unreadable, cut)
         return place.union(found)
 
-    def warn(self, unreadable: list[str], cut: int):
+    def warn(self, unreadable: list[str], cut: int) -> None:
         """Says how many pictures cannot be decoded (a line each) and how many texts were cut."""
         place = self.machine
         # A picture with several texts counts once.
@@ -132,7 +134,7 @@ class Evaluation:
             self.say(f"{cut} texts were cut to the {self.config.max_tokens} tokens that the model "
                      "reads")
 
-    def write(self, name: str, contents):
+    def write(self, name: str, contents: object) -> None:
         """Writes a file of results, text or JSON; it has its name only when it is complete."""
         if self.machine.rank > 0:
             return
@@ -140,7 +142,7 @@ class Evaluation:
         disk.write_text(path, contents if isinstance(contents, str) else json.dumps(contents))
         self.say(f"wrote {path}")
 
-    def report(self, title: str, columns: dict[str, dict[str, float]], note: str):
+    def report(self, title: str, columns: dict[str, dict[str, float]], note: str) -> None:
         """Prints {heading: {name: share of 1}} as a table in percent, and writes it.
 
         The scores of black pictures have a file of their own, so a run with --blank and one without
@@ -156,7 +158,7 @@ class Evaluation:
             name = f"{title}_{self.about}{black(heading)}_scores.json"
             self.write(name, {heading: scores})
 
-    def sheet(self, title: str, numbers: list[int], example: Callable[[int], dict]):
+    def sheet(self, title: str, numbers: Sequence[int], example: Callable[[int], dict]) -> None:
         """Writes --examples of these texts, evenly spread, for `tools.plot sheet`.
 
         Those of the last run are also called examples.json.
@@ -173,7 +175,7 @@ class Evaluation:
             disk.also_as(self.out / name, self.out / "examples.json")
 
 
-def options_of(args) -> str:
+def options_of(args: argparse.Namespace) -> str:
     """The flags that a run's results depend on, where they are not at their defaults.
 
     Such as "_beams5_precision-bf16": runs with other options write other files.
@@ -203,7 +205,7 @@ def first_small(batches: list[list]) -> list[list]:
     return parts + batches[1:]
 
 
-def at_least(least: int, flag: str, value: int):
+def at_least(least: int, flag: str, value: int) -> None:
     """ValueError if a flag's number is smaller."""
     if value < least:
         raise ValueError(f"{flag} {value}: at least {least} is expected")

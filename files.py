@@ -19,6 +19,7 @@ import stat
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -81,7 +82,8 @@ FILES = {
 }
 
 
-def find_files(directory, datasets, split: str, kind: str = "caption") -> list[Path]:
+def find_files(directory: str | Path, datasets: Iterable[str], split: str,
+               kind: str = "caption") -> list[Path]:
     """The Arrow files of some datasets' split, in a fixed order; or its tars (tars.shards_at).
 
     kind: caption, vqa or nlvr2. No `datasets` means known_datasets. FileNotFoundError if a dataset
@@ -101,7 +103,7 @@ def find_files(directory, datasets, split: str, kind: str = "caption") -> list[P
     return found
 
 
-def arrow_files(directory) -> list[str]:
+def arrow_files(directory: str | Path) -> list[str]:
     """The names of all Arrow files in a directory, sorted."""
     if not Path(directory).is_dir():
         raise FileNotFoundError(f"{directory}: there is no such directory of Arrow files or tars")
@@ -128,7 +130,7 @@ def files_of(names: list[str], dataset: str, split: str, kind: str) -> list[str]
     return found
 
 
-def splits_of(directory, kind: str = "caption") -> dict[str, list[str]]:
+def splits_of(directory: str | Path, kind: str = "caption") -> dict[str, list[str]]:
     """Dataset -> its splits, of all datasets of a kind that have a file in a directory."""
     shards = shards_at(directory, kind)
     if shards:
@@ -155,7 +157,7 @@ def splits_of(directory, kind: str = "caption") -> dict[str, list[str]]:
     return found
 
 
-def known_datasets(directory, kind: str = "caption") -> list[str]:
+def known_datasets(directory: str | Path, kind: str = "caption") -> list[str]:
     """The datasets of a kind with training files in a directory; where there are none, all.
 
     FileNotFoundError if there is not one file of the kind.
@@ -386,7 +388,7 @@ class Table:
     kept in memory: no image is read before it is needed.
     """
 
-    def __init__(self, paths, columns: Mapping[str, pa.DataType],
+    def __init__(self, paths: Iterable[str | Path], columns: Mapping[str, pa.DataType],
                  optional: Mapping[str, pa.DataType] | None = None):
         self.paths = [str(path) for path in paths]
         self.files = {}             # path -> open reader, of this process; the last used is last
@@ -473,7 +475,7 @@ class Table:
         return f"{first} and {more:,} more files" if more > 0 else first
 
 
-def recently_used(opened: dict, path: str, opener: Callable, most: int):
+def recently_used(opened: dict, path: str, opener: Callable, most: int) -> Any:
     """What opener(path) returned. `opened` keeps it for those `most` paths that were used last."""
     found = opened.pop(path, None)
     if found is None:
@@ -484,6 +486,6 @@ def recently_used(opened: dict, path: str, opener: Callable, most: int):
     return found
 
 
-def running_sum(counts) -> np.ndarray:
+def running_sum(counts: Sequence[int] | np.ndarray) -> np.ndarray:
     """0, c0, c0 + c1, …: where each of some runs starts, and where the last one ends, int64."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)

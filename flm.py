@@ -24,7 +24,7 @@ Where to find what
     the wrong pairs of matching             tasks.Pretrain.other_pictures, exchange.Exchange
     the total loss over a global batch      flm.Config.loss_weights, train.backward
     the ViT, attention, the layers          layers.ViT, layers.Attention, layers.StreamLayer
-    captions; scoring N images x M texts    generate.generate, predict.fill_scores
+    captions; scoring N images x M texts    generate.generate, retrieval.fill_scores
 
 Letters: B batch, L text length, n real tokens of a caption, S streams (2 for FLM, else 1),
 Q queries (L, or 1), P image tokens (1 + patches), D width, V vocabulary, M images.
@@ -35,16 +35,14 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from layers import (TASK_HEADS, Mask, ReconstructorLayer, StreamLayer, TextEmbedding, ViT,
                     VocabHead, check_config, check_divides, check_pairs, check_rates, loss_and_hits,
-                    resize_positions, roberta_positions, sine_waves, task_head, task_loss, whole)
-from masks import (SHIFT, bidirectional_mask, left_to_right_mask, prefix_mask, reconstructor_mask,
+                    resize_positions, roberta_positions, sine_waves, task_head, task_loss)
+from losses import targets_of
+from masks import (OBJECTIVES, SHIFT, left_to_right_mask, prefix_mask, reconstructor_mask,
                    right_to_left_mask)
-
-OBJECTIVES = ("flm", "mlm", "ar", "prefix")
 
 
 @dataclass(frozen=True)
@@ -130,10 +128,9 @@ class Config:
             weights = {"reconstructed": 1 / total,
                        "left_to_right": self.left_to_right_weight / total,
                        "right_to_left": self.right_to_left_weight / total}
-        elif self.objective == "mlm":
-            weights = {"reconstructed": 1.0}
         else:
-            weights = {"left_to_right": 1.0}
+            output, _ = OBJECTIVES[self.objective]
+            weights = {output: 1.0}
         if self.itm:
             weights["itm"] = 1.0
         return {name: weight for name, weight in weights.items() if weight}
@@ -187,6 +184,11 @@ class Text:
             picked.queries = self.queries[index]
             picked.query_mask = self.query_mask.pick(index)
         return picked
+
+    def to(self, dtype: torch.dtype) -> "Text":
+        """The same captions in halves. Under autocast of this type `fuse` casts them anyway."""
+        queries = None if self.queries is None else self.queries.to(dtype)
+        return replace(self, streams=self.streams.to(dtype), queries=queries)
 
     def class_query(self) -> "Text":
         """The same captions with the class query alone. Exact: queries never see each other."""
@@ -245,7 +247,7 @@ class FLM(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Draws all weights, from torch's global random state.
 
         The ViT by CLIP's rule (`ViT.init_weights`), image_position as `sine_waves`. The rest by
@@ -278,7 +280,8 @@ class FLM(nn.Module):
             visual = visual + resize_positions(self.image_position, size)
         return visual
 
-    def encode_text(self, ids: Tensor, first=None, last=None, prefix=None, queries=None,
+    def encode_text(self, ids: Tensor, first: Tensor | None = None, last: Tensor | None = None,
+                    prefix: Tensor | None = None, queries: Tensor | None = None,
                     class_only: bool = False) -> Text:
         """All that does not depend on the image: ids (B, L) int64, `<s> … </s>`, padded -> Text.
 
@@ -294,12 +297,8 @@ class FLM(nn.Module):
         position = roberta_positions(real)
         x = self.embed(ids, position)                                                    # (B, L, D)
         if c.objective != "flm":
-            if c.objective == "mlm":
-                mask = bidirectional_mask(real)
-            elif prefix is None:
-                mask = left_to_right_mask(real)
-            else:
-                mask = prefix_mask(real, prefix)
+            _, mask_of = OBJECTIVES[c.objective]
+            mask = mask_of(real) if prefix is None else prefix_mask(real, prefix)
             text = Text(x[:, None], Mask.of(mask[:, None]))                                 # S = 1
             return self._run(self.text_layers, [], text)
         if queries is None:
@@ -315,7 +314,7 @@ class FLM(nn.Module):
             text = text.class_query()
         return self._run(self.text_layers, self.text_reconstructor, text)
 
-    def fuse(self, visual: Tensor, text: Text, image_of=None) -> Fused:
+    def fuse(self, visual: Tensor, text: Text, image_of: Tensor | None = None) -> Fused:
         """Reads captions with their images: visual (M, P, D), text of B captions -> Fused.
 
         image_of (B,): the image of each caption, 0..M-1; without it, B / M neighbours to an image.
@@ -326,7 +325,7 @@ class FLM(nn.Module):
         if c.objective != "flm":
             text = replace(text, streams=streams + self.token_type[0])
             x = self._run(self.fusion_layers, [], text, visual, image_of).streams[:, 0]  # (B, L, D)
-            name = "reconstructed" if c.objective == "mlm" else "left_to_right"
+            name, _ = OBJECTIVES[c.objective]
             return Fused(pooled=self._pool(x), **{name: x})
         types = torch.stack([self.token_type[0], self.stream_type[0]])                      # (2, D)
         q = self.text_to_fusion(text.queries) + self.stream_type[1]                      # (B, Q, D)
@@ -359,13 +358,14 @@ class FLM(nn.Module):
 
     # -- training --------------------------------------------------------------------------------
 
-    def forward(self, batch: dict) -> dict:
+    def forward(self, batch: dict, count_hits: bool = True) -> dict:
         """The losses of a batch: output -> (sum of its targets' losses, number predicted right).
 
+        Without count_hits, the number of right words is NaN: not counted.
         `batch` holds `image` (M, 3, H, W) normalised, `ids` (B, L), where M < B `image_of` (B,),
         and what `tasks.PretrainFLM` drew: for every output `<output>_rows`, the rows that predict,
-        as indices into B L; `masked_ids` (mlm); `prefix` (prefix); `first`, `last` (flm with
-        spans); for itm `other_image`, `same_image`. The losses are sums: the mean is over the
+        as indices into B L (-1: none); `masked_ids` (mlm); `prefix` (prefix); `first`, `last` (flm
+        with spans); for itm `other_image`, `same_image`. The losses are sums: the mean is over the
         targets of the *global* batch, which only the loop knows (train.backward). A task's head:
         see `layers.task_loss`.
         """
@@ -383,15 +383,11 @@ class FLM(nn.Module):
         predicting, targets = [], []
         for name, row in zip(outputs, rows, strict=True):
             output = getattr(fused, name)                                                # (B, L, D)
-            predicting.append(output.reshape(-1, c.width).index_select(0, row))
-            targets.append(ids.reshape(-1).index_select(0, row + SHIFT[name]))
+            predicting.append(output.reshape(-1, c.width).index_select(0, row.clamp(min=0)))
+            targets.append(targets_of(ids, row, SHIFT[name]))
         targets = torch.cat(targets)                                                    # (targets,)
-        logits = self.vocab_logits(torch.cat(predicting))                             # (targets, V)
         smoothing = c.label_smoothing if self.training else 0.0
-        losses = F.cross_entropy(logits.float(), targets, reduction="none",
-                                 label_smoothing=smoothing)
-        losses = whole(losses)
-        hits = (whole(logits.argmax(-1)) == targets).float()
+        losses, hits = self.vocab_head.losses(torch.cat(predicting), targets, smoothing, count_hits)
         counts = [len(row) for row in rows]
         results = {}
         for name, loss, hit in zip(outputs, losses.split(counts), hits.split(counts), strict=True):

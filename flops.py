@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import weights
-from machine import DTYPES
+from machine import DTYPES, Machine
 from tasks import to_device
+
+if TYPE_CHECKING:           # for the annotations alone: that file comes later
+    from runs import Run
 
 # A training step's matrix products, in forward passes: the backward pass has two for each one.
 PASSES = 3
@@ -50,7 +54,7 @@ class Work:
         return f"{self.peak / 1e12:.3g} TFLOP/s ({how})"
 
 
-def work_of(run, step: int) -> Work:
+def work_of(run: "Run", step: int) -> Work:
     """The Work of a run, from the samples that it trains on next."""
     told = run.settings.peak_tflops
     peak = 1e12 * told if told else measure_peak(run.machine)
@@ -74,7 +78,7 @@ def count_flops(model: torch.nn.Module, batch: dict, forward: Callable | None = 
     return counter.get_total_flops()
 
 
-def flops_per_pair_and_token(run, step: int) -> tuple[float, float]:
+def flops_per_pair_and_token(run: "Run", step: int) -> tuple[float, float]:
     """What a pair costs in training: FLOPs of itself, and of each token of its texts.
 
     A line through two small batches, of shorter and of longer texts. (Attention grows with the
@@ -90,7 +94,7 @@ def flops_per_pair_and_token(run, step: int) -> tuple[float, float]:
     return (low + high) / 2 - per_token * (short + long) / 2, per_token
 
 
-def small_batches(run, step: int) -> Iterator[tuple[dict, int]]:
+def small_batches(run: "Run", step: int) -> Iterator[tuple[dict, int]]:
     """Two batches of the next steps' samples, of shorter texts and of longer ones.
 
     -> (batch, number of pairs), each. Lengths are those at a quarter and at three quarters.
@@ -113,7 +117,7 @@ def small_batches(run, step: int) -> Iterator[tuple[dict, int]]:
 
 # -- What the device can do ------------------------------------------------------------------------
 
-def measure_peak(machine) -> float:
+def measure_peak(machine: Machine) -> float:
     """FLOPs a second of a matrix product in the run's precision, the fastest of some.
 
     It is computed as layers do it: there are CPUs whose other products in bfloat16 are 7 x slower.

@@ -60,7 +60,7 @@ class Uncached:
     def next_logits(self, ids: Tensor) -> Tensor:
         return uncached_logits(self.model, self.visual, ids)
 
-    def select(self, rows: Tensor, images: Tensor):
+    def select(self, rows: Tensor, images: Tensor) -> None:
         self.visual = self.visual[images]
 
 
@@ -80,7 +80,7 @@ class KVCache:
         self.keys, self.values = keys, values
         return keys, values
 
-    def select(self, rows: Tensor):
+    def select(self, rows: Tensor) -> None:
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
@@ -115,7 +115,7 @@ class Cached:
         self.length = n
         return model.vocab_logits(x[:, 0, -1])
 
-    def select(self, rows: Tensor, images: Tensor):
+    def select(self, rows: Tensor, images: Tensor) -> None:
         """Goes on with these rows of the last call, in this order, and with these of the images.
 
         A row may come twice. Each image has the same number of neighbouring rows.
@@ -323,7 +323,8 @@ def generate(model: flm.FLM, visual: Tensor, prompt: Sequence[int], stop: Sequen
     return found
 
 
-def check(model, images, prompt, max_tokens, beams, no_repeat, top_p, temperature, seeds):
+def check(model: flm.FLM, images: int, prompt: Sequence[int], max_tokens: int, beams: int,
+          no_repeat: int, top_p: float | None, temperature: float, seeds: Sequence | None) -> None:
     """ValueError for arguments of `generate` that cannot be; `images` is their number."""
     c = model.config
     writes = isinstance(model, flm.FLM) and c.objective == "ar" and c.head == "vocab"

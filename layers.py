@@ -6,15 +6,23 @@ In every mask, True = the row may look at the column.
 """
 
 from dataclasses import fields
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses import losses_in_chunks, row_losses, whole
+
+if TYPE_CHECKING:           # for the annotations alone: these files come later
+    import flm
+    import generate
+    import vilt
+
 TASK_HEADS = ("vqa", "nlvr2", "retrieval")
 HEADS = ("vocab", *TASK_HEADS, "none")
+Index = int | slice | Tensor | tuple        # what picks some elements of a batch
 
 
 # -------------------------------------------------------------------------------------------------
@@ -35,7 +43,7 @@ class Mask(NamedTuple):
         sighted = may_look.any(-1, keepdim=True)
         return cls(may_look | ~sighted, sighted)
 
-    def pick(self, index) -> "Mask":
+    def pick(self, index: Index) -> "Mask":
         """The masks of some elements of the batch."""
         return Mask(self.allowed[index], self.sighted[index])
 
@@ -73,7 +81,8 @@ class Attention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)       # apart from q: it can be computed once and kept
         self.out = nn.Linear(width, width)
 
-    def keys_and_values(self, memory: Tensor, memory_of=None) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, memory: Tensor,
+                        memory_of: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """All of the attention that does not depend on x: (M, K, D) -> two of (M, heads, K, d).
 
         With memory_of (B,), those of each of B rows: two of (B, heads, K, d).
@@ -85,7 +94,8 @@ class Attention(nn.Module):
         k, v = kv.view(M, K, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         return k, v
 
-    def forward(self, x: Tensor, memory, mask: Mask | None = None, memory_of=None) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor | tuple[Tensor, Tensor], mask: Mask | None = None,
+                memory_of: Tensor | None = None) -> Tensor:
         B, Q, _ = x.shape
         k, v = memory if isinstance(memory, tuple) else self.keys_and_values(memory, memory_of)
         M = len(k)
@@ -124,8 +134,8 @@ class ViTBlock(nn.Module):
     activation and after the feed-forward, but none on the attention weights.
     """
 
-    def __init__(self, width: int, heads: int, activation=QuickGELU, eps: float = 1e-5,
-                 hidden: int = 0, dropout: float = 0.0):
+    def __init__(self, width: int, heads: int, activation: type[nn.Module] = QuickGELU,
+                 eps: float = 1e-5, hidden: int = 0, dropout: float = 0.0):
         super().__init__()
         activation = activation()
         if dropout:
@@ -169,7 +179,7 @@ class ViT(nn.Module):
         return self.norm_post(x)
 
     @torch.no_grad()
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Draws the weights by CLIP's rule. Their standard deviations (D width, N blocks):
 
         attention in D^-1/2, out D^-1/2 (2N)^-1/2; MLP in (2D)^-1/2, out D^-1/2 (2N)^-1/2;
@@ -255,7 +265,8 @@ class StreamLayer(nn.Module):
     x (B, S, L, D) -> (B, S, L, D); mask for B S streams of L rows; image (M, P, D).
     """
 
-    def __init__(self, width: int, heads: int, dropout: float, eps: float, cross_attention=False):
+    def __init__(self, width: int, heads: int, dropout: float, eps: float,
+                 cross_attention: bool = False):
         super().__init__()
         self.self_attention = Attention(width, heads, dropout)
         self.self_norm = nn.LayerNorm(width, eps)
@@ -265,8 +276,8 @@ class StreamLayer(nn.Module):
         self.mlp, self.mlp_norm = feed_forward(width, nn.GELU()), nn.LayerNorm(width, eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Mask | None, image=None, cache=None,
-                image_of=None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask | None, image: Tensor | None = None,
+                cache: "generate.KVCache | None" = None, image_of: Tensor | None = None) -> Tensor:
         """The layer's output (B, S, L, D). cache: a generate.KVCache of the words before these.
 
         image_of (B,): the image of each caption; None: B / M neighbours to an image.
@@ -317,11 +328,25 @@ class VocabHead(nn.Module):
         self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width, eps)
         self.decoder = nn.Linear(width, vocab_size)
 
+    chunked = False             # losses without the memory of all logits (train.py --chunk-loss)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """What the decoder reads.   (…, D) -> (…, D)"""
+        return self.norm(F.gelu(self.dense(x)))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.norm(F.gelu(self.dense(x))))
+        return self.decoder(self.transform(x))
+
+    def losses(self, x: Tensor, targets: Tensor, smoothing: float = 0.0,
+               count_hits: bool = True) -> tuple[Tensor, Tensor]:
+        """losses.row_losses of the logits of x (N, D): two of (N,)"""
+        if not self.chunked:
+            return row_losses(self(x), targets, smoothing, count_hits)
+        return losses_in_chunks(self.transform(x), self.decoder.weight, self.decoder.bias, targets,
+                                smoothing, count_hits)
 
 
-def task_head(config) -> nn.Module:
+def task_head(config: "flm.Config | vilt.Config") -> nn.Module:
     """The head of a fine-tuned model, on class vectors: ViLT's, which METER and FLM kept.
 
     vqa          (B, D) -> (B, answers)
@@ -343,12 +368,7 @@ def loss_and_hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, hits
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of what may be divided over processes (a DTensor: parallel.py)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def encode_batch_images(model, batch: dict, which: int = 0):
+def encode_batch_images(model: nn.Module, batch: dict, which: int = 0) -> "Tensor | vilt.Visual":
     """model.encode_image of a batch's images, with all that its collate function says of them.
 
     which: 1 for the second images of nlvr2's pairs.
@@ -361,7 +381,7 @@ def encode_batch_images(model, batch: dict, which: int = 0):
     return model.encode_image(batch["image" + suffix], which=which, **layout)
 
 
-def task_logits(model, batch: dict) -> Tensor:
+def task_logits(model: nn.Module, batch: dict) -> Tensor:
     """A fine-tuned head's scores: vqa (B, answers), nlvr2 (B, 2), retrieval (captions, 1).
 
     nlvr2 reads the text with each image alone, joins both class vectors, and tells the second image
@@ -378,7 +398,7 @@ def task_logits(model, batch: dict) -> Tensor:
     return model.head(torch.cat(pooled, dim=-1))
 
 
-def task_loss(model, batch: dict) -> dict:
+def task_loss(model: nn.Module, batch: dict) -> dict:
     """The loss of a fine-tuned head: {head: (sum over the batch, hits)}, both scalars.
 
     vqa: binary cross-entropy against soft targets (B, answers), summed over the answers. A hit
@@ -401,7 +421,7 @@ def task_loss(model, batch: dict) -> dict:
 # -------------------------------------------------------------------------------------------------
 # Checks that both models share.
 
-def check_config(config):
+def check_config(config: "flm.Config | vilt.Config") -> None:
     """ValueError for values of another type, and for sizes or a head that a Config cannot have."""
     for field in fields(config):
         value = getattr(config, field.name)
@@ -429,7 +449,7 @@ def check_config(config):
                          "other, chooses from answers")
 
 
-def check_divides(config, **heads_of: str):
+def check_divides(config: "flm.Config | vilt.Config", **heads_of: str) -> None:
     """ValueError unless each width divides by its heads: check_divides(config, width="heads")."""
     for width, heads in heads_of.items():
         if getattr(config, width) % getattr(config, heads):
@@ -437,14 +457,14 @@ def check_divides(config, **heads_of: str):
                              f"{heads} {getattr(config, heads)}")
 
 
-def check_rates(config, *names: str):
+def check_rates(config: "flm.Config | vilt.Config", *names: str) -> None:
     """ValueError unless each rate is within 0..1."""
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} {getattr(config, name)} is outside 0..1")
 
 
-def check_pairs(images: int, captions: int, image_of=None):
+def check_pairs(images: int, captions: int, image_of: Tensor | None = None) -> None:
     """ValueError unless every image has the same number of captions, or image_of tells them."""
     if image_of is None and captions % images:
         raise ValueError(f"{captions} captions for {images} images: each image has the same number "

@@ -24,7 +24,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import disk
@@ -32,7 +32,7 @@ import disk
 PROJECT = "flm-vilt"            # WANDB_PROJECT and TRACKIO_PROJECT beat it
 
 
-def check(names: tuple[str, ...]):
+def check(names: tuple[str, ...]) -> None:
     """ValueError for a logger that does not exist, or whose package is not installed."""
     for name in names:
         if name not in WRITERS:
@@ -77,19 +77,19 @@ class Loggers:
             print(f"{name}: {writer.where}", flush=True)
         disk.write_text(path, json.dumps(known) + "\n")
 
-    def write(self, metrics: dict):
+    def write(self, metrics: dict) -> None:
         """Gives a line of metrics.jsonl to all loggers."""
         for name, writer in list(self.writers.items()):
             if key_of(metrics) not in writer.sent:
                 self.tried(name, writer.write, metrics)
 
-    def close(self):
+    def close(self) -> None:
         """Ends all loggers; what they still hold is written."""
         for name, writer in list(self.writers.items()):
             self.tried(name, writer.close)
         self.writers = {}
 
-    def tried(self, name: str, function, *arguments):
+    def tried(self, name: str, function: Callable, *arguments: object) -> None:
         """Calls a function of a logger. If it fails, the logger is left out from there on."""
         try:
             function(*arguments)
@@ -142,12 +142,12 @@ class TensorBoard:
         if is_new:
             self.writer.add_text("config", f"```\n{json.dumps(config_of(out), indent=2)}\n```")
 
-    def write(self, line: dict):
+    def write(self, line: dict) -> None:
         for name, value in numbers_of(line).items():
             self.writer.add_scalar(name, value, line["step"])
         self.writer.flush()                 # or a kill would lose the last two minutes
 
-    def close(self):
+    def close(self) -> None:
         self.writer.close()
 
 
@@ -171,12 +171,12 @@ class WandB:
                               resume="allow", settings=wandb.Settings(**how))
         self.run.define_metric("*", step_metric="step")         # the x axis
 
-    def write(self, line: dict):
+    def write(self, line: dict) -> None:
         # Its own count must rise with every line, also over a resume. A step has two lines at most.
         step, is_validation = key_of(line)
         self.run.log(line, step=2 * step + is_validation)
 
-    def close(self):
+    def close(self) -> None:
         self.run.finish()
 
 
@@ -195,10 +195,10 @@ class Trackio:
                                     auto_log_gpu=False, auto_log_cpu=False)
         self.finish = trackio.finish        # of the package: the run's own is called at exit again
 
-    def write(self, line: dict):
+    def write(self, line: dict) -> None:
         self.run.log(numbers_of(line), step=line["step"])
 
-    def close(self):
+    def close(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             self.finish()
 

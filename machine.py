@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -64,17 +64,21 @@ class Machine:
         """The number of parts that a global batch is cut into."""
         return self.world // self.tensor
 
-    def say(self, *words, **how):
+    def say(self, *words: object, **how: object) -> None:
         """Prints, in the first process only."""
         if self.rank == 0:
             print(*words, **how, flush=True)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         """The context in which the model runs."""
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision],
                               enabled=self.precision != "fp32")
 
-    def wait(self):
+    def no_autocast(self) -> torch.autocast:
+        """The context in which the backward pass runs: each operation as its forward one did."""
+        return torch.autocast(self.device.type, enabled=False)
+
+    def wait(self) -> None:
         """Returns when all processes are here."""
         if self.world > 1:
             dist.barrier()
@@ -248,7 +252,7 @@ class Signals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def note(self, number: int, frame):
+    def note(self, number: int, frame: object) -> None:
         if not self.training:
             print(f"stopped by {signal.Signals(number).name} before training began",
                   file=sys.stderr)
@@ -260,7 +264,7 @@ class Signals:
             os._exit(128 + number)
 
 
-def ignore_signals(worker: int = 0):
+def ignore_signals(worker: int = 0) -> None:
     """For data-loading processes, which end when the process that they load for ends."""
     for number in Signals.WATCHED:
         signal.signal(number, signal.SIG_IGN)
@@ -326,3 +330,27 @@ def memory_gb(device: torch.device) -> float:
         import resource
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # bytes on macOS, else KiB
         return peak / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Starts to measure peak_memory anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):                 # Linux alone can
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were held since forget_peak: the GPU's tensors, or this process.
+
+    Where the system forgets no peak, it is that of the process's whole life.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        [peak] = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+        return 1024 * int(peak)
+    except (OSError, ValueError):
+        return int(2 ** 30 * memory_gb(device))

@@ -76,7 +76,8 @@ def prefix_mask(real: Tensor, prefix: Tensor) -> Tensor:
     return left_to_right_mask(real) | (real[:, None, :] & inside)
 
 
-def reconstructor_mask(real: Tensor, first=None, last=None) -> Tensor:
+def reconstructor_mask(real: Tensor, first: Tensor | None = None,
+                       last: Tensor | None = None) -> Tensor:
     """What each query sees of [left-to-right stream ; right-to-left stream]: figure 3 of the paper.
 
     Query i sees the left-to-right stream left of its hidden span first[i]..last[i], and the
@@ -106,7 +107,8 @@ def _rows_and_columns(real: Tensor) -> tuple[Tensor, Tensor]:
     return position[None, :, None], position[None, None, :]     # (1, L, 1), (1, 1, L)
 
 
-def draw_spans(n: int, length: int, rate: float, rng) -> tuple[np.ndarray, np.ndarray]:
+def draw_spans(n: int, length: int, rate: float,
+               rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draws a caption's span corruption (section 3): the words that each query must do without.
 
     With each of the m = n - 1 predicted tokens, K ~ Binomial(m - 1, (m·rate - 1) / (m - 1))
@@ -126,6 +128,15 @@ def draw_spans(n: int, length: int, rate: float, rng) -> tuple[np.ndarray, np.nd
         last[1:n] = first[1:n] + extra
     return first, last
 
+
+# Objective -> (its output, the mask of its text). flm also has two streams, and their outputs;
+# prefix has prefix_mask where a prefix was drawn. CONTRIBUTING.md adds a row.
+OBJECTIVES = {
+    "flm": ("reconstructed", reconstructor_mask),
+    "mlm": ("reconstructed", bidirectional_mask),
+    "ar": ("left_to_right", left_to_right_mask),
+    "prefix": ("left_to_right", left_to_right_mask),
+}
 
 # Row i of an output predicts token i + SHIFT[output]. All outputs also know the image.
 #
@@ -150,7 +161,9 @@ def predicting_rows(objective: str, n: int, prefix: int = 0) -> dict[str, range]
     >>> predicting_rows("prefix", 5, prefix=2)
     {'left_to_right': range(2, 4)}
     """
+    rows = {"reconstructed": range(1, n), "left_to_right": range(max(1, prefix), n - 1),
+            "right_to_left": range(2, n)}
     if objective == "flm":
-        return {"reconstructed": range(1, n), "left_to_right": range(1, n - 1),
-                "right_to_left": range(2, n)}
-    return {"left_to_right": range(max(1, prefix), n - 1)}
+        return rows
+    output, _ = OBJECTIVES[objective]
+    return {output: rows[output]}

@@ -417,7 +417,8 @@ def official_scores(predictions: dict, references: dict) -> tuple[dict, list, li
 # --------------------------------------------------------------------------------------------------
 # Retrieval
 
-def recall_at_k(scores, image_of_text, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+def recall_at_k(scores: np.ndarray, image_of_text: Sequence[int] | np.ndarray,
+                ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Recall at k in both directions, in 0..1.
 
         ir_rK = texts with their image among the K best of all images / texts

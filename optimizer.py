@@ -6,6 +6,7 @@
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ FUSION = ("text_to_fusion.", "image_to_fusion.", "fusion_layers.", "text_reconst
 UNDECAYED = ("vit.position", "image_position", "position")
 
 
-def parameter_groups(model, settings: Settings) -> list[dict]:
+def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
     """The optimizer's groups: {base, head, fusion} x {decayed, not} for AdamW, and Muon's.
 
     base     lr                      ViT, text embedding, text layers, type vectors; all of a ViLT
@@ -78,13 +79,13 @@ def rate_at(step: int, settings: Settings) -> float:
     return min(1.0, max(0.0, (settings.steps - step) / fall))
 
 
-def new_optimizer(model, settings: Settings) -> "Muon":
+def new_optimizer(model: nn.Module, settings: Settings) -> "Muon":
     """Muon for the groups that it has, AdamW for the others."""
     return Muon(parameter_groups(model, settings), lr=settings.lr,
                 betas=(settings.beta1, settings.beta2), eps=1e-8)
 
 
-def moments_of(model, settings: Settings) -> dict[str, dict[str, Tensor]]:
+def moments_of(model: nn.Module, settings: Settings) -> dict[str, dict[str, Tensor]]:
     """What the optimizer keeps of each parameter after its first step: shapes and types alone."""
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     moments = {}
@@ -120,14 +121,14 @@ class Muon(torch.optim.AdamW):
     """
     MOMENTUM = 0.95
 
-    def __init__(self, groups: list[dict], **defaults):
+    def __init__(self, groups: list[dict], **defaults: object):
         super().__init__(groups, **defaults, fused=True)
 
     def __setstate__(self, state):
         torch.optim.Optimizer.__setstate__(self, state)     # AdamW's asks every group for a step
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable | None = None) -> None:
         groups = self.param_groups
         self.param_groups = []
         for group in groups:
@@ -140,7 +141,7 @@ class Muon(torch.optim.AdamW):
             if group["muon"]:
                 self.step_matrices(group)
 
-    def step_matrices(self, group: dict):
+    def step_matrices(self, group: dict) -> None:
         """Steps the matrices of a group, those of one shape together."""
         skipped = getattr(self, "found_inf", None)
         same_shape = defaultdict(list)

@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (ColwiseParallel, PrepareModuleInput, RowwiseParallel,
                                                loss_parallel, parallelize_module)
 
+import flm
 import vilt
 from machine import Machine
 
@@ -68,17 +69,25 @@ def how_divided(name: str) -> str | None:
     return None
 
 
-def check(config, processes: int):
-    """ValueError unless a model of this Config can be divided over so many processes."""
+def check(config: flm.Config | vilt.Config, processes: int, groups: int = 1) -> None:
+    """ValueError unless a model of this Config can be divided over so many processes.
+
+    groups: number of groups over which --shard cuts the parts again; 1: it does not.
+    """
     if processes == 1:
         return
-    sizes = ["heads", "vit_heads", "text_heads"]
+    sizes, widths = ["heads", "vit_heads", "text_heads"], ["width", "vit_width", "text_width"]
     if isinstance(config, vilt.Config):
-        sizes = ["heads", "mlp_width"]
+        sizes, widths = ["heads", "mlp_width"], ["width", "mlp_width"]
     for name in sizes:
         if getattr(config, name) % processes:
             raise ValueError(f"--tensor-parallel {processes} does not divide "
                              f"--{name.replace('_', '-')} {getattr(config, name)}")
+    for name in widths:
+        if getattr(config, name) % (processes * groups):
+            raise ValueError(f"--tensor-parallel {processes} --shard: {groups} groups of "
+                             f"{processes} processes do not divide --{name.replace('_', '-')} "
+                             f"{getattr(config, name)}")
     if getattr(config, "label_smoothing", 0):
         raise ValueError(f"--label-smoothing {config.label_smoothing}: torch has no such loss for "
                          "the divided logits of --tensor-parallel")
@@ -92,9 +101,9 @@ class KeysAndValues(nn.Module):
 
     def __init__(self, kv: nn.Linear):
         super().__init__()
-        width = kv.in_features
-        with torch.device(kv.weight.device):
-            self.k, self.v = nn.Linear(width, width), nn.Linear(width, width)
+        width, device = kv.in_features, kv.weight.device
+        self.k = nn.Linear(width, width, device=device)
+        self.v = nn.Linear(width, width, device=device)
         weights, biases = kv.weight.detach().chunk(2), kv.bias.detach().chunk(2)
         for layer, weight, bias in zip((self.k, self.v), weights, biases, strict=True):
             layer.weight = nn.Parameter(weight.clone())
@@ -105,7 +114,7 @@ class KeysAndValues(nn.Module):
         return torch.cat([self.k(memory), self.v(memory)], dim=-1)
 
 
-def divide(model: nn.Module, machine: Machine):
+def divide(model: nn.Module, machine: Machine) -> None:
     """Divides the layers of the plan over the processes of each group, in place.
 
     Every process must hold the same weights; each keeps its part.
@@ -129,7 +138,22 @@ def divide(model: nn.Module, machine: Machine):
             parallelize_module(attention.kv, mesh, {"k": ColwiseParallel(), "v": ColwiseParallel()})
 
 
-def divided_loss(machine: Machine):
+def shards(model: nn.Module, machine: Machine) -> dict:
+    """What FSDP2 must know of a divided model: it shards over the groups, the words' head apart.
+
+    torch cannot load shards of a divided tensor where they differ in size, and a vocabulary divides
+    by nothing. So every group has the whole head, divided over its processes.
+    """
+    if machine.tensor == 1:
+        return {}
+    head = set()
+    for name, parameter in model.named_parameters():
+        if how_divided(name.rpartition(".")[0]) == "words":
+            head.add(parameter)
+    return {"mesh": machine.mesh["data"], "ignored_params": head}
+
+
+def divided_loss(machine: Machine) -> contextlib.AbstractContextManager:
     """The context in which a divided vocabulary head has its loss, and the gradient of it."""
     return loss_parallel() if machine.tensor > 1 else contextlib.nullcontext()
 
@@ -164,10 +188,15 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
 
-def clip(parameters: Iterable[Tensor], most: float, norm: Tensor):
+def clip(parameters: Iterable[Tensor], most: float, norm: Tensor) -> None:
     """Scales the gradients down to the norm `most`, where theirs is larger."""
     for some in alike(parameters):
         torch.nn.utils.clip_grads_with_norm_(some, most, norm)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether FSDP2 cuts a parameter over the groups, and averages its gradient."""
+    return isinstance(parameter, DTensor) and "data" in parameter.device_mesh.mesh_dim_names
 
 
 def is_divided(parameter: Tensor) -> bool:
@@ -179,17 +208,16 @@ def is_divided(parameter: Tensor) -> bool:
 
 
 @torch.no_grad()
-def average_gradients(model: nn.Module, machine: Machine, sharded: bool):
-    """Replaces gradients by their means, over all processes that hold the same parameter:
+def average_gradients(model: nn.Module, machine: Machine) -> None:
+    """Replaces each gradient by the mean over the processes that hold the same numbers:
 
-                               alone                       sharded (FSDP2 has averaged over groups)
-        whole parameters       over all processes          over the processes of a group
-        divided parameters     over the same part of all   -
-                               groups
+        parameter      not sharded                              sharded by FSDP2
+        whole          all processes                            those of a group
+        divided        those with the same part, of all groups  none: FSDP2 has averaged
 
-    DDP does not hold DTensors. So this comes once, after a step's last backward pass. The processes
-    of a group compute the same gradient of a whole parameter, but for rounding: some sums on a GPU
-    have another order each time. The mean keeps their weights equal for good.
+    DDP does not hold DTensors. So this comes in its place, once, after a step's last backward pass.
+    The processes of a group compute the same gradient of a whole parameter, but for rounding: some
+    sums on a GPU have another order each time. The mean keeps their weights equal for good.
     """
     if machine.tensor == 1:
         return
@@ -198,10 +226,14 @@ def average_gradients(model: nn.Module, machine: Machine, sharded: bool):
     for parameter in model.parameters():
         if parameter.grad is None:
             continue
-        divided = is_divided(parameter)
-        if sharded and divided:
+        divided, sharded = is_divided(parameter), is_sharded(parameter)
+        if divided and sharded:
             continue
-        among = groups if divided else group if sharded else dist.group.WORLD
+        among = dist.group.WORLD
+        if divided:
+            among = groups
+        elif sharded:
+            among = group
         gradient = parameter.grad
         if isinstance(gradient, DTensor):
             gradient = gradient.to_local()          # the same memory
@@ -241,7 +273,7 @@ def joined_name(name: str) -> str:
     return name.replace(".kv.k.", ".kv.").replace(".kv.v.", ".kv.")
 
 
-def join(keys, values):
+def join(keys: Tensor | dict, values: Tensor | dict) -> Tensor | dict:
     """The rows of two tensors, one below the other; of dicts, those of each of their tensors."""
     if isinstance(keys, dict):
         return {name: join(keys[name], values[name]) for name in keys}
@@ -261,9 +293,9 @@ def own_names(state: dict, model: nn.Module) -> dict:
     return own
 
 
-def cut(value) -> tuple:
+def cut(value: Tensor | dict) -> tuple:
     """The upper and the lower half of a tensor's rows; of a dict, those of each of its tensors."""
     if isinstance(value, dict):
         halves = {name: cut(tensor) for name, tensor in value.items()}
         return tuple({name: pair[k] for name, pair in halves.items()} for k in range(2))
-    return value.chunk(2) if value.ndim else (value, value)
+    return value.chunk(2) if value.ndim else (value, value.clone())     # two counts of steps

@@ -5,32 +5,23 @@
     describe(model, "photo.jpg", beams=5)                       # "a red cup on a table."
     compare(model, "left.jpg", "right.jpg", "both show a cup")  # 0.93, the probability of "true"
     search(model, "a red cup", ["a.jpg", "b.jpg"])              # [("b.jpg", 2.7), ("a.jpg", -4.1)]
+    rank(model, "a.jpg", ["a red cup", "a dog"])                # [("a red cup", 3.1), …]
     fill(model, "photo.jpg", "a <mask> cup")                    # ("a red cup", [("red", 0.88)])
 
-Retrieval scores all pairs of N images and M captions (`Gallery`, `fill_scores`). It encodes once
-and fuses many:
+A picture is a file's path or a PIL image. docs/PYTHON.md shows each function at work.
 
-    N times      Gallery.encode_image   FLM: the whole ViT; ViLT: the projection of the patches
-    M times      Gallery.encode_texts   FLM: the text layers, and the class query through the
-                                        reconstructor beside them; ViLT: the word embeddings
-    N x M times  match_score            FLM: text_to_fusion, the fusion layers, and the class query
-                                        through the reconstructor beside them; ViLT: all its
-                                        blocks; both: pooler and head
+Scores of all pairs of a data set's images and captions: gallery.py.
 
-FLM's keys and values of an image, in the cross-attentions, are computed once for each batch of
-captions: N x M / texts_at_once times.
-
-Letters: N images, M captions, B captions of a batch, L text length, P image tokens, D width.
+Letters: B captions, L text length, D width.
 All functions run on the device where the model is, under the caller's autocast.
 """
 
 import glob
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,20 +30,20 @@ import disk
 import files
 import flm
 import generate
-import layers
-import tasks
 import tokenizer
 import vilt
 import weights
-from data import CaptionDataset, decode, pad_pictures, pad_texts
+from data import decode, pad_pictures
 from layers import encode_batch_images, task_logits
-from machine import Machine
-from tasks import BOS, EOS, patch_layout, shape_of, task_of, to_device
+from tasks import BOS, EOS, Config, Model, patch_layout, shape_of, task_of, to_device
+
+Picture = str | Path | Image.Image          # a picture file, or a picture in memory
 
 # -------------------------------------------------------------------------------------------------
 # A model, and the data that it is asked about.
 
-def open_model(path: str | Path, task: str | None = None, tokenizer_folder: str | Path = ""):
+def open_model(path: str | Path, task: str | None = None,
+               tokenizer_folder: str | Path = "") -> Model:
     """A checkpoint's model, in eval mode on the CPU, with its tokenizer.
 
     task: what the model is wanted for (a name of tasks.TASKS), or None for anything.
@@ -81,7 +72,7 @@ def open_model(path: str | Path, task: str | None = None, tokenizer_folder: str 
     return model
 
 
-def check_task(model, task: str | None, path: str | Path = "CHECKPOINT"):
+def check_task(model: Model, task: str | None, path: str | Path = "CHECKPOINT") -> None:
     """ValueError for a model that cannot do a task. Its sentence says which command makes one."""
     c, others = model.config, ""
     if task == "pretrain":
@@ -98,7 +89,8 @@ def check_task(model, task: str | None, path: str | Path = "CHECKPOINT"):
                          f"train.py --task {task} --load {path} makes{others}")
 
 
-def choose_datasets(model, folder: str | Path, asked: Sequence[str], kind: str) -> tuple[str, ...]:
+def choose_datasets(model: Model, folder: str | Path, asked: Sequence[str],
+                    kind: str) -> tuple[str, ...]:
     """The datasets of a folder that a model is asked about.
 
     They are those asked for, else those that the model was trained on, else the only one there is.
@@ -120,7 +112,7 @@ def no_split(folder: str | Path, datasets: Iterable[str], split: str, kind: str)
     return FileNotFoundError(f"{folder}: no {kind} files of split {split!r}: {'; '.join(there)}")
 
 
-def device_of(model) -> torch.device:
+def device_of(model: Model) -> torch.device:
     return next(model.parameters()).device
 
 
@@ -135,20 +127,23 @@ def finite(logits: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------
 # Its inputs.
 
-def open_picture(path: str | Path, config) -> Tensor:
-    """A picture file as the model sees it, uint8 (3, H, W); one sentence for what is no picture."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such picture")
-    encoded = path.read_bytes()
+def open_picture(picture: Picture, config: Config) -> Tensor:
+    """A picture as the model sees it, uint8 (3, H, W); one sentence for what is no picture."""
+    in_memory = isinstance(picture, Image.Image)
+    name = "the picture" if in_memory else picture
+    if not in_memory and not Path(picture).is_file():
+        raise FileNotFoundError(f"{name}: there is no such picture")
     try:
-        return decode(encoded, shape_of(config))
+        if not in_memory:
+            return decode(Path(picture).read_bytes(), shape_of(config))
+        data.check_size(picture)
+        return data.resized(data.upright(picture), shape_of(config))
     except Exception as error:              # Pillow's readers raise whatever broken bytes lead to
         reason = disk.shortened(error) or type(error).__name__
-        raise ValueError(f"{path}: not a picture that can be read ({reason})") from None
+        raise ValueError(f"{name}: not a picture that can be read ({reason})") from None
 
 
-def picture_batch(config, pictures: Sequence[Tensor], device: torch.device) -> dict:
+def picture_batch(config: Config, pictures: Sequence[Tensor], device: torch.device) -> dict:
     """Pictures, uint8 (3, h, w) each, as the batch that layers.encode_batch_images takes.
 
     `image` (N, 3, H, W) is normalised; a ViLT's batch also says where its patches are.
@@ -157,13 +152,13 @@ def picture_batch(config, pictures: Sequence[Tensor], device: torch.device) -> d
     return to_device(batch, device, config)
 
 
-def encode_pictures(model, paths: Iterable[str | Path]):
-    """Picture files, encoded: the visual of len(paths) images that `model.fuse` takes."""
-    pictures = [open_picture(path, model.config) for path in paths]
-    return encode_batch_images(model, picture_batch(model.config, pictures, device_of(model)))
+def encode_pictures(model: Model, pictures: Iterable[Picture]) -> Tensor | vilt.Visual:
+    """Pictures, encoded: the visual of that many images, which `model.fuse` takes."""
+    opened = [open_picture(picture, model.config) for picture in pictures]
+    return encode_batch_images(model, picture_batch(model.config, opened, device_of(model)))
 
 
-def token_ids(model, text: str) -> Tensor:
+def token_ids(model: Model, text: str) -> Tensor:
     """A text with `<s>` and `</s>`, int64 (1, L). ValueError for one that is too long."""
     tok = model.tokenizer
     if tok is None:
@@ -171,7 +166,15 @@ def token_ids(model, text: str) -> Tensor:
     return checked_ids(model, [tok.cls_id, *tok.encode(text), tok.sep_id], text)
 
 
-def checked_ids(model, ids: list[int], text: str) -> Tensor:
+def blanked_ids(model: Model, text: str) -> Tensor:
+    """A text in which `<mask>` or `[MASK]` stands for a blank, as token_ids returns it."""
+    tok = model.tokenizer
+    mask = tok.tokens[tok.mask_id]
+    text = text.replace("<mask>", mask).replace("[MASK]", mask)
+    return checked_ids(model, [tok.cls_id, *tok.encode(text, specials=True), tok.sep_id], text)
+
+
+def checked_ids(model: Model, ids: list[int], text: str) -> Tensor:
     """ids as int64 (1, L), on the model's device. ValueError if the model reads fewer."""
     if len(ids) > model.config.max_tokens:
         raise ValueError(f"a text of {len(ids)} tokens; this model reads at most "
@@ -187,7 +190,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @torch.no_grad()
-def ask(model, path: str | Path, question: str, k: int = 5) -> list[tuple[str, float]]:
+def ask(model: Model, picture: Picture, question: str, k: int = 5) -> list[tuple[str, float]]:
     """The k most likely answers to a question about a picture -> [(answer, probability)].
 
     The best first. Each probability is a sigmoid, as in training, so they do not add up to 1.
@@ -198,7 +201,7 @@ def ask(model, path: str | Path, question: str, k: int = 5) -> list[tuple[str, f
     if not model.answer_list:
         raise ValueError("this model carries no answer list: weights.py convert --answers FILE "
                          "puts one in")
-    batch = picture_batch(model.config, [open_picture(path, model.config)], device_of(model))
+    batch = picture_batch(model.config, [open_picture(picture, model.config)], device_of(model))
     batch["ids"] = token_ids(model, question)
     shares = finite(task_logits(model, batch)).float()[0].sigmoid()         # (answers,)
     best = shares.topk(min(k, len(shares)))
@@ -207,18 +210,18 @@ def ask(model, path: str | Path, question: str, k: int = 5) -> list[tuple[str, f
 
 
 @torch.no_grad()
-def describe(model, path: str | Path, max_tokens: int | None = None, beams: int = 1,
+def describe(model: Model, picture: Picture, max_tokens: int | None = None, beams: int = 1,
              length_penalty: float = 1.0, no_repeat: int = 0, top_p: float | None = None,
              temperature: float = 1.0, seed: int = 0) -> str:
     """Writes a caption for a picture.   The settings are those of generate.generate."""
     return write_captions(
-        model, encode_pictures(model, [path]), max_tokens, beams, length_penalty=length_penalty,
+        model, encode_pictures(model, [picture]), max_tokens, beams, length_penalty=length_penalty,
         no_repeat=no_repeat, top_p=top_p, temperature=temperature, seeds=[seed])[0]
 
 
 @torch.no_grad()
-def write_captions(model, visual: Tensor, max_tokens: int | None = None, beams: int = 1,
-                   **decoding) -> list[str]:
+def write_captions(model: Model, visual: Tensor, max_tokens: int | None = None, beams: int = 1,
+                   **decoding: object) -> list[str]:
     """Captions of N encoded pictures, visual (N, P, D) -> N strings.
 
     max_tokens: None means 30, or as many as the model has positions for.
@@ -239,15 +242,27 @@ def write_captions(model, visual: Tensor, max_tokens: int | None = None, beams: 
 
 
 @torch.no_grad()
-def compare(model, left: str | Path, right: str | Path, sentence: str) -> float:
+def compare(model: Model, left: Picture, right: Picture, sentence: str) -> float:
     """The probability that a sentence about two pictures is true."""
     check_task(model, "nlvr2")
     batch = {"ids": token_ids(model, sentence)}
-    for suffix, path in (("", left), ("_1", right)):
-        pictures = [open_picture(path, model.config)]
+    for suffix, picture in (("", left), ("_1", right)):
+        pictures = [open_picture(picture, model.config)]
         for name, value in picture_batch(model.config, pictures, device_of(model)).items():
             batch[name + suffix] = value
     return finite(task_logits(model, batch)).float()[0].softmax(-1)[1].item()
+
+
+def match_score(model: Model, visual: Tensor | vilt.Visual, text: flm.Text | vilt.Text) -> Tensor:
+    """How well captions and images match, the higher the better -> float32 (B,).
+
+    It is the output of a retrieval head, or else the log-probability of a match that image-text
+    matching learned in pretraining. visual: of one image for all of the B captions, or of B images.
+    """
+    pooled = model.fuse(visual, text).pooled                                # (B, D)
+    if model.config.head == "retrieval":
+        return finite(model.head(pooled))[:, 0].float()
+    return finite(model.itm_head(pooled)).float().log_softmax(-1)[:, 1]
 
 
 def picture_files(names: Iterable[str | Path]) -> list[Path]:
@@ -274,26 +289,27 @@ def picture_files(names: Iterable[str | Path]) -> list[Path]:
 
 
 @torch.no_grad()
-def search(model, text: str, paths: Sequence[str | Path],
-           unreadable: list[str] | None = None) -> list[tuple[str, float]]:
-    """Pictures in the order in which they fit a text -> [(path, match_score)], the best first.
+def search(model: Model, text: str, pictures: Sequence[Picture],
+           unreadable: list[str] | None = None) -> list[tuple[Picture, float]]:
+    """Pictures in the order in which they fit a text -> [(picture, match_score)], the best first.
 
-    The text is encoded once. One picture is in memory at a time.
+    The text is encoded once. One file is in memory at a time.
     unreadable: a list takes a sentence for each file that is no picture, as long as one is.
     """
     check_task(model, "retrieval")
     encoded = model.encode_text(token_ids(model, text), class_only=True)
     found, wrong = [], []
-    for path in tqdm(paths, "pictures", unit=" pictures", leave=False, disable=len(paths) < 2):
+    bar = tqdm(pictures, "pictures", unit=" pictures", leave=False, disable=len(pictures) < 2)
+    for picture in bar:
         try:
-            pictures = [open_picture(path, model.config)]
+            opened = [open_picture(picture, model.config)]
         except (OSError, ValueError) as error:
             wrong.append(error)
             if unreadable is None:
                 raise
             continue
-        visual = encode_batch_images(model, picture_batch(model.config, pictures, device_of(model)))
-        found.append((str(path), match_score(model, visual, encoded).item()))       # (1,)
+        visual = encode_batch_images(model, picture_batch(model.config, opened, device_of(model)))
+        found.append((picture, match_score(model, visual, encoded).item()))         # (1,)
     if wrong and not found:
         raise wrong[0]
     if wrong:
@@ -302,7 +318,22 @@ def search(model, text: str, paths: Sequence[str | Path],
 
 
 @torch.no_grad()
-def fill(model, path: str | Path, text: str,
+def rank(model: Model, picture: Picture, texts: Sequence[str]) -> list[tuple[str, float]]:
+    """Texts in the order in which they fit a picture -> [(text, match_score)], the best first.
+
+    The picture is encoded once.
+    """
+    check_task(model, "retrieval")
+    visual = encode_pictures(model, [picture])
+    found = []
+    for text in texts:
+        encoded = model.encode_text(token_ids(model, text), class_only=True)
+        found.append((text, match_score(model, visual, encoded).item()))            # (1,)
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+@torch.no_grad()
+def fill(model: Model, picture: Picture, text: str,
          rounds: int = 3) -> tuple[str, list[tuple[str, float]]]:
     """Fills every `<mask>` of a text about a picture -> (the whole text, [(word, probability)]).
 
@@ -312,178 +343,50 @@ def fill(model, path: str | Path, text: str,
     themselves, once.
     ValueError for models that read from one side only.
     """
-    c, tok = model.config, model.tokenizer
+    check_reads_both_sides(model)
+    tok = model.tokenizer
+    ids = blanked_ids(model, text)
+    if tok.mask_id not in ids:
+        raise ValueError(f"there is no {tok.tokens[tok.mask_id]} in {text!r}")
+    visual = encode_pictures(model, [picture])
+    filled, found = fill_blanks(model, visual, ids, rounds)
+    words = [(tok.decode([token]).strip(), share) for token, share in found]
+    return tok.decode(filled[0, 1:-1].tolist()), words
+
+
+def check_reads_both_sides(model: Model) -> None:
+    """ValueError for a model that cannot say a word from what stands on both sides of it."""
+    c = model.config
     if c.objective not in ("flm", "mlm") or c.head != "vocab":
         raise ValueError("blanks are filled by a pretrained model of objective flm or mlm; this is "
                          f"{c.objective} with head {c.head}")
-    mask = tok.tokens[tok.mask_id]
-    text = text.replace("<mask>", mask).replace("[MASK]", mask)
-    ids = checked_ids(model, [tok.cls_id, *tok.encode(text, specials=True), tok.sep_id], text)
-    blanks = (ids[0] == tok.mask_id).nonzero()[:, 0]                        # positions
-    if len(blanks) == 0:
-        raise ValueError(f"there is no {mask} in {text!r}")
-    if c.objective == "mlm" or len(blanks) == 1:
-        rounds = 1
 
-    visual = encode_pictures(model, [path])
-    no_words = [tok.cls_id, tok.pad_id, tok.sep_id, tok.unk_id, tok.mask_id]
+
+def fill_blanks(model: Model, visual: Tensor | vilt.Visual, ids: Tensor,
+                rounds: int = 3) -> tuple[Tensor, list[tuple[int, float]]]:
+    """What `fill` does, with token ids (1, L) -> (those of the whole text, [(id, probability)])."""
+    blanks = (ids[0] == model.config.mask_id).nonzero()[:, 0]               # positions
+    if model.config.objective == "mlm" or len(blanks) == 1:
+        rounds = 1
     for _ in range(rounds):
-        fused = model.fuse(visual, model.encode_text(ids))
-        logits = finite(model.vocab_logits(fused.reconstructed[0, blanks]))         # (blanks, V)
-        shares = logits.float().softmax(-1)
-        shares[:, no_words] = 0
-        share, guess = shares.max(-1)                                       # (blanks,)
+        share, guess = token_shares(model, visual, ids, blanks).max(-1)     # (blanks,)
         before = ids
         ids = ids.index_copy(1, blanks, guess[None])                        # (1, L)
         if torch.equal(ids, before):
             break
-    words = [tok.decode([token]).strip() for token in guess.tolist()]
-    return tok.decode(ids[0, 1:-1].tolist()), list(zip(words, share.tolist(), strict=True))
+    return ids, list(zip(guess.tolist(), share.tolist(), strict=True))
 
 
-# -------------------------------------------------------------------------------------------------
-# Retrieval: encode once, fuse many.
+def token_shares(model: Model, visual: Tensor | vilt.Visual, ids: Tensor,
+                 positions: Tensor) -> Tensor:
+    """The probability of every token at some positions of a text, float32 (positions, V).
 
-def match_score(model, visual, text) -> Tensor:
-    """How well captions and images match, the higher the better -> float32 (B,).
-
-    It is the output of a retrieval head, or else the log-probability of a match that image-text
-    matching learned in pretraining. visual: of one image for all of the B captions, or of B images.
+    visual: of one image. ids (1, L). FLM never reads what stands at the position itself; a model of
+    objective mlm does, so it must be `<mask>`. Special tokens are no words and have 0.
     """
-    pooled = model.fuse(visual, text).pooled                                # (B, D)
-    if model.config.head == "retrieval":
-        return finite(model.head(pooled))[:, 0].float()
-    return finite(model.itm_head(pooled)).float().log_softmax(-1)[:, 1]
-
-
-class Gallery:
-    """N images and M captions of a data set, encoded when they are wanted.
-
-    images, captions: take the first images of the table only, and the first captions of each; 0
-    means all.
-    rows (N,): the table's rows of the images. numbers (M,): its captions. image_of (M,): the image
-    of each caption, 0..N-1.
-    unreadable: one line for each picture so far that cannot be decoded and is black.
-    cut: number of captions that were cut to the tokens that the model reads.
-    """
-
-    def __init__(self, model, dataset: CaptionDataset, images: int = 0, captions: int = 0):
-        self.model, self.dataset = model, dataset
-        self.unreadable, self.cut = [], 0
-        row_of = dataset.table.row_of           # of all captions, rising
-        rows = np.unique(row_of)
-        self.rows = rows[:images] if images else rows
-        chosen = row_of <= self.rows[-1]
-        if captions:
-            place = np.arange(len(row_of)) - np.searchsorted(row_of, row_of)    # among its image's
-            chosen &= place < captions
-        self.numbers = np.flatnonzero(chosen)
-        self.image_of = np.searchsorted(self.rows, row_of[self.numbers])
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.rows), len(self.numbers)
-
-    def encode_image(self, i: int):
-        """The visual of image i of 0..N-1."""
-        config, device = self.model.config, device_of(self.model)
-        pictures, wrong = self.dataset.pictures(int(self.rows[i]))
-        self.unreadable += wrong
-        return encode_batch_images(self.model, picture_batch(config, pictures, device))
-
-    def tokens(self) -> list[list[int]]:
-        """The token ids of all M captions, in order."""
-        tokens = [self.dataset.tokens(int(number)) for number in self.numbers]
-        self.cut = sum(cut for _, cut in tokens)
-        return [ids for ids, _ in tokens]
-
-    def encode_texts(self, tokens: list[list[int]]):
-        """The model's Text of B captions, for the class vector alone."""
-        ids = pad_texts(tokens, self.model.config.pad_id).to(device_of(self.model))     # (B, L)
-        return self.model.encode_text(ids, class_only=True)
-
-    def contents_hash(self, precision: str) -> str:
-        """A hash of all that the scores depend on, 16 hexadecimal digits.
-
-        These are the model's tensors, the tokenizer, the captions' token ids, the pictures' bytes,
-        the precision, and the code that computes. Files and tensors are read where they are mapped,
-        about a gigabyte a second.
-        """
-        digest = hashlib.blake2b(digest_size=8)
-
-        def add(part):
-            part = memoryview(part)
-            digest.update(part.nbytes.to_bytes(8, "little"))    # else "ab", "c" would be "a", "bc"
-            digest.update(part)
-
-        model = self.model
-        tokenizer_files = weights.pack_tokenizer(model.tokenizer)
-        add(repr((model.config, precision, tokenizer_files, torch.__version__)).encode())
-        for code in (data, files, flm, layers, tasks, vilt):
-            add(Path(code.__file__).read_bytes())
-        add(Path(__file__).read_bytes())
-        for name, tensor in model.state_dict().items():
-            add(name.encode())
-            add(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        for ids in self.tokens():
-            add(np.array(ids))
-        for row in self.rows:
-            add(self.dataset.table.image(int(row)) or b"")
-        return digest.hexdigest()
-
-
-@torch.no_grad()
-def fill_scores(gallery: Gallery, scores: np.ndarray, images: Iterable[int],
-                texts_at_once: int = 256, quiet: bool = False):
-    """Scores some images of a gallery with all of its captions, into their rows of scores (N, M).
-
-    images: which of the N. Rows that hold no NaN are complete and left as they are. So `scores`
-    may be a file that several processes share, or that an interrupted run left.
-    Memory: all encoded captions stay on the device, in FLM 2 M L D floats.
-    quiet: no progress bars.
-    """
-    tokens = gallery.tokens()
-    # Captions of similar length are encoded together, so there is little padding.
-    order = np.argsort([len(ids) for ids in tokens], kind="stable")         # (M,)
-    batches = [order[first:first + texts_at_once] for first in range(0, len(order), texts_at_once)]
-    bar = tqdm(batches, "encoding captions", unit=" batches", leave=False, disable=quiet)
-    texts = [gallery.encode_texts([tokens[i] for i in batch]) for batch in bar]
-
-    todo = [i for i in images if np.isnan(scores[i]).any()]
-    # It counts pairs: an image with all captions may take minutes.
-    bar = tqdm(None, "scoring", len(todo) * len(tokens), unit=" pairs", unit_scale=True,
-               leave=False, disable=quiet)
-    for i in todo:
-        visual = gallery.encode_image(i)
-        row = np.empty(len(tokens), dtype=np.float32)
-        for batch, text in zip(batches, texts, strict=True):
-            row[batch] = match_score(gallery.model, visual, text).cpu().numpy()
-            bar.update(len(batch))
-        scores[i] = row
-    bar.close()
-
-
-def scores_file(gallery: Gallery, folder: Path, name: str, place: Machine, resume: bool) -> Path:
-    """The path of a NumPy file of scores (N, M), which all processes of `place` fill together.
-
-    It holds NaN where nothing is computed yet. The file is fresh, unless `resume` finds that an
-    earlier run left one of the same contents: its name ends with their hash. Files of this name and
-    of other contents are removed.
-    """
-    path = None
-    if place.rank == 0:
-        N, M = gallery.shape
-        path = folder / f"{name}.{N}x{M}.{gallery.contents_hash(place.precision)}.npy"
-        if resume and path.is_file():
-            done = int((~np.isnan(np.load(path, mmap_mode="r")).any(1)).sum())
-            place.say(f"{path}: {done:,} of {N:,} images are scored already")
-        else:
-            if resume:
-                place.say(f"{folder}: no scores of this model, tokenizer, data and code yet")
-            with disk.complete_file(path) as fresh:
-                np.lib.format.open_memmap(fresh, "w+", np.float32, (N, M))[:] = np.nan
-        for old in folder.glob(f"{name}.*.npy"):
-            if old != path:
-                old.unlink()
-    # All processes wait here for the first one.
-    return place.union({} if path is None else {"path": path})["path"]
+    tok = model.tokenizer
+    fused = model.fuse(visual, model.encode_text(ids))
+    logits = finite(model.vocab_logits(fused.reconstructed[0, positions]))  # (positions, V)
+    shares = logits.float().softmax(-1)
+    shares[:, [tok.cls_id, tok.pad_id, tok.sep_id, tok.unk_id, tok.mask_id]] = 0
+    return shares

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch.distributed as dist
 
 from disk import shortened
@@ -74,12 +75,12 @@ class AnswerLabels(Table):
     of tests, implies nothing.
     """
 
-    def __init__(self, paths):
+    def __init__(self, paths: Iterable[str | Path]):
         self.text_of = {}               # label -> its text
         super().__init__(paths, {}, {name: VQA.field(name).type
                                      for name in ("answers", "answer_labels")})
 
-    def take(self, path, first_row, batch):
+    def take(self, path: str, first_row: int, batch: pa.RecordBatch) -> None:
         if batch.num_columns < 2:
             return
         texts, text_lists = nested(batch.column("answers"))

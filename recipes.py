@@ -16,9 +16,10 @@ FOUR = ("coco", "vg", "sbu", "gcc")     # the four million images of the papers
 TOY = dict(model="toy", bucket=16, clip=1.0, warmup=0.03, log_every=50, save_every=400,
            eval_samples=1000, global_batch=32, micro_batch=32, head_lr_scale=1.0,
            fusion_lr_scale=1.0)
-# For photographs of one's own. `small` starts from scratch on a CPU; README says what to expect.
-# `medium` is for a GPU of 8 GB and starts from CLIP's and RoBERTa's files. It was never run: its
-# sizes come from --dry-run, its rates are the published ones, guessed for captions and retrieval.
+# For photographs of one's own. `small` starts from scratch on a CPU; docs/DATA.md says what to
+# expect. `medium` is for a GPU of 8 GB and starts from CLIP's and RoBERTa's files. It was never
+# run: its sizes come from --dry-run, its rates are the published ones, guessed for captions and
+# retrieval.
 SMALL = dict(model="small", bucket=16, clip=1.0, head_lr_scale=1.0, fusion_lr_scale=1.0,
              eval_every=200, eval_samples=1000, log_every=20, save_every=200)
 MEDIUM = dict(model="medium", clip=1.0, head_lr_scale=5.0, fusion_lr_scale=5.0,

@@ -7,18 +7,24 @@ A report gives the mean losses and accuracies since the last one, over the targe
 
 import contextlib
 import json
-import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import disk
 from flops import Work
 from loggers import Loggers
 from machine import memory_gb
+
+if TYPE_CHECKING:           # for the annotations alone: both files come later
+    from runs import Run
+    from train import State
 
 
 # What a run counts from its first step to its last; checkpoints keep it.
@@ -31,34 +37,47 @@ class Halt(ValueError):
 
 
 class Sums:
-    """Losses, hits and counts, summed on the device without waiting for it."""
+    """Losses, hits, numbers of targets, and of those whose hits were counted: (4, outputs).
+
+    They are summed on the device, without waiting for it.
+    """
 
     def __init__(self, loss_weights: dict[str, float], device: torch.device):
         self.weights = loss_weights
-        self.values = torch.zeros(3, len(loss_weights), dtype=torch.float64, device=device)
+        self.values = torch.zeros(4, len(loss_weights), dtype=torch.float64, device=device)
 
-    def add(self, results: dict, counts: torch.Tensor):
-        """results: output -> (loss, hits), sums over its targets; counts (outputs,)."""
+    def add(self, results: dict, counts: torch.Tensor) -> None:
+        """results: output -> (loss, hits or NaN), sums over its targets; counts (outputs,)."""
         losses = torch.stack([results[name][0].detach() for name in self.weights])
         hits = torch.stack([results[name][1] for name in self.weights])
-        self.values += torch.stack([losses, hits, counts]).to(self.values)
+        self.values += with_counted(torch.stack([losses, hits, counts]).to(self.values))
 
     def read(self, prefix: str = "") -> dict[str, float]:
         """{loss, <output>_loss, <output>_accuracy}, of all processes; starts again at 0."""
         if dist.is_initialized():
             dist.all_reduce(self.values)
-        losses, hits, counts = self.values.tolist()
+        columns = self.values.T.tolist()
         self.values.zero_()
         metrics = {prefix + "loss": 0.0}
-        for (name, weight), loss, hit, count in zip(self.weights.items(), losses, hits, counts,
-                                                    strict=True):
+        for (name, weight), (loss, hit, count, counted) in zip(self.weights.items(), columns,
+                                                               strict=True):
             mean = loss / count if count else 0.0
             metrics[prefix + "loss"] += weight * mean
             metrics[f"{prefix}{name}_loss"] = mean
-            accuracy = hit / count if count else 0.0
-            if not math.isnan(accuracy):                    # an alignment has no right and wrong
-                metrics[f"{prefix}{name}_accuracy"] = accuracy
+            if counted or not count:                        # an alignment has no right and wrong
+                metrics[f"{prefix}{name}_accuracy"] = hit / counted if counted else 0.0
         return metrics
+
+
+def with_counted(sums: torch.Tensor) -> torch.Tensor:
+    """Losses, hits (NaN: not counted) and numbers of targets, (3, outputs), as Sums.values.
+
+    Older checkpoints hold such sums. Those of four rows are returned as they are.
+    """
+    if len(sums) == 4:
+        return sums
+    losses, hits, counts = sums
+    return torch.stack([losses, hits.nan_to_num(), counts, counts * ~hits.isnan()])
 
 
 class Log:
@@ -71,7 +90,7 @@ class Log:
     included. Then it writes what an undisturbed run would. Every line also goes to --log's loggers.
     """
 
-    def __init__(self, run, state, work: Work | None = None):
+    def __init__(self, run: "Run", state: "State", work: Work | None = None):
         """work: for the utilization, which is left out without it; the first process has it."""
         self.run, self.counters, self.work = run, state.counters, work
         self.sums = Sums(run.config.loss_weights, run.machine.device)
@@ -101,7 +120,7 @@ class Log:
         disk.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         return kept, [line for line in lines if line["step"] > step]
 
-    def remember(self, metrics: dict):
+    def remember(self, metrics: dict) -> None:
         """Keeps what later reports need of a line."""
         if "val_loss" in metrics:
             self.validated = metrics["step"]
@@ -115,20 +134,20 @@ class Log:
         parts = machine.union({machine.rank: self.sums.values.cpu()})
         return [parts[rank] for rank in range(0, machine.world, machine.tensor)]
 
-    def take_sums(self, sums: list[torch.Tensor]):
+    def take_sums(self, sums: list[torch.Tensor]) -> None:
         """What sums_of_all gave. With another number of processes the first one takes them all."""
         rank, world = self.run.machine.data_rank, self.run.machine.data_world
         if len(sums) == world:
-            self.sums.values += sums[rank].to(self.sums.values.device)
+            self.sums.values += with_counted(sums[rank]).to(self.sums.values.device)
         elif rank == 0:
             for one in sums:
-                self.sums.values += one.to(self.sums.values.device)
+                self.sums.values += with_counted(one).to(self.sums.values.device)
 
-    def start_window(self):
+    def start_window(self) -> None:
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
         self.samples, self.waiting, self.tokens_before = 0, 0.0, self.counters["tokens"]
 
-    def write(self, metrics: dict):
+    def write(self, metrics: dict) -> None:
         if self.run.machine.rank == 0:
             with disk.naming(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(metrics) + "\n")
@@ -136,20 +155,20 @@ class Log:
         self.remember(metrics)
 
     @contextlib.contextmanager
-    def waiting_for_data(self):
+    def waiting_for_data(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
         self.waiting += time.perf_counter() - began
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
         """What happens here is not counted as training."""
         began, cpu_began = time.perf_counter(), time.process_time()
         yield
         self.began += time.perf_counter() - began
         self.cpu_began += time.process_time() - cpu_began
 
-    def micro_batch(self, results: dict, counts: torch.Tensor, notes: dict):
+    def micro_batch(self, results: dict, counts: torch.Tensor, notes: dict) -> None:
         """Counts a micro-batch; Halt if too many images cannot be decoded."""
         self.sums.add(results, counts)
         for name in ("samples", "tokens", "padded_tokens", "cut"):
@@ -165,17 +184,17 @@ class Log:
             raise Halt(f"{bad} of {seen} images cannot be decoded (named in "
                        f"{self.unreadable_path}), more than --max-unreadable {limit}")
 
-    def step(self, rate: float, norm: torch.Tensor):
+    def step(self, rate: float, norm: torch.Tensor) -> None:
         self.rate, self.norm = rate, norm
         self.samples += self.run.settings.global_batch
 
-    def validation(self, metrics: dict, step: int, best: bool = False):
+    def validation(self, metrics: dict, step: int, best: bool = False) -> None:
         """Prints and writes a validation. best: of all so far, by --keep-best."""
         self.write({"step": step, **metrics})
         self.run.machine.say(f"step {step:>6} | validation {losses_line(metrics, 'val_')}"
                              f"{' | the best' if best else ''}")
 
-    def report(self, state):
+    def report(self, state: "State") -> None:
         """Prints and writes the means since the last report; Halt if gradients stay non-finite."""
         s, machine, counters = self.run.settings, self.run.machine, self.counters
         metrics = self.sums.read()          # waits for the device, so the clock below is honest
@@ -265,7 +284,7 @@ def clock(seconds: float) -> str:
 # -------------------------------------------------------------------------------------------------
 # Before the first step.
 
-def describe(run, model, step: int, work: Work | None = None):
+def describe(run: "Run", model: nn.Module, step: int, work: Work | None = None) -> None:
     """Prints what is about to run. work: what the first process knows of its device."""
     s, machine = run.settings, run.machine
     table = run.tables["train"]
@@ -289,7 +308,7 @@ def describe(run, model, step: int, work: Work | None = None):
                     "once for all of them")
 
 
-def write_config(run, model):
+def write_config(run: "Run", model: nn.Module) -> None:
     """Writes OUT/config.json: a run directory explains itself."""
     if run.machine.rank > 0:
         return
@@ -304,7 +323,7 @@ def write_config(run, model):
     disk.write_text(run.out / "config.json", json.dumps(described, indent=2) + "\n")
 
 
-def count_parameters(model) -> int:
+def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 from torch.utils.data import DataLoader
 
 import checkpoints
@@ -20,11 +21,12 @@ import tokenizer
 import vilt
 import weights
 from batches import GlobalBatches
-from data import token_lengths
+from data import Captions, token_lengths
 from machine import Machine, loader_workers
 from recipes import MODELS
-from settings import Settings, check_model, check_same_run, check_task, split_batch
-from tasks import Task, task_of
+from settings import AUTO, Settings, check_model, check_same_run, check_task, split_batch
+from tasks import Config, Task, task_of
+from tokenizer import Tokenizer
 
 # A short validation comes early: (its step, its number of captions). What is wrong with the
 # validation split shows in the first minute, not after the first thousand steps.
@@ -36,7 +38,7 @@ class Run:
     """What stays the same from the first step to the last."""
     settings: Settings
     machine: Machine
-    config: object                  # the model's Config, as the task needs it
+    config: Config                  # the model's Config, as the task needs it
     task: Task
     tables: dict                    # split -> table; val may be None
     sampler: GlobalBatches
@@ -74,6 +76,10 @@ class Run:
         """Whether something that is done every so many steps, and at the end, is done now."""
         return bool(every) and step > 0 and (step % every == 0 or step == self.settings.steps)
 
+    def report_due(self, step: int) -> bool:
+        """Whether a report follows this step; the first comes after step 1."""
+        return step == 1 or self.due(self.settings.log_every, step)
+
     def validation_due(self, step: int) -> int:
         """On how many captions of the validation split the model is tried now; 0: on none."""
         every, table = self.settings.eval_every, self.tables["val"]
@@ -87,10 +93,13 @@ class Run:
 
 def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
     """Opens data, tokenizer and checkpoint, and checks that all of it goes together."""
-    micro_batch, accumulation = split_batch(settings, machine)
     checkpoint, saved, source = None, None, None
     if settings.resume:
         checkpoint, saved = checkpoints.open_saved(Path(settings.out))
+    if saved and settings.micro_batch == AUTO:
+        found = saved["settings"].get("micro_batch")        # as it was: dropout draws the same
+        settings = replace(settings, micro_batch=found if type(found) is int and found else AUTO)
+    micro_batch, accumulation = split_batch(settings, machine)
     if settings.load and not saved:
         source = weights.load(settings.load, trust=settings.trust)
     if saved:
@@ -106,7 +115,7 @@ def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
     tok = task_class.add_special_tokens(tok)
     config = fit_config(config, config_flags, tok, task_class, settings)
     check_task(settings, config_flags, config, micro_batch)
-    parallel.check(config, settings.tensor_parallel)
+    parallel.check(config, machine.tensor, machine.data_world if settings.shard else 1)
     answers = task_class.answers(settings) if config.head == "vqa" else None
     if settings.keep_best and not (tables["val"] and settings.eval_every):
         raise ValueError(f"--keep-best {settings.keep_best}: this run has no validation")
@@ -129,7 +138,8 @@ def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
     return run
 
 
-def fit_config(config, config_flags: dict, tok, task_class, settings: Settings):
+def fit_config(config: Config, config_flags: dict, tok: Tokenizer, task_class: type[Task],
+               settings: Settings) -> Config:
     """A model's Config with the flags' values, the tokenizer's sizes, and the head of the task."""
     # `adapt` removes a pooler that the task does not train.
     config = replace(config, **config_flags, pooler=True)
@@ -138,7 +148,8 @@ def fit_config(config, config_flags: dict, tok, task_class, settings: Settings):
     return task_class.adapt(config, settings)
 
 
-def open_tokenizer(settings, config_flags, saved, source, table, machine):
+def open_tokenizer(settings: Settings, config_flags: dict, saved: dict | None,
+                   source: nn.Module | None, table: Captions, machine: Machine) -> Tokenizer:
     """The checkpoint's tokenizer, else that of --tokenizer, else one trained on the captions.
 
     The last one is kept in OUT/tokenizer.
@@ -168,7 +179,7 @@ def open_tokenizer(settings, config_flags, saved, source, table, machine):
     return tokenizer.load(directory)
 
 
-def training_lengths(table, tok, out: Path, machine: Machine) -> np.ndarray:
+def training_lengths(table: Captions, tok: Tokenizer, out: Path, machine: Machine) -> np.ndarray:
     """token_lengths of the training captions, counted once by the first process and kept in OUT.
 
     The file's name is derived from the data files and the tokenizer that they were counted with.

@@ -21,7 +21,8 @@ import vilt
 from disk import shortened
 from machine import Machine
 from recipes import MODELS, RECIPES
-from tasks import TASKS
+from released.named import locate
+from tasks import TASKS, Config
 from weights import backbone_of
 
 
@@ -41,6 +42,7 @@ class Settings:
     # what it starts from
     model: str = "base-b32"         # name of a model in recipes.MODELS; --load beats it
     load: str = ""                 # a checkpoint, ours or a released one: sizes, weights, tokenizer
+                                    # (a file, a folder, or a name: toy of models/, hf:OWNER/NAME)
     vit: str = ""                 # a file to start the image side from: CLIP's, or for ViLT a ViT's
     text: str = ""                  # a file to start the text side from: RoBERTa's or BERT's
     trust: bool = False             # run the code of TorchScript files that OpenAI did not publish
@@ -51,7 +53,8 @@ class Settings:
     epochs: float = 0.0             # number of epochs; overrides --steps
     global_batch: int = 256         # pairs per optimizer step, over all processes
     micro_batch: int = 0            # at most so many pairs per forward pass of one process, a
-                                    # divisor of its share; 0: its share, on a CPU at most 32
+                                    # divisor of its share; 0: its share, on a CPU at most 32; auto:
+                                    # as many as fit into memory, found before the first step
     lr: float = 1e-4                # peak learning rate of the group "base"
     head_lr_scale: float = 5.0      # multiple of lr: vocabulary and task heads
     fusion_lr_scale: float = 5.0  # multiple of lr: fusion layers, reconstructor, what leads to them
@@ -75,7 +78,9 @@ class Settings:
     captions_per_image: int = 1     # at most so many captions share an image in a micro-batch: it
                                     # is decoded, and passes the ViT, once for all of them
     bucket: int = 1                 # global batches sorted by length together; more: less padding
-    pad_to: int = 0                 # pad captions to a multiple of N tokens; 0: 8 on GPU, 1 on CPU
+    pad_to: int = 0                 # pad captions to a multiple of N tokens; 0: 8 on GPU, 1 on CPU;
+                                    # several numbers: to the next of these lengths, and round the
+                                    # rows that predict words up, so that --compile makes few graphs
     augment: bool = False           # RandAugment(2, 9) of the training images before the resize
     max_unreadable: float = 0.01    # share of undecodable images above which the run stops, if they
                                     # are more than 10; each process looks at its own share
@@ -85,6 +90,16 @@ class Settings:
     precision: str = ""             # fp32, bf16 or fp16; default: bf16 on a GPU that has it, else
                                     # fp16; fp32 on a CPU
     compile: bool = False           # compile the model with torch.compile
+    chunk_loss: bool = False        # the loss of words without the memory of all logits, and the
+                                    # accuracies of words at the reported steps alone
+    checkpoint_activations: bool = False    # recompute the ViT and the fusion layers for their
+                                    # gradients: less memory, a third more work in them
+    keep_casts: bool = False        # bf16 and fp16: cast the weights once for all micro-batches of
+                                    # a step; a second copy of them, in halves
+    bucket_views: bool = False      # several processes: gradients lie in the buckets in which DDP
+                                    # sends them; saves a copy of them
+    static_graph: bool = False      # several processes, one micro-batch a step: tell DDP that all
+                                    # steps use the same parameters, as they do here
     shard: bool = False             # fully sharded parameters (FSDP2) instead of DDP
     tensor_parallel: int = 1        # processes over which each layer is divided; the others, in
                                     # groups of so many, share the data
@@ -111,11 +126,14 @@ class Settings:
 FREE_TO_CHANGE = {"resume", "out", "data", "epochs", "micro_batch", "workers", "device", "compile",
                   "shard", "log_every", "eval_every", "eval_samples", "pad_to", "save_every",
                   "keep", "keep_best", "max_unreadable", "max_skipped", "tokenizer", "trust",
-                  "dry_run", "peak_tflops", "log", "tensor_parallel"}
+                  "dry_run", "peak_tflops", "log", "chunk_loss",
+                  "checkpoint_activations", "keep_casts", "bucket_views", "static_graph",
+                  "tensor_parallel"}
 
 
 # A CPU gains nothing from larger micro-batches, and its memory is needed for other things.
 LARGEST_ON_A_CPU = 32
+AUTO = -1                           # micro_batch: as many as fit (fitting.py)
 
 # Fields of the models' Configs that the task and the tokenizer decide: they are no flags.
 SET_BY_TASK = {"head", "answers", "pooler", "cls_id", "pad_id", "sep_id", "mask_id"}
@@ -124,7 +142,7 @@ SET_BY_TASK = {"head", "answers", "pooler", "cls_id", "pad_id", "sep_id", "mask_
 # -------------------------------------------------------------------------------------------------
 # The command line.
 
-def documented_fields(config_class) -> dict[str, tuple[str, str]]:
+def documented_fields(config_class: type) -> dict[str, tuple[str, str]]:
     """Field -> (its group, its help text), from the comments in a dataclass's source."""
     found, group, name = {}, "", ""
     for line in inspect.getsource(config_class).splitlines():
@@ -143,7 +161,20 @@ def documented_fields(config_class) -> dict[str, tuple[str, str]]:
     return found
 
 
-def add_flags(parser):
+def pairs(text: str) -> int:
+    """A number of pairs, or AUTO."""
+    if text == "auto":
+        return AUTO
+    if int(text) < 0:
+        raise ValueError(f"{text}: a number of pairs is expected")
+    return int(text)
+
+
+# Fields whose flags take more than a value of their type.
+FORMS = {"micro_batch": {"type": pairs}, "pad_to": {"nargs": "+"}}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for every field of Settings and of the models' Configs."""
     groups = {}
 
@@ -151,6 +182,7 @@ def add_flags(parser):
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         how = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "NAME")}
+        how |= FORMS.get(name, {})
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         if kind is tuple:
@@ -198,12 +230,16 @@ def parse(argv: list[str] | None) -> tuple[Settings, dict]:
     task, recipe = given.get("task", Settings.task), given.get("recipe", "")
     if task not in TASKS:
         parser.error(f"--task {task}: one of {', '.join(TASKS)} is expected")
-    if recipe and recipe not in RECIPES[task]:
-        parser.error(f"--recipe {recipe}: one of {', '.join(RECIPES[task])} is expected "
+    recipes = RECIPES.get(task, {})
+    if recipe and recipe not in recipes:
+        parser.error(f"--recipe {recipe}: one of {', '.join(recipes)} is expected "
                      f"for task {task}")
-    merged = RECIPES[task].get(recipe, {}) | given
+    merged = recipes.get(recipe, {}) | given
     if "steps" in given and "epochs" not in given:
         merged["epochs"] = 0.0              # a flag beats the recipe's epochs
+    if "pad_to" in given:                   # a multiple, or several lengths
+        lengths = tuple(given["pad_to"])
+        merged["pad_to"] = lengths if len(lengths) > 1 else lengths[0]
     for name in ("datasets", "log"):
         merged[name] = tuple(merged.get(name, ()))
     model = merged.setdefault("model", Settings.model)
@@ -223,7 +259,7 @@ def parse(argv: list[str] | None) -> tuple[Settings, dict]:
     return settings, config_flags
 
 
-def list_recipes():
+def list_recipes() -> None:
     """Prints every recipe with its settings."""
     for task, recipes in RECIPES.items():
         print(task)
@@ -236,13 +272,14 @@ def list_recipes():
 # -------------------------------------------------------------------------------------------------
 # Checks.
 
-def check(settings: Settings, machine: Machine):
+def check(settings: Settings, machine: Machine) -> None:
     """ValueError or FileNotFoundError for settings that do not go together."""
     s = settings
-    for flag in ("vit", "text", "load", "exchange"):
-        path = getattr(s, flag)
-        if path and not Path(path).exists():
-            raise FileNotFoundError(f"--{flag} {path}: there is no such file")
+    for flag in ("vit", "text", "load"):
+        if getattr(s, flag):
+            locate(getattr(s, flag))
+    if s.exchange and not Path(s.exchange).exists():
+        raise FileNotFoundError(f"--exchange {s.exchange}: there is no such file")
     for checkpoint in (Path(s.out) / "last.pt", Path(s.out) / "previous.pt"):
         if checkpoint.exists() and not (s.resume or s.dry_run):
             raise ValueError(f"{checkpoint} exists: --resume goes on from it; for a new run choose "
@@ -252,10 +289,16 @@ def check(settings: Settings, machine: Machine):
         raise ValueError(f"--peak-tflops {s.peak_tflops}: TFLOP/s of one device are expected")
     if s.seed < 0:
         raise ValueError(f"--seed {s.seed}: at least 0 is expected")
+    lengths = [s.pad_to] if isinstance(s.pad_to, int) else s.pad_to
+    if s.pad_to and min(lengths) < 1:
+        raise ValueError(f"--pad-to {' '.join(map(str, lengths))}: lengths in tokens are expected")
     if not 0 < s.decay <= 1:
         raise ValueError(f"--decay {s.decay}: a share above 0, at most 1, is expected")
     if s.shard and s.muon_lr:
         raise ValueError("--muon-lr needs whole matrices, which --shard cuts")
+    if s.shard and s.micro_batch == AUTO:
+        raise ValueError("--micro-batch auto needs whole models, which --shard cuts: a process "
+                         "that runs out of memory would leave the others waiting")
     if s.shard and machine.data_world == 1:
         several = f"more than {s.tensor_parallel}" if machine.tensor > 1 else "several"
         raise ValueError(f"--shard needs {several} processes: start with torchrun")
@@ -268,18 +311,24 @@ def check(settings: Settings, machine: Machine):
     if s.captions_per_image > 1 and s.task == "retrieval":
         raise ValueError(f"--captions-per-image {s.captions_per_image}: retrieval shows an image "
                          "with one true caption, and --false-captions says with how many others")
-    split_batch(s, machine)
+    _, accumulation = split_batch(s, machine)
+    if s.static_graph and (accumulation > 1 or s.micro_batch == AUTO):
+        raise ValueError("--static-graph: DDP sends the gradients of each micro-batch then, so a "
+                         "process must have one a step: its share of the global batch")
 
 
-def check_tensor_parallel(settings: Settings):
+def check_tensor_parallel(settings: Settings) -> None:
     """ValueError for what does not go with --tensor-parallel. (Sizes: parallel.check.)"""
     s = settings
     if s.tensor_parallel == 1:
         return
     if s.muon_lr:
         raise ValueError("--muon-lr needs whole matrices, which --tensor-parallel divides")
-    if s.compile:
-        raise ValueError("--compile does not go with --tensor-parallel")
+    if s.micro_batch == AUTO:
+        raise ValueError("--micro-batch auto needs whole models, which --tensor-parallel divides")
+    for flag in ("compile", "chunk_loss", "bucket_views", "static_graph"):
+        if getattr(s, flag):
+            raise ValueError(f"--{flag.replace('_', '-')} does not go with --tensor-parallel")
     if s.precision == "fp16":
         raise ValueError("--precision fp16 does not go with --tensor-parallel: bf16 or fp32 does")
 
@@ -287,10 +336,13 @@ def check_tensor_parallel(settings: Settings):
 def split_batch(settings: Settings, machine: Machine) -> tuple[int, int]:
     """The global batch -> (micro-batch, micro-batches that one process accumulates per step).
 
-    A process's share is cut into equal micro-batches of at most --micro-batch pairs.
+    A process's share is cut into equal micro-batches of at most --micro-batch pairs. What fits into
+    memory (AUTO) is not known yet: then they are as for 0.
     """
     share, rest = divmod(settings.global_batch, machine.data_world)
-    most = settings.micro_batch or (LARGEST_ON_A_CPU if machine.device.type == "cpu" else share)
+    most = LARGEST_ON_A_CPU if machine.device.type == "cpu" else share
+    if settings.micro_batch not in (0, AUTO):
+        most = settings.micro_batch
     if rest or share < 1 or most < 1:
         raise ValueError(f"--global-batch {settings.global_batch} --micro-batch "
                          f"{settings.micro_batch}: {machine.data_world} processes cannot share it")
@@ -298,7 +350,7 @@ def split_batch(settings: Settings, machine: Machine) -> tuple[int, int]:
     return micro, share // micro
 
 
-def check_config_flags(config_flags: dict, config, what: str):
+def check_config_flags(config_flags: dict, config: Config, what: str) -> None:
     """ValueError for a flag that the model's Config does not have. what: how to call the model."""
     names = {field.name for field in fields(config)}
     for name in config_flags:
@@ -306,7 +358,7 @@ def check_config_flags(config_flags: dict, config, what: str):
             raise ValueError(f"--{name.replace('_', '-')}: {what} has no such setting")
 
 
-def check_model(settings: Settings, config_flags: dict, config):
+def check_model(settings: Settings, config_flags: dict, config: Config) -> None:
     """ValueError for settings that do not go with the model that --load opened."""
     s = settings
     check_config_flags(config_flags, config, f"the model of {s.load}")
@@ -318,11 +370,13 @@ def check_model(settings: Settings, config_flags: dict, config):
                          f"{s.load} is one of {backbone_of(config)}")
 
 
-def check_task(settings: Settings, config_flags: dict, config, micro_batch: int):
+def check_task(settings: Settings, config_flags: dict, config: Config, micro_batch: int) -> None:
     """ValueError for settings that do not go with the Config that the task made of the model's."""
     if config_flags.get("label_smoothing") and config.head != "vocab":
         raise ValueError(f"--label-smoothing {config_flags['label_smoothing']}: is for words, "
                          f"which head {config.head} does not predict")
+    if settings.chunk_loss and config.head != "vocab":
+        raise ValueError(f"--chunk-loss: is for words, which head {config.head} does not predict")
     if settings.exchange and not (isinstance(config, flm.Config) and config.itm):
         raise ValueError("--exchange: is for FLM's image-text matching (--itm)")
     most = settings.captions_per_image
@@ -331,7 +385,8 @@ def check_task(settings: Settings, config_flags: dict, config, micro_batch: int)
                          f"hold at least {most + 1} pairs")
 
 
-def check_same_run(path, saved: dict, settings: Settings, config, files: list):
+def check_same_run(path: Path, saved: dict, settings: Settings, config: Config,
+                   files: list) -> None:
     """ValueError unless a run resumes with the settings and the data that it was started with.
 
     (The answer list of vqa is compared in runs.open_run.)

@@ -17,7 +17,7 @@ import json
 import mmap
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -64,7 +64,7 @@ class TarCaptions(Captions):
     """Captions of tars. Indexes that are missing are written. Few tars are open at a time."""
     SCHEMA = SCHEMA
 
-    def __init__(self, paths):
+    def __init__(self, paths: Iterable[str | Path]):
         paths = [Path(path) for path in paths]
         self.tars = {}                                          # path -> its bytes, memory-mapped
         self.indexes = open_indexes(paths)
@@ -73,7 +73,7 @@ class TarCaptions(Captions):
     def file_of(self, path: str) -> str:
         return str(self.indexes[path].path)
 
-    def take(self, path, first_row, batch):
+    def take(self, path: str, first_row: int, batch: pa.RecordBatch) -> None:
         super().take(path, first_row, batch)
         index = self.file_of(path)
         places, [lengths] = nested(batch.column("image"))

@@ -11,44 +11,55 @@ sample's generator draws what is random of an image that several share: it is th
 Letters: B batch, M images of it (B, or fewer), L text length, K patches, D width.
 """
 
+import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import flm
 import masks
 import vilt
-from data import (CLIP_MEAN, CLIP_STD, CaptionDataset, Captions, Questions, Square, Statements,
-                  Whole, mask_words, normalize, pad_pictures, pad_texts)
+from data import (CLIP_MEAN, CLIP_STD, CaptionDataset, Captions, Questions, Shape, Square,
+                  Statements, Whole, mask_words, normalize, pad_pictures, pad_texts)
 from disk import read_json
 from exchange import Exchange, ExchangedWords
 from files import FILES, find_files, known_datasets
 from rebuilt import rebuilt_answers
 from tar_index import table_of
+from tokenizer import Tokenizer
+
+if TYPE_CHECKING:           # for the annotations alone: that file comes later
+    from settings import Settings
+
+Config = flm.Config | vilt.Config
+Model = flm.FLM | vilt.ViLT
 
 
 # -------------------------------------------------------------------------------------------------
 # Images, as each backbone takes them.
 
-def shape_of(config):
+def shape_of(config: Config) -> Shape:
     """The shape that a model's images are resized to: CLIP's square, or ViLT's whole image."""
     if isinstance(config, vilt.Config):
         return Whole(config.image_size, config.patch_size)
     return Square(config.image_size)
 
 
-def normalized(config, images: Tensor) -> Tensor:
+def normalized(config: Config, images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32, by the mean and deviation of the model's pretraining."""
     if isinstance(config, vilt.Config):
         return normalize(images, vilt.MEAN, vilt.STD)
     return normalize(images, CLIP_MEAN, CLIP_STD)
 
 
-def to_device(batch: dict, device: torch.device, config) -> dict:
+def to_device(batch: dict, device: torch.device, config: Config) -> dict:
     """A collated batch on the device, its images normalised there."""
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     for name in ("image", "image_1"):
@@ -57,7 +68,8 @@ def to_device(batch: dict, device: torch.device, config) -> dict:
     return batch
 
 
-def patch_layout(config, pictures: list[Tensor], rngs=None) -> dict[str, Tensor]:
+def patch_layout(config: Config, pictures: list[Tensor],
+                 rngs: Sequence[np.random.Generator | None] | None = None) -> dict[str, Tensor]:
     """What ViLT must know of a batch's images (3, h, w) besides their pixels: `sizes`, `patches`.
 
     FLM needs nothing. In training, ViLT shows at most max_patches patches of each image, drawn by
@@ -88,6 +100,20 @@ def image_numbers(batch: dict) -> Tensor:
     return batch.get("image_of", torch.arange(len(batch["ids"])))
 
 
+def round_rows(batch: dict) -> None:
+    """Fills up the rows that predict words with -1, so that there are few numbers of them.
+
+    All outputs get as many: the most that one has, rounded up to an eighth of B L. With a small set
+    of lengths L (--pad-to 16 24 32) there is so a small set of shapes.
+    """
+    names = [name for name in batch if name.endswith("_rows") and name != "mpp_rows"]
+    step = math.ceil(batch["ids"].numel() / 8)
+    most = max((len(batch[name]) for name in names), default=0)
+    count = math.ceil(most / step) * step
+    for name in names:
+        batch[name] = F.pad(batch[name], (0, count - len(batch[name])), value=-1)
+
+
 # -------------------------------------------------------------------------------------------------
 # What all tasks share.
 
@@ -99,18 +125,18 @@ class Task:
     targets = True      # whether batches hold the targets of the loss; eval.py needs none
 
     @classmethod
-    def adapt(cls, config, settings=None, answers: int = 0):
+    def adapt(cls, config: Config, settings: "Settings | None" = None, answers: int = 0) -> Config:
         """The model's Config as the task needs it: only parameters that are trained exist."""
         config = replace(config, head=cls.HEAD, answers=answers, pooler=True, itm=False)
         return replace(config, mpp=False) if isinstance(config, vilt.Config) else config
 
     @staticmethod
-    def add_special_tokens(tok):
+    def add_special_tokens(tok: Tokenizer) -> Tokenizer:
         """The tokenizer as the task needs it."""
         return tok
 
     @classmethod
-    def table(cls, settings, split: str):
+    def table(cls, settings: "Settings", split: str) -> Captions | None:
         """The texts of a split, or None where the datasets have no such split.
 
         Without settings.hold_out, those of "train" are those of train and val.
@@ -120,10 +146,12 @@ class Task:
             files += find_files(settings.data, settings.datasets, "val", cls.KIND)
         return table_of(files, cls.TABLE) if files else None
 
-    def __init__(self, settings, config, tok):
+    def __init__(self, settings: "Settings", config: Config, tok: Tokenizer):
         self.settings, self.config, self.tok = settings, config, tok
 
-    def dataset(self, table, train: bool, dataset_class=CaptionDataset, **more):
+    def dataset(self, table: Captions, train: bool,
+                dataset_class: type[CaptionDataset] = CaptionDataset,
+                **more: object) -> CaptionDataset:
         """The samples of a table."""
         s = self.settings
         return dataset_class(table, self.tok, shape_of(self.config), s.max_tokens, train, s.seed,
@@ -147,6 +175,8 @@ class Task:
             batch["image_of"] = owns.cumsum(0) - 1                                          # (B,)
         batch |= patch_layout(c, pictures, rngs)
         counts = self.draw(samples, batch)
+        if not isinstance(self.settings.pad_to, int):
+            round_rows(batch)
         unreadable = [line for sample in samples for line in sample["unreadable"]]
         # The log's samples are images, or pairs of them: its share of unreadable ones is of these.
         notes = {"counts": counts, "samples": len(owners), "tokens": sum(map(len, texts)),
@@ -170,10 +200,10 @@ class Pretrain(Task):
     """Image-caption pairs; what is hidden of them and asked for depends on the backbone."""
 
     @classmethod
-    def adapt(cls, config, settings=None):
+    def adapt(cls, config: Config, settings: "Settings | None" = None) -> Config:
         return replace(config, pooler=config.itm)       # nothing else trains the pooler
 
-    def __init__(self, settings, config, tok):
+    def __init__(self, settings: "Settings", config: Config, tok: Tokenizer):
         super().__init__(settings, config, tok)
         special = [tok.cls_id, tok.pad_id, tok.sep_id, tok.unk_id, tok.mask_id]
         self.words = np.setdiff1d(np.arange(len(tok)), special)     # mlm's random tokens
@@ -217,14 +247,14 @@ class Pretrain(Task):
 class PretrainFLM(Pretrain):
     """Language modeling with any of flm.OBJECTIVES, and image-text matching on request."""
 
-    def dataset(self, table, train):
+    def dataset(self, table: Captions, train: bool) -> CaptionDataset:
         if not (self.config.itm and self.settings.exchange):
             return super().dataset(table, train)
         dataset = super().dataset(table, train, ExchangedWords)
         dataset.exchange = Exchange(self.settings.exchange)
         return dataset
 
-    def draw(self, samples, batch):
+    def draw(self, samples: list[dict], batch: dict) -> dict[str, int]:
         c = self.config
         if not samples[0]["train"]:
             # evaluation hides from each word itself only, and asks for every word
@@ -241,7 +271,7 @@ class PretrainFLM(Pretrain):
             counts["itm"] = 2 * len(samples)
         return counts
 
-    def exchange_words(self, samples, batch):
+    def exchange_words(self, samples: list[dict], batch: dict) -> None:
         """Makes about half of the wrong pairs hard: the right image, a word of the caption changed.
 
         Adds `wrong_ids` (B, L): what stands beside `other_image` in the wrong pairs.
@@ -255,7 +285,7 @@ class PretrainFLM(Pretrain):
         batch["wrong_ids"] = pad_texts(texts, self.config.pad_id, self.settings.pad_to,
                                        self.config.max_tokens)
 
-    def draw_rows(self, samples, batch, c):
+    def draw_rows(self, samples: list[dict], batch: dict, c: flm.Config) -> None:
         """Adds the rows that predict, `<output>_rows`, and what is hidden from each query.
 
         Objective prefix: `prefix`. flm with a corruption rate: `first`, `last` of the spans.
@@ -287,7 +317,7 @@ class PretrainFLM(Pretrain):
 class PretrainViLT(Pretrain):
     """Masked words, image-text matching with word-patch alignment, masked patches on request."""
 
-    def draw(self, samples, batch):
+    def draw(self, samples: list[dict], batch: dict) -> dict[str, int]:
         c, B = self.config, len(samples)
         batch["mlm_rows"] = self.mask_words(samples, batch)
         counts = {"mlm": len(batch["mlm_rows"])}
@@ -306,7 +336,7 @@ class PretrainViLT(Pretrain):
             counts["mpp"] = 3 * len(batch["mpp_rows"])
         return counts
 
-    def mask_patches(self, samples, batch):
+    def mask_patches(self, samples: list[dict], batch: dict) -> None:
         """Adds `mpp_rows`, the patches asked for, and `hidden_patches` (M, K), 80 % of them.
 
         Captions that share an image are asked for the same patches of it.
@@ -332,11 +362,11 @@ class VQA(Task):
     KIND, TABLE, HEAD = "vqa", Questions, "vqa"
 
     @classmethod
-    def adapt(cls, config, settings=None):
+    def adapt(cls, config: Config, settings: "Settings | None" = None) -> Config:
         return super().adapt(config, answers=len(cls.answers(settings)))
 
     @classmethod
-    def answers(cls, settings) -> list[str]:
+    def answers(cls, settings: "Settings") -> list[str]:
         """The answer list of the data: the position of an answer is its label."""
         names = settings.datasets or known_datasets(settings.data, cls.KIND)
         if len(names) > 1:
@@ -347,7 +377,7 @@ class VQA(Task):
         return read_json(path, list) if path.is_file() else rebuilt_answers(path, names[0])
 
     @classmethod
-    def table(cls, settings, split):
+    def table(cls, settings: "Settings", split: str) -> Captions | None:
         """The questions of a split, whose labels are all in the answer list of the data."""
         table = super().table(settings, split)
         try:
@@ -358,7 +388,7 @@ class VQA(Task):
             table.check_labels(count)
         return table
 
-    def draw(self, samples, batch):
+    def draw(self, samples: list[dict], batch: dict) -> dict[str, int]:
         if not self.targets:
             return {"vqa": len(samples)}
         targets = torch.zeros(len(samples), self.config.answers)
@@ -373,7 +403,7 @@ class NLVR2(Task):
 
     KIND, TABLE, HEAD = "nlvr2", Statements, "nlvr2"
 
-    def draw(self, samples, batch):
+    def draw(self, samples: list[dict], batch: dict) -> dict[str, int]:
         owners = image_owners(samples)
         seconds = [sample["images"][1] for sample in owners]
         rngs = [sample["rng"] for sample in owners] if samples[0]["train"] else None
@@ -404,22 +434,22 @@ class Caption(Task):
     """
 
     @classmethod
-    def adapt(cls, config, settings=None):
+    def adapt(cls, config: Config, settings: "Settings | None" = None) -> Config:
         if not isinstance(config, flm.Config):
             raise ValueError("captioning needs a model that can read from left to right; "
                              "ViLT reads from both sides only")
         return replace(config, objective="ar", head="vocab", answers=0, pooler=False, itm=False)
 
     @staticmethod
-    def add_special_tokens(tok):
+    def add_special_tokens(tok: Tokenizer) -> Tokenizer:
         tok.add_tokens([BOS, EOS])
         return tok
 
-    def dataset(self, table, train):
+    def dataset(self, table: Captions, train: bool) -> CaptionDataset:
         around = ((self.tok.ids[BOS],), (self.tok.ids[EOS],))
         return super().dataset(table, train, clean=full_stop, around=around)
 
-    def draw(self, samples, batch):
+    def draw(self, samples: list[dict], batch: dict) -> dict[str, int]:
         L = batch["ids"].shape[1]
         rows = []
         for b, sample in enumerate(samples):
@@ -432,7 +462,7 @@ class OneOfMany(CaptionDataset):
     """Samples with `others`: the token ids of `false_captions` captions of other images."""
     false_captions = 15
 
-    def group(self, epoch, texts):
+    def group(self, epoch: int, texts: list[int]) -> list[dict]:
         [sample] = super().group(epoch, texts)
         rows, chosen = self.table.row_of, []
         if rows[0] == rows[-1]:
@@ -449,24 +479,25 @@ class Retrieval(Task):
 
     HEAD = "retrieval"
 
-    def dataset(self, table, train):
+    def dataset(self, table: Captions, train: bool) -> CaptionDataset:
         dataset = super().dataset(table, train, OneOfMany)
         dataset.false_captions = self.settings.false_captions
         return dataset
 
-    def texts(self, samples):
+    def texts(self, samples: list[dict]) -> list[list[int]]:
         return [ids for sample in samples for ids in (sample["ids"], *sample["others"])]
 
-    def draw(self, samples, batch):
+    def draw(self, samples: list[dict], batch: dict) -> dict[str, int]:
         return {"retrieval": len(samples)}
 
 
-FINE_TUNING = {"vqa": VQA, "nlvr2": NLVR2, "caption": Caption, "retrieval": Retrieval}
-TASKS = ("pretrain", *FINE_TUNING)
+TASKS = {"pretrain": Pretrain, "vqa": VQA, "nlvr2": NLVR2, "caption": Caption,
+         "retrieval": Retrieval}
+FINE_TUNING = [name for name in TASKS if name != "pretrain"]
 
 
-def task_of(name: str, config) -> type[Task]:
+def task_of(name: str, config: Config) -> type[Task]:
     """The class of a task, for a model's backbone."""
-    if name in FINE_TUNING:
-        return FINE_TUNING[name]
+    if name != "pretrain":
+        return TASKS[name]
     return PretrainViLT if isinstance(config, vilt.Config) else PretrainFLM

@@ -20,12 +20,14 @@ import contextlib
 import math
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -35,16 +37,18 @@ import checkpoints
 import disk
 import machine as machines
 import parallel
+import switches
 import weights
 from batches import evaluation_batches
 from data import token_lengths
+from fitting import fit_micro_batch
 from flops import work_of
-from machine import Machine, loader_workers
+from machine import Machine, Signals, loader_workers
 from optimizer import new_optimizer, rate_at
 from plan import dry_run
 from report import COUNTERS, Log, Sums, clock, describe, write_config
 from runs import Run, open_run
-from settings import Settings, check, parse
+from settings import AUTO, Settings, check, parse
 from tasks import to_device
 
 
@@ -74,12 +78,13 @@ def build_state(run: Run) -> State:
         start_from_files(run, bare)
     if next(bare.parameters()).device != machine.device:    # a plan's fake tensors cannot move
         bare.to(machine.device)
+    switches.lighten(bare, s)
     if machine.tensor > 1:
         parallel.divide(bare, machine)
     if s.shard:
-        shard(bare, machine.precision, machine.mesh and machine.mesh["data"])
+        shard(bare, machine.precision, **parallel.shards(bare, machine))
     if s.compile:
-        bare.compile(dynamic=True)          # lengths and numbers of targets differ between batches
+        switches.compile_model(bare, s)
     optimizer = new_optimizer(bare, s)
     none = torch.tensor(0.0, device=machine.device)
     state = State(bare, bare, optimizer, checkpoints.new_scaler(machine), 0, None, dict(COUNTERS),
@@ -90,11 +95,12 @@ def build_state(run: Run) -> State:
     if machine.world > 1 and machine.tensor == 1 and not s.shard:
         on_gpu = machine.device.type == "cuda"
         state.model = DistributedDataParallel(
-            bare, device_ids=[machine.device.index] if on_gpu else None)
+            bare, device_ids=[machine.device.index] if on_gpu else None,
+            gradient_as_bucket_view=s.bucket_views, static_graph=s.static_graph)
     return state
 
 
-def start_from_files(run: Run, model):
+def start_from_files(run: Run, model: nn.Module) -> None:
     """Fills a new model with what --load, --vit and --text name."""
     s = run.settings
     if not (s.load or s.vit or s.text):
@@ -109,10 +115,11 @@ def start_from_files(run: Run, model):
                         f"than that of {s.data}")
 
 
-def shard(model, precision: str, mesh=None):
-    """Shards the parameters of every layer over the processes (FSDP2), or those of a mesh.
+def shard(model: nn.Module, precision: str, **how: object) -> None:
+    """Shards the parameters of every layer over the processes (FSDP2).
 
     They are kept in float32 and gathered in the precision in which they are used.
+    how: what fully_shard should know besides (parallel.shards).
     """
     policy = MixedPrecisionPolicy()
     if precision != "fp32":
@@ -120,14 +127,14 @@ def shard(model, precision: str, mesh=None):
                                       reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layers in [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]:
         for layer in layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+            fully_shard(layer, mp_policy=policy, **how)
+    fully_shard(model, mp_policy=policy, **how)
 
 
 # -------------------------------------------------------------------------------------------------
 # The loop.
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     with machines.running("train.py"):
         settings, config_flags = parse(argv)
         machine = machines.set_up(settings.device, settings.precision,
@@ -146,7 +153,7 @@ def main(argv=None):
 
 
 @contextlib.contextmanager
-def the_only_writer(settings: Settings, machine: Machine):
+def the_only_writer(settings: Settings, machine: Machine) -> Iterator[None]:
     """Holds OUT during the block, so that no other run writes there, and removes torn files."""
     if machine.rank > 0 or settings.dry_run:
         yield
@@ -159,7 +166,7 @@ def the_only_writer(settings: Settings, machine: Machine):
         yield
 
 
-def say_new_schedule(run: Run):
+def say_new_schedule(run: Run) -> None:
     """Says what becomes of the rate where a run resumes with more steps than it had."""
     s, step, steps = run.settings, run.saved["step"], run.saved["settings"].get("steps", 0)
     if s.steps > steps > 0:
@@ -168,9 +175,11 @@ def say_new_schedule(run: Run):
                         f"at step {step:,} goes from {before:.1e} to {after:.1e}")
 
 
-def train(run: Run, signals):
+def train(run: Run, signals: Signals) -> None:
     """Trains until the last step is done, or until a signal asks to stop (then SystemExit)."""
     state = build_state(run)
+    if run.settings.micro_batch == AUTO:
+        fit_micro_batch(run, state)
     work = work_of(run, state.step) if run.machine.rank == 0 else None
     describe(run, state.bare, state.step, work)
     write_config(run, state.bare)
@@ -193,7 +202,7 @@ def train(run: Run, signals):
                     f"| {int(state.skipped)} steps skipped | {log.spikes} loss spikes")
 
 
-def loop(run: Run, state: State, log: Log, signals) -> signal.Signals | None:
+def loop(run: Run, state: State, log: Log, signals: Signals) -> signal.Signals | None:
     """Saves, validates, steps and reports, each when it is due -> the signal that stopped it.
 
     A checkpoint is written before the validation of the same step: a crash there loses nothing.
@@ -230,11 +239,11 @@ def loop(run: Run, state: State, log: Log, signals) -> signal.Signals | None:
         with log.waiting_for_data():
             micro_batches = [next(batches) for _ in range(run.accumulation)]
         train_step(run, state, micro_batches, log)
-        if state.step == 1 or run.due(s.log_every, state.step):
+        if run.report_due(state.step):
             log.report(state)
 
 
-def train_step(run: Run, state: State, micro_batches: list, log: Log):
+def train_step(run: Run, state: State, micro_batches: list, log: Log) -> None:
     """One optimizer step, on the mean losses of a global batch."""
     s = run.settings
     # Dropout's random numbers are a function of the step, as the data is: nothing has to be saved.
@@ -243,13 +252,15 @@ def train_step(run: Run, state: State, micro_batches: list, log: Log):
     share = rate_at(state.step, s)
     for group in state.optimizer.param_groups:
         group["lr"] = share * group["peak"]
-    backward(run, state, micro_batches, log)
+    # Autocast forgets the weights that it has cast where the outermost of its contexts ends.
+    with run.machine.autocast() if s.keep_casts else contextlib.nullcontext():
+        backward(run, state, micro_batches, log)
     norm = update(run, state)
     log.step(share * s.lr, norm)
     state.step += 1
 
 
-def backward(run: Run, state: State, micro_batches: list, log: Log):
+def backward(run: Run, state: State, micro_batches: list, log: Log) -> None:
     """Adds up the gradient of a global batch, which is the same however the batch was split.
 
     The loss is sum_o weight_o (sum over o's targets of the global batch) / (number of them), for
@@ -259,6 +270,7 @@ def backward(run: Run, state: State, micro_batches: list, log: Log):
     target is counted N times, and the gradients are averaged over world / N groups.)
     """
     s, machine, loss_weights = run.settings, run.machine, run.config.loss_weights
+    count_hits = not s.chunk_loss or run.report_due(state.step + 1)
     counts = [[notes["counts"][name] for name in loss_weights] for _, notes in micro_batches]
     counts = torch.tensor(counts, dtype=torch.float32)                     # (accumulation, outputs)
     counts = counts.to(machine.device, non_blocking=True)
@@ -273,13 +285,14 @@ def backward(run: Run, state: State, micro_batches: list, log: Log):
         quiet = isinstance(state.model, DistributedDataParallel) and not last
         with state.model.no_sync() if quiet else contextlib.nullcontext():
             with machine.autocast():
-                results = state.model(to_device(batch, machine.device, run.config))
+                results = state.model(to_device(batch, machine.device, run.config), count_hits)
             loss = 0.0
             for (name, weight), factor in zip(loss_weights.items(), factors, strict=True):
                 loss = loss + weight * results[name][0] * factor
-            state.scaler.scale(loss).backward()
+            with machine.no_autocast():
+                state.scaler.scale(loss).backward()
         log.micro_batch(results, counts[i], notes)
-    parallel.average_gradients(state.bare, machine, s.shard)
+    parallel.average_gradients(state.bare, machine)
 
 
 def update(run: Run, state: State) -> torch.Tensor:
@@ -306,7 +319,7 @@ def update(run: Run, state: State) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(run: Run, state: State, samples: int, signals) -> dict | None:
+def evaluate(run: Run, state: State, samples: int, signals: Signals) -> dict | None:
     """Losses and accuracies on captions of the validation split, evenly spread.
 
     Each is counted once by all processes.

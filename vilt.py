@@ -27,6 +27,7 @@ from torch import Tensor
 import flm
 from layers import (TASK_HEADS, Mask, TextEmbedding, ViTBlock, VocabHead, check_config,
                     check_divides, check_pairs, check_rates, loss_and_hits, task_head, task_loss)
+from losses import targets_of
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)       # pixels arrive as (x - MEAN) / STD, from -1 to 1
 
@@ -134,7 +135,8 @@ def all_patches(sizes: Tensor, rows: int, columns: int) -> Tensor:
     return inside_first.masked_fill(outside.gather(1, inside_first), -1)
 
 
-def some_patches(rows: int, columns: int, limit: int, rng) -> tuple[np.ndarray, np.ndarray]:
+def some_patches(rows: int, columns: int, limit: int,
+                 rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
     """Row and column of each patch of an image that is shown: all, or `limit` random ones."""
     count = rows * columns
     chosen = np.arange(count)
@@ -184,7 +186,8 @@ def transport_plan(cost: Tensor, text_real: Tensor, image_real: Tensor, beta: fl
 
 
 def transport_distance(text: Tensor, image: Tensor, text_real: Tensor, image_real: Tensor,
-                       beta: float = 0.5, iterations: int = 50, inner: int = 1):
+                       beta: float = 0.5, iterations: int = 50,
+                       inner: int = 1) -> tuple[Tensor, Tensor]:
     """The cost of that plan. Gradients move the words and patches, not the plan.
 
     text (B, M, D), image (B, N, D), float32 -> (distance (B,), plan (B, N, M))
@@ -265,7 +268,7 @@ class ViLT(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Draws all weights from torch's global random state: normal, std init_std.
 
         LayerNorms start at 1 and 0, biases at 0.
@@ -283,8 +286,9 @@ class ViLT(nn.Module):
 
     # -- encode once, fuse many ------------------------------------------------------------------
 
-    def encode_image(self, images: Tensor, sizes=None, patches=None, which: int = 0,
-                     hidden=None) -> Visual:
+    def encode_image(self, images: Tensor, sizes: Tensor | None = None,
+                     patches: Tensor | None = None, which: int = 0,
+                     hidden: Tensor | None = None) -> Visual:
         """All that does not depend on the text: images (B, 3, H, W), normalised -> Visual.
 
         sizes (B, 2) int64: rows and columns of patches of each image, which stands at the top left
@@ -335,7 +339,7 @@ class ViLT(nn.Module):
         tokens = self.embed(ids, position) + self.token_type[0]                          # (B, L, D)
         return Text(tokens, ids != self.config.pad_id, 1 if class_only else None)
 
-    def fuse(self, visual: Visual, text: Text, image_of=None) -> Fused:
+    def fuse(self, visual: Visual, text: Text, image_of: Tensor | None = None) -> Fused:
         """Reads captions with their images: visual of M images, text of B captions -> Fused.
 
         image_of (B,): the image of each caption, 0..M-1; without it, B / M neighbours to an image.
@@ -362,7 +366,7 @@ class ViLT(nn.Module):
         """Scores every token of the vocabulary: (…, D) -> (…, V)."""
         return self.vocab_head(x)
 
-    def align(self, visual: Visual, text: Text, fused: Fused, sep: Tensor):
+    def align(self, visual: Visual, text: Text, fused: Fused, sep: Tensor) -> tuple[Tensor, Tensor]:
         """How far each caption's words are from its image's patches, and which word goes where.
 
         [CLS], [SEP] (`sep` (B, L) is True there) and the image's class token take no part.
@@ -377,15 +381,16 @@ class ViLT(nn.Module):
 
     # -- training --------------------------------------------------------------------------------
 
-    def forward(self, batch: dict) -> dict:
+    def forward(self, batch: dict, count_hits: bool = True) -> dict:
         """The losses of a batch: output -> (sum of its targets' losses, number predicted right).
 
+        Without count_hits, the number of right words may be NaN: not counted.
         `batch` holds `image` (M, 3, H, W) normalised, `sizes`, `patches`, `ids` (B, L), where M < B
         `image_of` (B,), the image of each caption, and what `tasks.PretrainViLT` drew:
-        `masked_ids`; `mlm_rows`, the masked words as indices into B L; for itm `shown_image` (B,),
-        the image that each caption is shown, and `same_image` (B,), whether it is its own; for mpp
-        `mpp_rows`, the masked patches as indices into B K, and `hidden_patches` (M, K), where their
-        content is hidden.
+        `masked_ids`; `mlm_rows`, the masked words as indices into B L (-1: none); for itm
+        `shown_image` (B,), the image that each caption is shown, and `same_image` (B,), whether it
+        is its own; for mpp `mpp_rows`, the masked patches as indices into B K, and `hidden_patches`
+        (M, K), where their content is hidden.
         Alignment has no right or wrong: its second value is NaN. A task's head: `layers.task_loss`.
         """
         c, ids = self.config, batch["ids"]
@@ -395,14 +400,22 @@ class ViLT(nn.Module):
         visual = self.encode_image(batch["image"], batch["sizes"], batch["patches"])
         words_alone = replace(self.encode_text(batch["masked_ids"]), queries=L)
         x = self.fuse(visual, words_alone, batch.get("image_of")).reconstructed          # (B, L, D)
-        x = x.reshape(B * L, c.width).index_select(0, batch["mlm_rows"])              # (targets, D)
-        targets = ids.reshape(-1).index_select(0, batch["mlm_rows"])
-        results = {"mlm": loss_and_hits(self.vocab_logits(x), targets)}
+        rows = batch["mlm_rows"]
+        x = x.reshape(B * L, c.width).index_select(0, rows.clamp(min=0))              # (targets, D)
+        targets = targets_of(ids, rows)
+        results = {"mlm": self._mlm(x, targets, count_hits)}
         if c.itm:
             results |= self._itm(visual, batch)
         if c.mpp:
             results["mpp"] = self._mpp(batch)
         return results
+
+    def _mlm(self, x: Tensor, targets: Tensor, count_hits: bool) -> tuple[Tensor, Tensor]:
+        """Masked words: x (targets, D), targets (targets,)"""
+        if not self.vocab_head.chunked:
+            return loss_and_hits(self.vocab_logits(x), targets)
+        losses, hits = self.vocab_head.losses(x, targets, count_hits=count_hits)
+        return losses.sum(), hits.sum()
 
     def _itm(self, visual: Visual, batch: dict) -> dict:
         """Image-text matching and, with the features of the same pass, word-patch alignment."""

@@ -2,10 +2,12 @@
 
     python weights.py info pretrain_4m.ckpt             # what it is, what becomes of its tensors
     python weights.py convert pretrain_4m.ckpt flm.safetensors --tokenizer roberta-base
-    python weights.py convert runs/vilt/last.pt exported --to transformers      # a ViLT's folder
+    python weights.py convert runs/vilt/last.pt exported --to transformers
     python weights.py download clip-b32                 # without a name: the list
+    python weights.py push runs/toy owner/name          # to the Hub; --load hf:owner/name opens it
 
     model = load("pretrain_4m.ckpt")    # in eval mode; has .task .tokenizer .answer_list .report
+    model = load("toy")                 # by a name: of models/, or hf:OWNER/NAME on the Hub
     print(start(model, vit="ViT-B-32.pt", text="roberta-base"))     # begins as the paper does
 
 No file runs code (released/files.py), none is opened whose bytes do not match its checksums
@@ -32,23 +34,26 @@ import disk
 import flm
 import tokenizer
 import vilt
-from released import begin, download, models, names
+from released import begin, card, download, hub, models, names
 from released.export import ARCHITECTURES, export  # noqa: F401 (others use both)
 from released.files import (check_tensors, one_sentence, open_file, open_folder, plain_dict,
                             plain_tensors, read_config, tensors_in)
 from released.models import Source, Undrawn
+from released.named import locate
 from released.names import Report
 from released.whole import carried, write_safetensors, write_torch
-from tasks import TASKS
+from tasks import TASKS, Config
 
 FORMAT = "flm-vilt-1"
 BACKBONES = {"flm": (flm.Config, flm.FLM), "vilt": (vilt.Config, vilt.ViLT)}
-Config = flm.Config | vilt.Config
 
 
 def backbone_of(config: Config) -> str:
     """The name of a Config's model in checkpoints."""
-    return "flm" if isinstance(config, flm.Config) else "vilt"
+    for name, (config_class, _) in BACKBONES.items():
+        if type(config) is config_class:
+            return name
+    raise TypeError(f"{type(config).__name__} is the Config of no backbone")
 
 
 # Settings of a Config that the first checkpoints lack: their defaults are meant.
@@ -103,6 +108,22 @@ def save(path: str | Path, model: dict, config: Config, task: str, tokenizer_fil
         write_torch(path, about | {"model": model})
 
 
+def save_model(path: str | Path, model: nn.Module, half: bool = False, **more: Any) -> None:
+    """Writes a model that `load` returned, with its tokenizer and answers, without an optimizer.
+
+    half: in float16, from which `load` makes float32 again; ValueError for weights beyond its
+    range. more: as `save` takes it.
+    """
+    state = model.state_dict()
+    if half:
+        state = {name: tensor.half() for name, tensor in state.items()}
+        names.check_finite(state, {name: [name] for name in state}, f"{path}: in half precision")
+    files = pack_tokenizer(model.tokenizer) if model.tokenizer else None
+    settings = {name: value for name, value in model.about.items() if name != "whose"}
+    save(path, state, model.config, model.task, files, step=model.step, answers=model.answer_list,
+         settings=settings, **more)
+
+
 def read(path: str | Path) -> dict:
     """Opens a checkpoint of ours, of both kinds of files, as the dict of what `save` was given.
 
@@ -147,7 +168,7 @@ def load_exactly(model: nn.Module, state: dict, path: str | Path, called: dict |
     model.load_state_dict(state, assign=assign)
 
 
-def pack_tokenizer(tok: tokenizer.BPE | tokenizer.WordPiece) -> dict[str, str]:
+def pack_tokenizer(tok: tokenizer.Tokenizer) -> dict[str, str]:
     """The tokenizer's files as {name: text}, to travel inside a checkpoint."""
     return dict(sorted(tok.files().items()))
 
@@ -173,8 +194,11 @@ RENAMED = {"forward_weight": "left_to_right_weight", "reverse_weight": "right_to
            "head_lr": "head_lr_scale", "fusion_lr": "fusion_lr_scale"}
 
 def open_source(path: str | Path, trust: bool = False) -> Source:
-    """Opens a file, or a folder of the Hub. ValueError or FileNotFoundError in a sentence."""
-    path = Path(path)
+    """Opens a file, a folder of the Hub, or what has a name (released/named.py).
+
+    ValueError or FileNotFoundError in a sentence.
+    """
+    path = locate(path)
     with one_sentence(path):
         if path.is_dir():
             folder, (contents, files) = path, open_folder(path)
@@ -414,17 +438,29 @@ def convert(args: argparse.Namespace) -> None:
     print(model.report)
     if args.to == "transformers":
         left_out = export(model, output)
-        print(f"wrote {output}, all LayerNorms with eps {model.config.text_eps}")
+        print(f"wrote {output}")
+        if isinstance(model.config, vilt.Config):
+            print(f"all LayerNorms with eps {model.config.text_eps}")
         if left_out:
             print(f"transformers goes without {', '.join(left_out)}")
         return
     if output.suffix not in (".pt", ".safetensors") and not output.is_dir():
         output = output.with_name(output.name + ".safetensors")
-    files = pack_tokenizer(model.tokenizer) if model.tokenizer else None
-    settings = {name: value for name, value in model.about.items() if name != "whose"}
-    save(output, model.state_dict(), model.config, model.task, files, step=model.step,
-         answers=model.answer_list, settings=settings)
+    save_model(output, model)
     print(f"wrote {output}")
+
+
+def push(args: argparse.Namespace) -> None:
+    hub.check_push(args.repository)
+    given = Path(args.folder)
+    checkpoint = given / "last.pt" if given.is_dir() else given
+    run, model = card.read_run(checkpoint.parent), load(checkpoint)
+    model.about = card.without_folders(model.about)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(Path(folder, "model.safetensors"), model)
+        model.tokenizer.save(folder)
+        card.write(Path(folder), args.repository, run, backbone_of(model.config))
+        print(f"wrote {hub.push(Path(folder), args.repository, args.public)}")
 
 
 def fetch(args: argparse.Namespace) -> None:
@@ -434,25 +470,25 @@ def fetch(args: argparse.Namespace) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="weights.py {info,convert,download} … (weights.py COMMAND --help explains)")
+        usage="weights.py {info,convert,download,push} … (weights.py COMMAND --help explains)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", prog="weights.py")
     trusting = argparse.ArgumentParser(add_help=False)
     trusting.add_argument("--trust", action="store_true", help=(
         "open a TorchScript archive that OpenAI has not published; it is a program, which then "
         "runs (default: refuse it)"))
     info = commands.add_parser("info", parents=[trusting], help="print what a file is")
-    info.add_argument("path", help="any checkpoint file, or a folder of the Hugging Face Hub")
+    info.add_argument("path", help="any checkpoint file, a folder of the Hub, or a name")
     info.add_argument("--verify", action="store_true", help=(
         "fail if the file carries no checksums (default: compare those that there are)"))
     info.set_defaults(run=lambda args: print(summary(args.path, args.trust, args.verify)))
     p = commands.add_parser("convert", parents=[trusting], help=(
-        "write a checkpoint of ours from any file, or a ViLT for transformers"))
+        "write a checkpoint of ours from any file, or a model for transformers"))
     p.add_argument("input", help="any checkpoint of a whole model, or a folder of the Hub")
     p.add_argument("output", help=(
         "the file to write: NAME.pt is a torch file, all else a safetensors file; with "
         "--to transformers, the folder to write"))
     p.add_argument("--to", choices=("ours", "transformers"), default="ours", help=(
-        "whose layout to write; transformers' is for ViLTs only (default: ours)"))
+        "whose layout to write; of FLM, transformers gets ViT and text layers (default: ours)"))
     p.add_argument("--tokenizer", metavar="DIR", help=(
         "folder of vocab.json and merges.txt, or of vocab.txt, to put into the file "
         "(default: the input's tokenizer, if it has one)"))
@@ -466,6 +502,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "folder to put the file into; a name of several files gets a folder inside it "
         "(default: the current folder)"))
     p.set_defaults(run=fetch)
+    p = commands.add_parser("push", help="put the model of a run on the Hugging Face Hub")
+    p.add_argument("folder", metavar="RUN", help="the folder of a run, or a checkpoint in it")
+    p.add_argument("repository", metavar="OWNER/NAME", help="where to; it is made if it is new")
+    p.add_argument("--public", action="store_true", help="let everybody see it (default: private)")
+    p.set_defaults(run=push)
     return parser.parse_args(argv)
 
 

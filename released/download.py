@@ -10,12 +10,14 @@ Proxies are taken from the environment (https_proxy, no_proxy).
 
 import hashlib
 import http.client
+import importlib
 import os
 import re
 import ssl
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, build_opener
 
@@ -115,15 +117,20 @@ def fetch(name: str, directory: str | Path = ".") -> Path:
     return folder / Path(files[0]).name if len(files) == 1 else folder
 
 
+def package(what: str) -> ModuleType:
+    """huggingface_hub. ValueError says what needs it where it is not installed."""
+    try:
+        return importlib.import_module("huggingface_hub")
+    except ImportError:
+        raise ValueError(f"{what} is on the Hugging Face Hub, which needs a package: "
+                         f"pip install '.[hub]'") from None
+
+
 def fetch_from_hub(file: str, folder: Path) -> None:
     repository, _, name = file.rpartition("/")
+    hub = package(repository)
     try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise ValueError(f"{repository} is on the Hugging Face Hub, which needs a package: "
-                         f"pip install '.[hub]'") from None
-    try:
-        hf_hub_download(repository, name, local_dir=folder)
+        hub.hf_hub_download(repository, name, local_dir=folder)
     except Exception as error:      # of the Hub, of the network or of the disk: many types
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{repository}: {name} cannot be fetched from the Hub: "

@@ -65,14 +65,14 @@ class Inert:
     def __new__(cls, *arguments):
         return super().__new__(cls)
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments: object):
         pass
 
     def __setstate__(self, state):
         pass
 
 
-def empty_dict(factory=None):
+def empty_dict(factory: object = None) -> dict:
     """collections.defaultdict as a plain dict; the pickle fills it."""
     return {}
 

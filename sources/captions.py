@@ -276,7 +276,7 @@ def vg(args: Namespace) -> Iterator[Shard]:
 BOX = ("width", "height", "x", "y")
 
 
-def compact_regions(entry: dict, where: Path):
+def compact_regions(entry: dict, where: Path) -> dict | tuple:
     """A JSON object of Visual Genome; "regions" becomes (phrases, four numbers for each).
 
     It is applied to an image's regions, then to the image: as Python objects, five million regions

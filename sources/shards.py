@@ -357,7 +357,7 @@ def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
         pool.shutdown(cancel_futures=True)
 
 
-def bar(**options) -> tqdm:
+def bar(**options: object) -> tqdm:
     """A progress bar on the terminal; in a log file, one line every half minute."""
     every = 0.2 if sys.stderr.isatty() else 30
     return tqdm(dynamic_ncols=True, mininterval=every, maxinterval=max(every, 10), **options)

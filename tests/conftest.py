@@ -26,6 +26,7 @@ from settings import Settings
 from files import CAPTIONS, NLVR2, VQA
 from sources.shards import Writer
 from tokenizer import BPE
+from tools import toy
 
 torch.set_num_threads(1)        # tiny models: a second thread only waits, and on a busy machine it waits long
 
@@ -70,6 +71,14 @@ def write_captions(path, rows, seed=0, captions=2, broken=(), batch_rows=7, size
             image = b"not a picture" if row in broken else picture([seed, row], sizes[row % len(sizes)])
             out.write({"image": image, "caption": texts, "image_id": str(row), "split": "train"})
     return path
+
+
+def trained_toy():
+    """A trained model of the toy world: the released one, or the one that `make` trained."""
+    for path in (ROOT / "models" / "toy.safetensors", ROOT / "runs" / "toy" / "last.pt"):
+        if path.is_file():
+            return path
+    pytest.skip("no trained model: neither models/toy.safetensors nor runs/toy/last.pt (made by `make`)")
 
 
 # -- tiny models -----------------------------------------------------------------------------------
@@ -207,6 +216,22 @@ def two_processes(script, *arguments):
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     return run.stdout
+
+
+def write_page_models(root):
+    """Untrained models of all tasks that know the toy world's words, for the demo page -> their paths."""
+    captions = [text for index in range(60) for text in toy.picture_rows(0, 32, "train", index)[0]["caption"]]
+    tok, paths = BPE.train(captions, 330), []
+    for task, changes in (("pretrain", {}), ("vqa", {"head": "vqa", "answers": len(ANSWERS)}), ("nlvr2", {"head": "nlvr2"}),
+                          ("retrieval", {"head": "retrieval"}), ("caption", {"objective": "ar", "pooler": False})):
+        if task == "caption":
+            tasks.Caption.add_special_tokens(tok)
+        model = tiny(vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id, sep_id=tok.sep_id, mask_id=tok.mask_id,
+                     max_positions=90, **changes)
+        paths.append(root / f"{task}.pt")
+        answers = {"answers": ANSWERS} if task == "vqa" else {}
+        weights.save(paths[-1], model.state_dict(), model.config, task, weights.pack_tokenizer(tok), **answers)
+    return paths
 
 
 # -- runs of train.py -------------------------------------------------------------------------------

@@ -408,7 +408,7 @@ def test_tasks_are_scored_by_the_commands_that_everybody_runs(world, tmp_path, m
     assert json.loads((out / "flm-0/vqa_1/config.json").read_text())["settings"]["load"].endswith("flm-0/moment_1.pt")
     assert not list((out / "flm-0/vqa_1").glob("*.pt"))
     assert "## Seconds until VQA" in (out / "compare.md").read_text()
-    with pytest.raises(ValueError, match="train.py: .*nowhere.pt: there is no such file .*log.txt has all of it"):
+    with pytest.raises(ValueError, match="train.py: .*nowhere.pt: there is no such checkpoint .*log.txt has all of it"):
         compare_quality.task_scores("vqa", str(tmp_path / "nowhere.pt"), str(tmp_path / "x"), 3, 0, str(world), "toy", "test", "cpu")
 
 

@@ -502,6 +502,8 @@ def test_batches_are_padded_to_a_multiple():
     assert pad_texts(texts, 1, 8).shape == (2, 16) and pad_texts(texts, 1).shape == (2, 10)
     assert pad_texts(texts, 1, 8, limit=13).shape == (2, 13)
     assert pad_texts(texts, 1, 4).tolist()[0] == [0, 5, 2] + [1] * 9
+    assert pad_texts(texts, 1, (4, 12, 20)).shape == (2, 12) and pad_texts(texts, 1, (10, 5)).shape == (2, 10)
+    assert pad_texts(texts, 1, (4, 6), limit=13).shape == (2, 13) and pad_texts(texts, 1, (4, 6)).shape == (2, 10)
 
 
 # -- masking -----------------------------------------------------------------------------------------------------------

@@ -531,12 +531,14 @@ def test_single_pictures_are_answered_in_any_precision(world, photo, capsys, pre
     for command, model, *arguments in (
             ("describe", "caption-flm/last.pt", photo, "--beams", 2),
             ("compare", "nlvr2-flm/last.pt", photo, world / "other.png", "a dog"),
-            ("search", "vilt.pt", "a dog", photo, world / "other.png")):
+            ("search", "vilt.pt", "a dog", photo, world / "other.png"),
+            ("rank", "vilt.pt", photo, "a dog", "a red cat")):
         main(command, world / model, *arguments, "--precision", precision, "--device", "cpu")
-    described, compared, *found = capsys.readouterr().out.splitlines()
+    described, compared, *found, first, second = capsys.readouterr().out.splitlines()
     assert described and compared.startswith(("True (", "False ("))
     scores = [float(line.split()[0]) for line in found]
     assert len(scores) == 2 and scores == sorted(scores, reverse=True)
+    assert {first[10:], second[10:]} == {"a dog", "a red cat"} and float(first[:8]) >= float(second[:8])
     main("fill", world / "flm.pt", photo, "a <mask> dog", "--precision", precision)
     printed = capsys.readouterr().out
     assert printed.startswith("a") and " dog\n" in printed and " %  " in printed

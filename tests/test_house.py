@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Each file imports only from those before it. weights and released/ are the door to other people's
 # checkpoints, prepare and sources/ that to other people's downloads.
-ORDER = ("disk tokenizer tars files rebuilt data tar_index exchange batches layers masks flm vilt recipes tasks released weights "
-         "machine parallel flops loggers settings optimizer memory report plan checkpoints runs train "
-         "generate ptb metrics predict evaluation eval sources prepare tools tests").split()
+ORDER = ("disk tokenizer tars files rebuilt data tar_index exchange batches losses layers masks flm vilt recipes tasks released weights "
+         "machine parallel flops loggers settings optimizer memory report plan checkpoints runs switches fitting train "
+         "generate ptb metrics predict retrieval evaluation eval sources prepare tools tests").split()
 
 
 def modules():
@@ -24,9 +24,12 @@ def modules():
 
 
 def imported(path):
-    """The modules and packages of this project that a file imports, wherever in it."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """The modules and packages of this project that a file imports, wherever in it, but for type checkers alone."""
+    names, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -51,6 +54,29 @@ def test_the_core_knows_neither_its_tools_nor_its_toy():
 @pytest.mark.parametrize("name, path", modules(), ids=lambda value: value if isinstance(value, str) else value.name)
 def test_a_file_is_read_in_one_sitting(name, path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 560
+
+
+def public_functions(node, prefix=""):
+    """(name, function, whether its first argument is self or cls) of what a module or class offers."""
+    for child in node.body:
+        if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+            yield from public_functions(child, f"{child.name}.")
+        elif isinstance(child, ast.FunctionDef) and (child.name == "__init__" or not child.name.startswith("_")):
+            static = any(ast.unparse(decorator) == "staticmethod" for decorator in child.decorator_list)
+            yield prefix + child.name, child, bool(prefix) and not static
+
+
+@pytest.mark.parametrize("name, path", [(name, path) for name, path in modules() if name != "tools"],
+                         ids=lambda value: value if isinstance(value, str) else value.name)
+def test_public_functions_say_what_they_take_and_return(name, path):
+    untyped = []
+    for name, function, is_method in public_functions(ast.parse(path.read_text(encoding="utf-8"))):
+        a = function.args
+        taken = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))][is_method:]
+        untyped += [f"{name}: {argument.arg}" for argument in taken if argument.annotation is None]
+        if function.returns is None and function.name != "__init__":
+            untyped.append(f"{name}: what it returns")
+    assert not untyped, path.name
 
 
 def places():
@@ -87,8 +113,7 @@ class Parser(Exception):
 
 
 @pytest.mark.parametrize("module", ["tokenizer", "train", "eval", "weights", "prepare", "tools.toy", "tools.plot", "tools.probe",
-                                    "tools.bench", "tools.compare",
-                                    "tools.gpu", "tools.gpu_page"])
+                                    "tools.bench", "tools.compare", "tools.gpu", "tools.gpu_page", "tools.cards", "tools.demo", "tools.notebook"])
 def test_every_flag_of_every_command_says_what_it_does(module, monkeypatch):
     def carry(self, *_, **__):
         raise Parser(self)

@@ -10,7 +10,7 @@ from PIL import Image
 import masks
 from files import CAPTIONS, NLVR2
 from sources.shards import Writer
-from tools import plot
+from tools import figures, plot, plot_examples
 
 pytestmark = pytest.mark.slow       # matplotlib alone takes seconds
 
@@ -231,14 +231,14 @@ def test_sheet_shows_both_pictures_of_a_pair(tmp_path):
                    "identifiers": ["0-0"]})
     examples = sheet_file(str(path), tmp_path, {"images": ["image_0", "image_1"]})
     assert draw("sheet", examples, "--out", tmp_path / "x.png")[0] == 1500
-    left, right = (plot.read_picture(path, 0, name) for name in ("image_0", "image_1"))
-    both = plot.side_by_side([left, right])
+    left, right = (plot_examples.read_picture(path, 0, name) for name in ("image_0", "image_1"))
+    both = plot_examples.side_by_side([left, right])
     assert np.array_equal(both[:40, :60], left) and np.array_equal(both[:, -20:], right)
 
 
 def test_of_a_words_picture_the_patch_is_clear_that_it_is_carried_to(captions):
-    figure, axes = plot.open_grid(1, 9, 1)
-    plot.draw_alignment(axes[0], alignment(captions, 1), range(2))
+    figure, axes = figures.open_grid(1, 9, 1)
+    plot_examples.draw_alignment(axes[0], alignment(captions, 1), range(2))
     _, first_word, second_word = axes[0, :3]
     fog = first_word.images[1].get_alpha()
     assert fog.shape == (2, 3) and fog[0, 1] == 0 and (np.delete(fog, 1) > 0.7).all()
@@ -247,19 +247,19 @@ def test_of_a_words_picture_the_patch_is_clear_that_it_is_carried_to(captions):
 
 
 @pytest.mark.parametrize("changes, says, color", [
-    ({}, "✗ no (truth: yes / $red)", plot.VERMILLION),
-    ({"truth": ""}, "✗ no", plot.VERMILLION),
-    ({"answer": "yes", "right": True}, "✓ yes", plot.GREEN),
-    ({"answer": "", "truth": "", "right": True}, "✓ right", plot.GREEN),
-    ({"answer": "", "truth": "", "right": False}, "✗ wrong", plot.VERMILLION),
-    ({"answer": "a dog", "right": None}, "a dog", plot.INK)])
+    ({}, "✗ no (truth: yes / $red)", figures.VERMILLION),
+    ({"truth": ""}, "✗ no", figures.VERMILLION),
+    ({"answer": "yes", "right": True}, "✓ yes", figures.GREEN),
+    ({"answer": "", "truth": "", "right": True}, "✓ right", figures.GREEN),
+    ({"answer": "", "truth": "", "right": False}, "✗ wrong", figures.VERMILLION),
+    ({"answer": "a dog", "right": None}, "a dog", figures.INK)])
 def test_an_answer_is_marked_by_sign_and_colour_and_wrong_ones_show_the_truth(changes, says, color):
-    assert plot.verdict(ANSWERED | changes) == (says, color)
+    assert plot_examples.verdict(ANSWERED | changes) == (says, color)
 
 
 def test_examples_are_spread_evenly():
-    assert plot.spread(list(range(24)), 3) == [0, 12, 23]
-    assert plot.spread([1, 2], 12) == [1, 2]
+    assert plot_examples.spread(list(range(24)), 3) == [0, 12, 23]
+    assert plot_examples.spread([1, 2], 12) == [1, 2]
 
 
 @pytest.mark.parametrize("command, wrong", [

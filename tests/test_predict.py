@@ -1,12 +1,15 @@
 """Answers about single pictures, and what is refused."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ANSWERS, finetune, picture, write_world
+from PIL import ExifTags, Image
+from conftest import ANSWERS, caption, finetune, picture, tiny, write_world
 
 import predict
+import retrieval
 import weights
 
 
@@ -83,6 +86,31 @@ def test_search_orders_pictures_by_the_score_of_the_pair(world, photo):
     assert len(found) == 2
 
 
+@pytest.mark.parametrize("kind", ["flm", "vilt"])
+def test_rank_orders_texts_by_the_same_score_as_search(world, photo, kind):
+    model, texts = weights.load(world / f"{kind}.pt"), ["a red dog", "two", "a big house near a tree"]
+    ranked = predict.rank(model, photo, texts)
+    scores = {text: predict.search(model, text, [photo])[0][1] for text in texts}
+    assert dict(ranked) == scores and len(set(scores.values())) == 3
+    assert [text for text, _ in ranked] == sorted(texts, key=lambda text: -scores[text])
+    assert predict.rank(model, photo, []) == []
+
+
+def test_a_picture_in_memory_is_seen_as_its_file_is(world, photo, tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.open(photo).save(tmp_path / "turned.png", exif=exif)
+    Image.open(photo).convert("L").save(tmp_path / "grey.png")
+    for kind in ("flm", "vilt"):
+        config = weights.load(world / f"{kind}.pt").config
+        for path in (photo, tmp_path / "turned.png", tmp_path / "grey.png"):
+            assert torch.equal(predict.open_picture(Image.open(path), config), predict.open_picture(str(path), config))
+        with pytest.raises(ValueError, match="the picture: not a picture that can be read .3000 x 2 pixels"):
+            predict.open_picture(Image.new("RGB", (3000, 2)), config)
+    model = weights.load(world / "vqa/last.pt")
+    assert predict.ask(model, Image.open(photo), "is it red?") == predict.ask(model, photo, "is it red?")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["flm", "mlm", "vilt"])
 def test_fill_puts_the_likeliest_word_into_every_blank(world, photo, kind):
@@ -145,3 +173,39 @@ def test_a_sampled_description_depends_on_its_seed_alone(world, photo):
     model = weights.load(world / "caption/last.pt")
     said = [predict.describe(model, photo, 8, top_p=1.0, seed=seed) for seed in (0, 1, 0)]
     assert said[0] == said[2] != said[1]
+
+
+# -- retrieval in halves, and as much of it at a time as fits --------------------------------------
+
+@pytest.mark.parametrize("objective", ["flm", "mlm"])
+@torch.no_grad()
+def test_captions_kept_in_halves_are_fused_as_autocast_fuses_them(objective):
+    model = tiny(objective=objective, itm=True)
+    ids = torch.cat([caption(n, 9, seed=n) for n in (5, 9, 7)])
+    with torch.autocast("cpu", torch.bfloat16):
+        visual = model.encode_image(torch.rand(1, 3, 24, 24))
+        text = model.encode_text(ids, class_only=True)
+        kept = retrieval.Gallery.encode_texts(SimpleNamespace(model=model), [row[row != 1].tolist() for row in ids])
+        assert kept.streams.dtype == torch.bfloat16 and text.streams.dtype == torch.float32
+        assert torch.equal(predict.match_score(model, visual, kept), predict.match_score(model, visual, text))
+    whole = retrieval.Gallery.encode_texts(SimpleNamespace(model=model), [ids[1].tolist()])
+    assert whole.streams.dtype == torch.float32             # nothing is rounded in float32
+
+
+@pytest.mark.parametrize("room, expected", [(3, 1), (7, 2), (8, 4), (15, 4), (16, 16)])
+def test_captions_at_a_time_double_as_long_as_twice_as_many_fit(monkeypatch, room, expected):
+    def score(model, visual, texts):
+        assert texts == sorted(texts, key=len, reverse=True)
+        if len(texts) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    gallery = SimpleNamespace(model=None, tokens=lambda: [[0] * n for n in range(16)],
+                              encode_image=lambda i: None, encode_texts=list)
+    monkeypatch.setattr(retrieval, "device_of", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(retrieval, "match_score", score)
+    assert retrieval.texts_that_fit(gallery, 1) == expected
+
+
+def test_a_cpu_scores_as_many_captions_at_a_time_as_it_was_told():
+    gallery = SimpleNamespace(model=tiny(itm=True), tokens=lambda: [[0]] * 99)
+    assert retrieval.texts_that_fit(gallery, 7) == 7

@@ -120,6 +120,20 @@ def test_the_align_command_writes_a_plan_for_every_token(run, tmp_path, capsys):
         assert sum(one["plan"][0]) == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.parametrize("name, maps", [
+    ("last", {"reconstructed, layer 1", "left_to_right, rolled out", "right_to_left, layer 2"}),
+    ("vilt", {"reconstructed, layer 1", "reconstructed, rolled out", "transport"})])
+def test_the_look_command_writes_every_map_of_every_token(run, tmp_path, capsys, name, maps):
+    main("look", run / f"{name}.pt", "--data", run, "--captions", 3, "--out", tmp_path / "look.json")
+    found = json.loads((tmp_path / "look.json").read_text())
+    assert len(found) == 3 and "3 captions" in capsys.readouterr().out
+    for one in found:
+        assert maps <= one["maps"].keys()
+        for of_tokens in one["maps"].values():
+            assert len(of_tokens) == len(one["tokens"])
+            assert all(len(line) == one["grid"][0] * one["grid"][1] for line in of_tokens)
+
+
 def test_a_model_of_nan_scores_no_words(run, tmp_path):
     """Its guesses would all be token 0, which would look like an accuracy of nothing."""
     for name in ("last", "vilt"):

@@ -11,6 +11,7 @@ from conftest import (SIZES, TOL, finetune, original, task_on, two_processes, wr
 
 import eval as evaluation
 import predict
+import retrieval
 import weights
 from layers import encode_batch_images
 from machine import Machine
@@ -37,7 +38,7 @@ def gallery_of(world, checkpoint, **sizes):
     model = weights.load(world / checkpoint)
     kind = "vilt" if "vilt" in checkpoint else "flm"
     task = task_on(world, "retrieval", kind, max_tokens=model.config.max_tokens)
-    return predict.Gallery(model, task.dataset(task.table(task.settings, "test"), False), **sizes)
+    return retrieval.Gallery(model, task.dataset(task.table(task.settings, "test"), False), **sizes)
 
 
 def empty(gallery):
@@ -71,7 +72,7 @@ def test_every_pair_has_the_score_of_that_pair_alone(world, checkpoint):
     assert expected.std(0).min() > 1e-3 and expected.std(1).min() > 1e-3    # both sides matter
     for texts_at_once in (1, 4, 1000):
         scores = empty(gallery)
-        predict.fill_scores(gallery, scores, range(7), texts_at_once, quiet=True)
+        retrieval.fill_scores(gallery, scores, range(7), texts_at_once, quiet=True)
         np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=0)
     assert len(gallery.unreadable) == 3                                     # once in each pass
     assert "mine_caption_test.arrow row 4" in gallery.unreadable[0]
@@ -93,7 +94,7 @@ def test_images_are_encoded_once_captions_once_and_pairs_fused(world, monkeypatc
                              ("encode_text", "texts", len),
                              ("fuse", "pairs", lambda fused: len(fused.pooled))):
         monkeypatch.setattr(model, name, counting(getattr(model, name), what, size))
-    predict.fill_scores(gallery, empty(gallery), range(7), texts_at_once=4, quiet=True)
+    retrieval.fill_scores(gallery, empty(gallery), range(7), texts_at_once=4, quiet=True)
     assert count == {"images": 7, "texts": 14, "pairs": 7 * 14}
 
 
@@ -103,7 +104,7 @@ def test_scores_of_all_pairs_are_the_originals(tmp_path):
     pairs = zip(texts["text_ids"], texts["text_masks"], strict=True)
     ids = [row[mask.bool()].tolist() for row, mask in pairs]
 
-    class Recorded(predict.Gallery):
+    class Recorded(retrieval.Gallery):
         rows, numbers = range(4), range(16)
 
         def __init__(self):
@@ -117,22 +118,22 @@ def test_scores_of_all_pairs_are_the_originals(tmp_path):
 
     gallery = Recorded()
     scores = empty(gallery)
-    predict.fill_scores(gallery, scores, range(4), texts_at_once=5, quiet=True)
+    retrieval.fill_scores(gallery, scores, range(4), texts_at_once=5, quiet=True)
     torch.testing.assert_close(torch.from_numpy(scores), outputs["recall_scores"], **TOL)
 
 
 def test_only_missing_rows_are_computed_and_only_ones_own(world, monkeypatch):
     gallery = gallery_of(world, "flm/last.pt")
     whole, half, seen = empty(gallery), empty(gallery), []
-    predict.fill_scores(gallery, whole, range(7), texts_at_once=4, quiet=True)
+    retrieval.fill_scores(gallery, whole, range(7), texts_at_once=4, quiet=True)
     half[[0, 2, 3]] = whole[[0, 2, 3]]
     half[5, 3:] = 1.0                                       # a row that was cut off
     encode_image = gallery.encode_image
     monkeypatch.setattr(gallery, "encode_image", lambda i: seen.append(i) or encode_image(i))
-    predict.fill_scores(gallery, half, range(7), texts_at_once=4, quiet=True)
+    retrieval.fill_scores(gallery, half, range(7), texts_at_once=4, quiet=True)
     assert seen == [1, 4, 5, 6] and np.array_equal(half, whole)
     scores = empty(gallery)
-    predict.fill_scores(gallery, scores, range(1, 7, 2), quiet=True)
+    retrieval.fill_scores(gallery, scores, range(1, 7, 2), quiet=True)
     assert np.isnan(scores[::2]).all() and not np.isnan(scores[1::2]).any()
 
 
@@ -170,7 +171,7 @@ def test_the_hash_changes_with_whatever_scores_depend_on(world, tmp_path, monkey
         changed[what] = gallery.contents_hash("fp32")
     edited = tmp_path / "layers.py"
     edited.write_text("# another version of the code\n")
-    monkeypatch.setattr(predict.layers, "__file__", str(edited))
+    monkeypatch.setattr(retrieval.layers, "__file__", str(edited))
     changed["code"] = gallery_of(world, "flm.pt").contents_hash("fp32")
     assert len({base, *changed.values()}) == 1 + len(changed), changed
 
@@ -179,7 +180,7 @@ def test_a_scores_file_is_fresh_unless_resumed_and_the_only_one(world, tmp_path,
     gallery = gallery_of(world, "flm.pt")
 
     def rows_done(gallery, name="scores_test", resume=False):
-        path = predict.scores_file(gallery, tmp_path, name, ALONE, resume)
+        path = retrieval.scores_file(gallery, tmp_path, name, ALONE, resume)
         scores = np.lib.format.open_memmap(path, "r+")
         done = (~np.isnan(scores).any(1)).sum()
         scores[2] = 0.5
@@ -270,8 +271,8 @@ def interrupt(out, rows):
 
 def test_an_interrupted_run_goes_on_on_request_with_the_same(world, tmp_path, monkeypatch, capsys):
     whole, recall = retrieve(world, "flm", tmp_path)
-    seen, encode_image = [], predict.Gallery.encode_image
-    monkeypatch.setattr(predict.Gallery, "encode_image",
+    seen, encode_image = [], retrieval.Gallery.encode_image
+    monkeypatch.setattr(retrieval.Gallery, "encode_image",
                         lambda self, i: seen.append(i) or encode_image(self, i))
     interrupt(tmp_path, [1, 5, 6])
     (world / "flm/last.pt").touch()                       # the same contents, another date

@@ -53,7 +53,7 @@ def test_the_published_recipes_train_on_the_published_splits(tmp_path, capsys):
 
     def rows(task, recipe, *more):
         settings, _ = train.parse(["--task", task, "--recipe", recipe, "--data", str(tmp_path), "--out", "o", *more])
-        return {split: len(tasks.FINE_TUNING[task].table(settings, split)) for split in ("train", "val")}
+        return {split: len(tasks.TASKS[task].table(settings, split)) for split in ("train", "val")}
     for recipe in ("flm-b32", "vilt"):
         assert rows("retrieval", recipe) == {"train": 12, "val": 4}
     assert rows("vqa", "flm-b32") == {"train": 15, "val": 2}

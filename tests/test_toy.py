@@ -503,10 +503,14 @@ def test_a_word_points_at_the_patch_of_the_shape_that_it_names(tmp_path, capsys)
              "tokens": [word[:2], word[2:], " is", f" {shape.kind}"], "plan": [half, there, elsewhere, elsewhere]}
     path = tmp_path / "align.json"
     path.write_text(json.dumps([entry]))
-    found = toy.pointing(path, tmp_path)
+    found = toy.pointing(path, tmp_path)["transport"]
     assert found["colours"] == {"words": 1, "right": 1.0, "chance": 1 / 16}
     same_kind = [s for s in scene.shapes if s.kind == shape.kind]
     assert found["kinds"]["words"] == 1 and found["kinds"]["chance"] == len(same_kind) / 16
     assert found["kinds"]["right"] == any(4 * int(s.y // 16) + int(s.x // 16) == elsewhere.index(1.0) for s in same_kind)
     toy.main(["pointed", str(path), "--data", str(tmp_path)])
-    assert "colours: the heaviest patch of 100.0 % of 1 words holds what they name (chance 6.2 %)" in capsys.readouterr().out
+    assert "colours 100.0 % of 1 (chance 6.2 %)" in capsys.readouterr().out
+    plan = entry.pop("plan")
+    path.write_text(json.dumps([entry | {"maps": {"layer 1": plan, "layer 2": [elsewhere] * 4}}]))
+    found = toy.pointing(path, tmp_path)
+    assert (found["layer 1"]["colours"]["right"], found["layer 2"]["colours"]["right"]) == (1, 0)

@@ -497,9 +497,6 @@ def test_a_model_of_ours_runs_in_transformers(head, tmp_path, in_order):
 
 
 def test_what_transformers_cannot_express_is_said(tmp_path):
-    model = weights.model_of(flm.PRESETS["toy"])
-    with pytest.raises(ValueError, match="only a ViLT can be exported"):
-        weights.export(model, tmp_path)
     model = weights.model_of(replace(vilt.PRESETS["vilt-toy"], mpp=True))
     model.tokenizer = tokenizer.BPE.train(["a dog"], 261)
     left_out = weights.export(model, tmp_path)
@@ -1094,8 +1091,6 @@ def test_convert_writes_one_of_ours_with_tokenizer_and_answers(
     with pytest.raises(SystemExit, match="1 answers, but the model has 11"):
         weights.main(["convert", str(path), str(tmp_path / "x.pt"), "--answers",
                       str(tmp_path / "answers.json")])
-    with pytest.raises(SystemExit, match="only a ViLT can be exported"):
-        weights.main(["convert", str(path), str(tmp_path / "x"), "--to", "transformers"])
 
 
 def test_convert_writes_a_vilt_for_transformers(tmp_path, capsys, in_order):

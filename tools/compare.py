@@ -1,6 +1,6 @@
 """Quality against training time: FLM beside the objectives that it is compared with.
 
-    python -m tools.compare --data data/toy --out runs/compare --minutes 3 --seeds 3 --workers 2
+    python -m tools.compare --data data/toy --out runs/compare  # under an hour on two free cores
     python -m tools.compare --minutes 1 --seeds 1 --only FLM "MLM 40 %"         # a rough picture
     python -m tools.compare --contender "FLM, spans of 0.7: --corruption-rate 0.7"      # one more
     python -m tools.compare --data DIR --recipe small --out runs/photographs    # real captions
@@ -190,8 +190,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="folder of the runs and results (default: runs/compare)")
     add("--recipe", default="toy", metavar="NAME",
         help="recipe of train.py that all contenders share (default: toy)")
-    add("--minutes", type=float, default=3, metavar="X",
-        help="training time of a run, on one thread of a CPU or on a GPU (default: 3)")
+    add("--minutes", type=float, default=1.5, metavar="X",
+        help="training time of a run, on one thread of a CPU or on a GPU (default: 1.5)")
     add("--moments", type=int, default=8, metavar="N",
         help="number of moments at which a run is looked at, evenly spread (default: 8)")
     add("--seeds", type=int, default=3, metavar="N",
@@ -217,9 +217,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"tasks that principals are fine-tuned for, of {', '.join(FINE_TUNING)} (default: vqa "
         "in the toy world, else caption and retrieval)")
     add("--task-moments", type=int, nargs="+", metavar="K",
-        help="moments from which they are fine-tuned (default: a quarter of them, half, the last)")
-    add("--task-steps", type=int, default=400, metavar="N",
-        help="steps of fine-tuning, at most those of the task's recipe (default: 400)")
+        help="moments from which they are fine-tuned (default: half of them, and the last)")
+    add("--task-steps", type=int, default=300, metavar="N",
+        help="steps of fine-tuning, at most those of the task's recipe (default: 300)")
     add("--device", default="", metavar="NAME",
         help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
     add("--plan", action="store_true", help="print what would run, and stop")
@@ -230,7 +230,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.tasks = ["vqa"] if toy else ["caption", "retrieval"]
     if options.task_moments is None:
         n = options.moments
-        options.task_moments = sorted({max(1, n // 4), max(1, n // 2), n})
+        options.task_moments = sorted({max(1, n // 2), n})
     return options
 
 

@@ -13,10 +13,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import disk
-from tools import plot
 from tools.compare_quality import ALL, BOTH
 from tools.compare_result import (QUALITIES, Yardstick, add_results, collect, curves, mean_curve,
                                   yardsticks)
+from tools.figures import (BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, STYLE, VERMILLION,
+                           WIDTH, save)
 
 
 def write(out: str | Path):
@@ -153,8 +154,8 @@ def run_table(contenders: list[dict]) -> str:
 # The picture.
 
 # Principals have the colour of their objective, variants have one each.
-COLOURS = {"flm": plot.BLUE, "mlm": plot.VERMILLION, "ar": plot.GREEN, "prefix": plot.PINK}
-VARIANTS = [plot.SKY, plot.ORANGE, plot.PINK, plot.INK, "#7F3C8D", "#8C510A", "#9A9A00", "#5A6E8C"]
+COLOURS = {"flm": BLUE, "mlm": VERMILLION, "ar": GREEN, "prefix": PINK}
+VARIANTS = [SKY, ORANGE, PINK, INK, "#7F3C8D", "#8C510A", "#9A9A00", "#5A6E8C"]
 DASHES = {"flm": "-", "mlm": "--", "ar": ":", "prefix": "-."}       # of variants
 GROUPS_SHOWN = 2                        # the first of the groups of words; and all words
 COLUMNS = 3
@@ -189,8 +190,8 @@ def draw(found: dict, measured: list[Yardstick], contenders: list[dict], path: P
     panels = [yardstick for yardstick in measured if shown(found, yardstick)]
     styles, rows = styles_of(contenders), math.ceil(len(panels) / COLUMNS)
     plt.switch_backend("Agg")
-    with plt.rc_context(plot.STYLE):
-        figure, axes = plt.subplots(rows, COLUMNS, figsize=(plot.WIDTH, 0.9 + 2.6 * rows),
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, COLUMNS, figsize=(WIDTH, 0.9 + 2.6 * rows),
                                     squeeze=False, layout="constrained")
         for axis in axes.flat[len(panels):]:
             axis.axis("off")
@@ -198,11 +199,11 @@ def draw(found: dict, measured: list[Yardstick], contenders: list[dict], path: P
             draw_panel(axis, yardstick, contenders, styles)
         figure.supxlabel("seconds of training", size=10)
         handles = [plt.Line2D([], [], lw=2, label=name, **style) for name, style in styles.items()]
-        handles.append(plt.Line2D([], [], color=plot.GREY, lw=0.8, label="with another picture"))
+        handles.append(plt.Line2D([], [], color=GREY, lw=0.8, label="with another picture"))
         figure.legend(handles=handles, loc="outside upper center",
                       ncols=5 if len(handles) <= 5 else 3)
         with contextlib.redirect_stdout(None):          # the command says what was written
-            plot.save(figure, str(path))
+            save(figure, str(path))
 
 
 def draw_panel(axis, yardstick: Yardstick, contenders: list[dict], styles: dict):
@@ -218,7 +219,7 @@ def draw_panel(axis, yardstick: Yardstick, contenders: list[dict], styles: dict)
         others = curves(contender, yardstick, "another")
         if others:
             mean = mean_curve(others)
-            axis.plot(mean.seconds, 100 * mean.quality, lw=0.7, color=plot.GREY, alpha=0.6)
+            axis.plot(mean.seconds, 100 * mean.quality, lw=0.7, color=GREY, alpha=0.6)
     axis.set_title(f"{yardstick.title}, %", loc="left", size=10)
     axis.set(xlim=(0, None), ylim=(0, max(10, axis.get_ylim()[1])))
-    axis.grid(color=plot.PALE, lw=0.7)
+    axis.grid(color=PALE, lw=0.7)

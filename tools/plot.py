@@ -4,19 +4,19 @@
     python -m tools.plot curves runs/toy runs/mlm --x seconds --out docs/curves.png
     python -m tools.plot words runs/toy/words.json --out docs/words.png
     python -m tools.plot align runs/vilt/align.json --out docs/align.png
+    python -m tools.plot look runs/toy/last.pt photo.jpg "a red star above a ring" --out look.png
     python -m tools.plot sheet runs/toy-vqa/vqa/examples.json --out docs/toy_vqa.png
 
-`words` and `align` show what `python -m tools.probe` found, `sheet` what eval.py's tasks answered.
+`words` and `align` show what `python -m tools.probe` found, `sheet` what eval.py's tasks answered,
+`look` where a model looks when it reads a text with a picture (look.py).
+They are drawn in plot_examples.py, the others here.
 
-Letters: n tokens of a caption, `<s>` and `</s>` included; h x w patches of a picture.
+Letters: n tokens of a caption, `<s>` and `</s>` included.
 """
 
 import argparse
-import io
 import itertools
 import json
-import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,39 +25,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.colors import to_rgb
-from PIL import Image
 
 import data
 import disk
-import files
 import flm
 import masks
-from tar_index import TarCaptions, is_tar
-
-# Okabe and Ito's colours: colour-blind readers can tell them apart, and so can a grey print.
-BLUE, ORANGE, VERMILLION = "#0072B2", "#E69F00", "#D55E00"
-GREEN, PINK, SKY = "#009E73", "#CC79A7", "#56B4E9"
-INK, GREY, PALE = "#222222", "#8A8A8A", "#E4E4E4"
-STYLE = {"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY,
-         "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
-         "axes.spines.right": False, "legend.frameon": False,
-         "text.parse_math": False,                      # a caption may hold dollar signs
-         "image.interpolation": "bicubic", "figure.constrained_layout.h_pad": 0.08}
-WIDTH, DPI = 10, 150                                    # inches of every picture, dots of an inch
-
-
-def save(figure, path: str):
-    """Writes a PNG file; one of at most 256 colours gets a palette, which halves its size."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=DPI)
-    plt.close(figure)
-    picture = Image.open(buffer).convert("RGB")
-    if picture.getcolors(256):
-        picture = picture.quantize(256, kmeans=2, dither=Image.Dither.NONE)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, "PNG", optimize=True)
-    print(f"wrote {path}")
-
+from tools.figures import (BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, STYLE, VERMILLION,
+                           WIDTH, save)
+from tools.plot_examples import COLUMNS, plot_align, plot_look, plot_sheet, plot_words
 
 # --------------------------------------------------------------------------------------------------
 # masks: figure 1 of the paper, from the very functions that the model is trained with.
@@ -86,39 +61,58 @@ def rates(panel: Panel) -> tuple[float, float]:
 def draw_panels(words: Sequence[str], rate: float = 0.4, prefix: int = 3,
                 seed: int = 7) -> list[Panel]:
     """The objectives' masks for a caption. rate: corruption of the last one, FLM with spans."""
-    n = len(words) + 2
     rng = np.random.default_rng(seed)
+    return [draw_objective("mlm", words, rng, flm.Config.mask_rate),
+            draw_objective("ar", words, rng),
+            draw_objective("prefix", words, rng, prefix=prefix),
+            draw_objective("flm", words, rng),
+            draw_objective("flm", words, rng, rate)]
+
+
+def draw_objective(objective: str, words: Sequence[str], rng: np.random.Generator,
+                   rate: float = 0.0, prefix: int = 0) -> Panel:
+    """One objective's masks for a caption.
+
+    rate: the share of the words that mlm masks, or that flm hides from each query; with 0, that is
+    the query's own word alone. prefix: the number of words in prefix's prefix.
+    """
+    n = len(words) + 2
     real = torch.ones(1, n, dtype=torch.bool)
+    if objective == "flm":
+        title, says, spans = "FLM", "every word, from both sides", ()
+        if rate:
+            title, says = "FLM, larger spans", "every word, with more hidden around it"
+            ends = masks.draw_spans(n, n, rate, rng)
+            spans = [torch.from_numpy(end)[None] for end in ends]                   # (1, n) each
+        seen = masks.reconstructor_mask(real, *spans)[0].numpy()                    # (n, 2n)
+        return Panel(title, says, seen[:, :n], seen[:, n:], targets(objective, n))
+
+    masked = []
+    if objective == "mlm":
+        ids = np.arange(n) + 10                         # any ids: only the positions matter
+        _, picked = data.mask_words(ids, [True] * len(words), rate, 4, ids, rng)
+        masked = picked.tolist()
+        title, says, mask = "MLM", "masked words, from both sides", masks.bidirectional_mask(real)
+    elif objective == "ar":
+        title, says, mask = "AR", "every next word, from the left", masks.left_to_right_mask(real)
+    else:
+        title, says = "Prefix", "every next word after a prefix"
+        mask = masks.prefix_mask(real, torch.tensor([prefix]))
+    seen = mask[0].numpy().copy()                                                   # (n, n)
+    seen[:, masked] = False                             # the column is read, but its word is gone
     before = np.tril(np.ones((n, n), bool))             # row i's own column counts as its left
-    ids = np.arange(n) + 10                             # any ids: only the positions matter
-    _, masked = data.mask_words(ids, [True] * len(words), flm.Config.mask_rate, 4, ids, rng)
-    masked = masked.tolist()
-    spans = [torch.from_numpy(ends)[None] for ends in masks.draw_spans(n, n, rate, rng)]  # (1, n)
+    if objective == "mlm":
+        asked = {i: i for i in masked}
+    else:
+        asked = targets(objective, n, prefix if objective == "prefix" else 0)
+    return Panel(title, says, seen & before, seen & ~before, asked, masked)
 
-    def targets(objective, output, prefix=0):
-        rows = masks.predicting_rows(objective, n, prefix)[output]
-        return {row: row + masks.SHIFT[output] for row in rows}
 
-    def stream(mask, hidden=()):
-        seen = mask[0].numpy().copy()                                           # (n, n)
-        seen[:, list(hidden)] = False                   # the column is read, but its word is gone
-        return seen & before, seen & ~before
-
-    def reconstructor(*span):
-        mask = masks.reconstructor_mask(real, *span)[0].numpy()                   # (n, 2n)
-        return mask[:, :n], mask[:, n:], targets("flm", "reconstructed")
-
-    return [
-        Panel("MLM", "masked words, from both sides",
-              *stream(masks.bidirectional_mask(real), masked), {i: i for i in masked}, masked),
-        Panel("AR", "every next word, from the left", *stream(masks.left_to_right_mask(real)),
-              targets("ar", "left_to_right")),
-        Panel("Prefix", "every next word after a prefix",
-              *stream(masks.prefix_mask(real, torch.tensor([prefix]))),
-              targets("prefix", "left_to_right", prefix)),
-        Panel("FLM", "every word, from both sides", *reconstructor()),
-        Panel("FLM, larger spans", "every word, with more hidden around it",
-              *reconstructor(*spans))]
+def targets(objective: str, n: int, prefix: int = 0) -> dict[int, int]:
+    """Row -> the position that it predicts, of FLM's queries or of the only stream of others."""
+    output = "reconstructed" if objective == "flm" else "left_to_right"
+    rows = masks.predicting_rows(objective, n, prefix)[output]
+    return {row: row + masks.SHIFT[output] for row in rows}
 
 
 def plot_masks(args):
@@ -129,17 +123,22 @@ def plot_masks(args):
         raise ValueError(f"--rate {args.rate}: a share above 0 and up to 1 is expected")
     if not 1 <= args.prefix < len(words):
         raise ValueError(f"--prefix {args.prefix}: 1 to {len(words) - 1} words are expected")
+    save(masks_figure(words, args.rate, args.prefix, args.seed), args.out)
+
+
+def masks_figure(words: Sequence[str], rate: float = 0.4, prefix: int = 3, seed: int = 7):
+    """The figure of `draw_panels`, with a key."""
     n = len(words) + 2
     figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 7.6))
     figure.subplots_adjust(left=0.065, right=0.985, top=0.86, bottom=0.083, wspace=0.3, hspace=0.76)
     for axis in axes.flat:
         axis.set(xlim=(0, n), ylim=(n, 0))              # one unit is a cell, row 0 on top
         axis.axis("off")
-    panels = draw_panels(words, args.rate, args.prefix, args.seed)
+    panels = draw_panels(words, rate, prefix, seed)
     for axis, panel in zip(axes.flat[:5], panels, strict=True):
         draw_panel(axis, panel, ["<s>", *words, "</s>"])
     draw_key(axes.flat[5], n)
-    save(figure, args.out)
+    return figure
 
 
 def draw_panel(axis, panel: Panel, tokens: list[str]):
@@ -193,7 +192,8 @@ def cell(axis, x: float, y: float, color: str, pale: bool = False, hatch: str | 
                                  lw=0.7 if hidden else 0,
                                  facecolor=1 - shade * (1 - np.array(to_rgb(color))),
                                  edgecolor="#BBBBBB" if hatch else "#D8D8D8"))  # also the hatch's
-    axis.text(x + 0.5, y + 0.53, mark, ha="center", va="center", weight="bold", size=11)
+    if mark:
+        axis.text(x + 0.5, y + 0.53, mark, ha="center", va="center", weight="bold", size=11)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -282,206 +282,6 @@ def draw_curve(axis, x: np.ndarray, rows: list[dict], key: str, color: str, scal
             axis.plot(x[here], [scale * rows[i][name] for i in here], color=color, **style)
 
 
-# --------------------------------------------------------------------------------------------------
-# What the pictures of examples share: words, align and sheet.
-
-def check(args, writer: str, rows, *names: str):
-    """ValueError unless these contents of a file are dicts, at least one, which have the names."""
-    whole = isinstance(rows, list) and len(rows) > 0
-    if not whole or not all(isinstance(row, dict) and {*names} <= row.keys() for row in rows):
-        raise ValueError(f"{args.results}: not what {writer} writes")
-
-
-def spread(items: list, count: int) -> list:
-    """At most `count` items of a list, evenly spread, the first and the last included."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[i] for i in places]
-
-
-def read_picture(file: str, row: int, column: str = "image") -> np.ndarray:
-    """The picture in a row of an Arrow file or a tar, uint8 (H, W, 3), at most 400 pixels wide or
-    high; black, as the model saw it, where it cannot be decoded."""
-    def reduced(width, height):
-        scale = min(1, 400 / max(width, height))
-        size = math.ceil(scale * width), math.ceil(scale * height)
-        return size, size
-
-    table = TarCaptions([file]) if is_tar(file) else files.Table([file], {column: files.IMAGE})
-    if not 0 <= row < len(table):
-        raise ValueError(f"{file}: has {len(table)} rows, no row {row}")
-    try:
-        encoded = table.image(row) if is_tar(file) else table.cell(column, row).as_buffer()
-        picture = data.decode(encoded, reduced)                                 # (3, H, W)
-    except Exception as error:                          # Pillow raises what broken bytes lead to
-        print(f"{file} row {row}: {error or type(error).__name__}; shown as black")
-        return np.zeros((64, 64, 3), np.uint8)
-    return picture.permute(1, 2, 0).numpy()                                     # (H, W, 3)
-
-
-def open_grid(rows: int, columns: int, row_height: float, **more):
-    """A figure and its empty axes, (rows, columns). row_height: in inches, on average."""
-    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, rows * row_height), squeeze=False,
-                                layout="constrained", **more)
-    for axis in axes.flat:
-        axis.axis("off")
-    return figure, axes
-
-
-def show(axis, picture: np.ndarray, above: str = "", below: str = "", color: str = INK,
-         weight: str = "normal", extent: Sequence[float] | None = None):
-    """A picture with text above it and coloured text below. extent: as imshow takes it."""
-    axis.axis("on")
-    axis.imshow(picture, extent=extent)
-    axis.set(anchor="NW", xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
-    axis.set_title(above, loc="left", size=10)
-    axis.set_xlabel(below, loc="left", size=10, color=color, weight=weight)
-
-
-# --------------------------------------------------------------------------------------------------
-# words: what `tools.probe words` found, with some of its captions.
-
-BARS = {"right image": BLUE, "another image": ORANGE, "no image": "#A0A0A0"}
-
-
-def plot_words(args):
-    results = disk.read_json(args.results)
-    check(args, "`tools.probe words`", [results])
-    check(args, "`tools.probe words`", [*results.values()], "accuracy", "words", "examples")
-    count = min(args.examples, max(len(result["examples"]) for result in results.values()))
-    # A column for each split: bars, then two rows for each caption.
-    figure, axes = open_grid(1 + 2 * count, len(results), 1.15,
-                             height_ratios=[2.5] + [0.8] * 2 * count)
-    for column, (split, result) in zip(axes.T, results.items(), strict=True):
-        draw_bars(column[0], split, result["accuracy"], result["words"])
-        for k, example in enumerate(spread(result["examples"], count)):
-            draw_guesses(column[1 + 2 * k], example, "right image", "")
-            draw_guesses(column[2 + 2 * k], example, "another image", "other_")
-    colors = BARS | {"a word guessed wrong": VERMILLION}
-    figure.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=color, label=name)
-                           for name, color in colors.items()], loc="outside upper center", ncols=4)
-    save(figure, args.out)
-
-
-def draw_bars(axis, split: str, accuracy: dict, asked: dict):
-    axis.axis("on")
-    for k, (name, color) in enumerate(BARS.items()):
-        shares = [100 * row[name] for row in accuracy.values()]
-        bars = axis.bar(np.arange(len(shares)) + 0.27 * (k - 1), shares, 0.25, color=color)
-        axis.bar_label(bars, fmt="%.0f", padding=1, size=8.5)
-    axis.set(ylim=(0, 108), yticks=(0, 50, 100), ylabel="words guessed right, %")
-    labels = [f"{name}\n({asked[name]:,} words)" for name in accuracy]
-    axis.set_xticks(range(len(labels)), labels)
-    axis.tick_params(length=0)
-    axis.set_title(split, weight="bold", size=12, loc="left")
-
-
-def draw_guesses(axis, example: dict, image: str, prefix: str):
-    """A picture, and beside it what each token was taken for; wrong ones in colour."""
-    tokens, guesses = example["tokens"], example["guesses"][image]
-    caption = textwrap.fill("".join(tokens), 60) if image == "right image" else ""
-    show(axis, read_picture(example[f"{prefix}file"], example[f"{prefix}row"]), caption)
-    # The text is written twice: with blanks for the wrong guesses, and with those alone.
-    text, right, wrong = "".join(guesses), "", ""
-    for token, guess in zip(tokens, guesses, strict=False):
-        blank = " " * len(guess)
-        right += guess if guess == token else blank
-        wrong += blank if guess == token else guess
-    beside = dict(transform=axis.transAxes, size=8.5, in_layout=False)
-    axis.text(1.15, 0.85, image, color=GREY, **beside)
-    beside |= dict(family="DejaVu Sans Mono")
-    start = 0
-    lines = textwrap.wrap(text.lstrip(), 46, expand_tabs=False, replace_whitespace=False)
-    for k, line in enumerate(lines):
-        start = text.index(line, start)
-        here = slice(start, start + len(line))
-        axis.text(1.15, 0.58 - 0.23 * k, right[here], **beside)
-        axis.text(1.15, 0.58 - 0.23 * k, wrong[here], color=VERMILLION, weight="bold", **beside)
-
-
-# --------------------------------------------------------------------------------------------------
-# align: where ViLT's optimal transport carries the words (figure 4 of the ViLT paper).
-
-COLUMNS = 8                                             # words on a line
-FOG = (92, 96, 108)                                     # unlike bright and unlike dark pictures
-
-
-def plot_align(args):
-    alignments = disk.read_json(args.results)
-    check(args, "`tools.probe align`", alignments, "file", "row", "tokens", "grid", "plan")
-    lines = []                                          # (alignment, its words on a line)
-    for found in spread(alignments, args.examples):
-        words = range(min(len(found["plan"]), args.words))
-        lines += [(found, words[start:start + COLUMNS]) for start in words[::COLUMNS]]
-    figure, axes = open_grid(len(lines), 1 + COLUMNS, 1.5)
-    figure.suptitle("Each word's picture is clear where optimal transport carries the word, "
-                    "else in fog.\nBelow: the share of the clearest patch.", size=10, color=GREY)
-    for row, (found, words) in zip(axes, lines, strict=True):
-        draw_alignment(row, found, words)
-    save(figure, args.out)
-
-
-def draw_alignment(axes, found: dict, words: range):
-    """A line of words, each with its picture; at the beginning of a caption, the plain picture."""
-    h, w = found["grid"]
-    picture = read_picture(found["file"], found["row"])
-    extent = (0, w, h, 0)                               # in patches: the model saw whole ones
-    if words[0] == 0:
-        show(axes[0], picture, extent=extent)
-    for axis, k in zip(axes[1:], words, strict=False):
-        shares = np.array(found["plan"][k]).reshape(h, w)
-        clear = shares / max(shares.max(), 1e-9)
-        show(axis, picture, found["tokens"][k].strip(), f"{100 * shares.max():.0f} %", GREY,
-             extent=extent)
-        axis.imshow(np.full((h, w, 3), FOG, np.uint8), alpha=0.85 * (1 - clear), extent=extent,
-                    interpolation="nearest")
-
-
-# --------------------------------------------------------------------------------------------------
-# sheet: what a fine-tuned model answered, from the examples.json of eval.py's tasks.
-
-# right -> the mark before an answer, its colour, and what stands for an answer that is a picture
-MARKS = {True: ("✓ ", GREEN, "right"), False: ("✗ ", VERMILLION, "wrong"), None: ("", INK, "")}
-
-
-def plot_sheet(args):
-    found = disk.read_json(args.results)
-    check(args, "a task of eval.py", [found], "title", "examples")
-    check(args, "a task of eval.py", found["examples"],
-          "file", "row", "images", "text", "answer", "truth", "right")
-    shown = spread(found["examples"], args.examples)
-    pairs = any(len(example["images"]) > 1 for example in shown)
-    columns, row_height, letters = (3, 2.4, 42) if pairs else (4, 3.2, 26)      # letters of a line
-    figure, axes = open_grid(math.ceil(len(shown) / columns), columns, row_height)
-    for axis, example in zip(axes.flat, shown, strict=False):
-        pictures = [read_picture(example["file"], example["row"], column)
-                    for column in example["images"]]
-        answer, color = verdict(example)
-        show(axis, side_by_side(pictures), textwrap.fill(example["text"], letters),
-             textwrap.fill(answer, letters), color, "bold")
-    known = [example["right"] for example in shown if example["right"] is not None]
-    score = f": {sum(known)} of these {len(known)} right" if known else ""
-    figure.suptitle(found["title"] + score, size=14, weight="bold")
-    save(figure, args.out)
-
-
-def side_by_side(pictures: list[np.ndarray]) -> np.ndarray:
-    """Pictures (H, W, 3) in a row, with white between them."""
-    tallest = max(len(picture) for picture in pictures)
-    padded = [np.pad(picture, ((0, tallest - len(picture)), (4, 0), (0, 0)), constant_values=255)
-              for picture in pictures]
-    return np.concatenate(padded, axis=1)[:, 4:]
-
-
-def verdict(example: dict) -> tuple[str, str]:
-    """An answer with its mark, and the truth if it differs; and their colour."""
-    mark, color, word = MARKS[example["right"]]
-    answer = example["answer"] or word
-    if example["right"] is False and example["truth"]:
-        answer += f" (truth: {example['truth']})"
-    return mark + answer, color
-
-
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m tools.plot", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -510,6 +310,13 @@ def main(argv: list[str] | None = None):
     add("results", metavar="ALIGN_JSON", help="what `python -m tools.probe align` wrote")
     add("--examples", type=int, default=5, help="number of captions, evenly spread")
     add("--words", type=int, default=2 * COLUMNS, help="largest number of words of each caption")
+    add = command("look", plot_look, "where each word of a text looks in a picture")
+    add("checkpoint", metavar="CHECKPOINT", help="any model of FLM or ViLT")
+    add("image", metavar="IMAGE", help="picture file")
+    add("text", metavar="TEXT", help="text about it, which may hold <mask>")
+    add("--of", metavar="OUTPUT", help="reconstructed (FLM's queries; the words of MLM and ViLT), "
+        "left_to_right or right_to_left (the streams); default: the first that there is")
+    add("--tokenizer", metavar="DIR", default="", help="tokenizer, for files that carry none")
     add = command("sheet", plot_sheet, "what a fine-tuned model answered, right or wrong")
     add("results", metavar="EXAMPLES_JSON", help="what vqa, nlvr2, … of eval.py wrote")
     add("--examples", type=int, default=12, help="number of examples, evenly spread")

@@ -4,6 +4,8 @@
         accuracy of groups of words with the right image, another image and no image
     python -m tools.probe align runs/vilt/last.pt --data data/toy
         the patches to which ViLT's optimal transport carries each word
+    python -m tools.probe look runs/toy/last.pt --data data/toy
+        the patches that each word looks at, in each layer and rolled out
 
 `words` asks a language model for every word of a group (colours, shapes, relations) in captions it
 has never seen, three times: with the right image, with another caption's image, and with a black
@@ -24,12 +26,14 @@ import vilt
 from batches import evaluation_batches
 from data import CaptionDataset, Captions, pad_texts, token_lengths
 from eval import REQUIRED, add_commands, at_least, one_model
-from disk import read_json
+from disk import read_json, write_text
 from files import find_files
 from layers import encode_batch_images
 from predict import choose_datasets, device_of, finite, no_split, picture_batch
+from released.named import beside
 from tar_index import table_of
 from tasks import shape_of
+from tools.look import look_at
 
 IMAGES = ("right image", "another image", "no image")
 
@@ -215,6 +219,38 @@ def align(args):
 
 
 # -------------------------------------------------------------------------------------------------
+# look
+
+def looks(model, table: Captions, captions: int) -> list[dict]:
+    """What the words of some captions look at in their own pictures, by tools.look.
+
+    captions: at most this many, evenly spread over the table.
+    -> [{file, row, tokens, grid [h, w], maps {name: [token][patch] (shares)}}]
+    """
+    c, tok, result = model.config, model.tokenizer, []
+    dataset = CaptionDataset(table, tok, shape_of(c), c.max_tokens, train=False)
+    for number in tqdm(spread(len(dataset), captions), "looks", unit=" captions", leave=False):
+        sample = dataset[0, number]
+        found = look_at(model, sample["image"], torch.tensor([sample["ids"]],
+                                                             device=device_of(model)))
+        maps = {}
+        for name, map_of in found.named_maps().items():     # (n, h, w)
+            of_tokens = map_of[1:-1].flatten(1)                                 # (tokens, patches)
+            maps[name] = [[round(share, 4) for share in line] for line in of_tokens.tolist()]
+        file, row = table.place(sample["row"])
+        result.append({"file": file, "row": row, "grid": list(map_of.shape[1:]),
+                       "tokens": found.tokens[1:-1], "maps": maps})
+    return result
+
+
+def look(args):
+    with one_model(args) as model:
+        found = looks(model, tables(args, model, [args.split])[args.split], args.captions)
+    print(f"{len(found)} captions: {', '.join(found[0]['maps'])}")
+    write(args, "look.json", found)
+
+
+# -------------------------------------------------------------------------------------------------
 
 def tables(args, model, splits: list[str]) -> dict[str, Captions]:
     """The captions of these splits; one that is not there is left out, but not all of them."""
@@ -227,8 +263,8 @@ def tables(args, model, splits: list[str]) -> dict[str, Captions]:
 
 def write(args, name: str, contents):
     """Writes JSON to --out, or under this name beside the checkpoint."""
-    path = Path(args.out or Path(args.checkpoint).with_name(name))
-    path.write_text(json.dumps(contents) + "\n")
+    path = Path(args.out or beside(args.checkpoint, name))
+    write_text(path, json.dumps(contents) + "\n")
     print(f"wrote {path}")
 
 
@@ -248,6 +284,11 @@ COMMANDS = {
         ("--split NAME", "test", "part of the data"),
         ("--captions N", 100, "at most this many captions are shown, evenly spread"),
         ("--out FILE", None, "results, JSON; default: align.json beside the checkpoint")]),
+    look: ("which patches each word looks at, in each layer and rolled out", [
+        *DATA_FLAGS,
+        ("--split NAME", "test", "part of the data"),
+        ("--captions N", 300, "at most this many captions are read, evenly spread"),
+        ("--out FILE", None, "results, JSON; default: look.json beside the checkpoint")]),
 }
 
 

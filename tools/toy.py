@@ -4,6 +4,7 @@
     python -m tools.toy make --out data/toy --images 2000     # the first 2,000 of the same pictures
     python -m tools.toy true runs/toy-caption/caption/captions_test_results.json --data data/toy
     python -m tools.toy pointed runs/vilt/align.json --data data/toy
+    python -m tools.toy pointed runs/toy/look.json --data data/toy
 
 `make` writes
 
@@ -208,45 +209,52 @@ def print_truth(results: str, data: str, out: str | None):
 
 
 # --------------------------------------------------------------------------------------------------
-# Words that a model carried to patches.
+# Words and the patches that they are carried to, or look at.
 
-def pointing(alignments: str | Path, data: str | Path) -> dict:
+def pointing(maps: str | Path, data: str | Path) -> dict[str, dict]:
     """How often the heaviest patch of a colour's or a kind's name holds a shape that it names.
 
     A shape is in the patch of its centre; a word of several tokens has the mean of their shares.
-    alignments: JSON, as `python -m tools.probe align` writes it about the toy world.
-    Returns {"colours" and "kinds": {"words", "right": share, "chance": share of the patches that
-    would have been right}}, without a group that no word is of.
+    maps: JSON, as `python -m tools.probe align` or `look` writes it about the toy world.
+    Returns {map: {"colours" and "kinds": {"words", "right": share, "chance": share of the patches
+    that would have been right}}}, without a group that no word is of. The map of `align` is called
+    "transport".
     """
     scenes, tables, found = load_scenes(Path(data) / SCENES), {}, {}
-    for entry in read_json(alignments):
+    for entry in read_json(maps):
         path = Path(data) / Path(entry["file"]).name
         if path not in tables:
             tables[path] = Captions([path])
         scene = scenes.get(tables[path].cell("image_id", entry["row"]).as_py())
         if scene is None:
-            raise ValueError(f"{alignments}: the pictures of {path.name} are not those of "
+            raise ValueError(f"{maps}: the pictures of {path.name} are not those of "
                              f"{data}/{SCENES}")
-        for word, shares in words_and_shares(entry):
-            group = "colours" if word in COLOURS else "kinds"
-            kind = SINGULAR.get(word, word)
-            named = {patch_of(shape, entry["grid"]) for shape in scene.shapes
-                     if word == shape.colour or kind == shape.kind}
-            if named:
-                heaviest = max(range(len(shares)), key=shares.__getitem__)
-                answer = (heaviest in named, len(named) / len(shares))
-                found.setdefault(group, []).append(answer)
-    result = {}
-    for group, some in found.items():
-        right, chance = (sum(column) / len(some) for column in zip(*some, strict=True))
-        result[group] = {"words": len(some), "right": right, "chance": chance}
-    return result
+        maps_of_entry = entry["maps"] if "maps" in entry else {"transport": entry["plan"]}
+        for name, of_tokens in maps_of_entry.items():
+            for word, shares in words_and_shares(entry["tokens"], of_tokens):
+                group = "colours" if word in COLOURS else "kinds"
+                kind = SINGULAR.get(word, word)
+                named = {patch_of(shape, entry["grid"]) for shape in scene.shapes
+                         if word == shape.colour or kind == shape.kind}
+                if named:
+                    heaviest = max(range(len(shares)), key=shares.__getitem__)
+                    answer = (heaviest in named, len(named) / len(shares))
+                    found.setdefault(name, {}).setdefault(group, []).append(answer)
+    return {name: {group: share_right(answers) for group, answers in groups.items()}
+            for name, groups in found.items()}
 
 
-def words_and_shares(entry: dict) -> Iterator[tuple[str, list[float]]]:
-    """The words of a caption in align.json, each with its mean share of every patch."""
+def share_right(answers: list[tuple[bool, float]]) -> dict:
+    """Answers and the chance of each to be right -> their number and means."""
+    right, chance = (sum(column) / len(answers) for column in zip(*answers, strict=True))
+    return {"words": len(answers), "right": right, "chance": chance}
+
+
+def words_and_shares(tokens: list[str],
+                     of_tokens: list[list[float]]) -> Iterator[tuple[str, list[float]]]:
+    """The words of a caption, each with the mean share that its tokens have of every patch."""
     words = []
-    for token, shares in zip(entry["tokens"], entry["plan"], strict=True):
+    for token, shares in zip(tokens, of_tokens, strict=True):
         if token.startswith(" ") or not words:
             words.append((token.strip(), [shares]))
         else:
@@ -262,11 +270,13 @@ def patch_of(shape: Shape, grid: list[int]) -> int:
     return int(shape.y * rows / 64) * columns + int(shape.x * columns / 64)
 
 
-def print_pointing(alignments: str, data: str):
+def print_pointing(maps: str, data: str):
     """The command `pointed`."""
-    for group, found in pointing(alignments, data).items():
-        print(f"{group}: the heaviest patch of {100 * found['right']:.1f} % of {found['words']:,} "
-              f"words holds what they name (chance {100 * found['chance']:.1f} %)")
+    print("share of the words whose heaviest patch holds a shape that they name")
+    for name, groups in pointing(maps, data).items():
+        shares = [f"{group} {100 * found['right']:5.1f} % of {found['words']:,} "
+                  f"(chance {100 * found['chance']:.1f} %)" for group, found in groups.items()]
+        print(f"{name:<26}{'   '.join(shares)}")
 
 
 def main(argv: list[str] | None = None):
@@ -294,9 +304,9 @@ def main(argv: list[str] | None = None):
     add("results", metavar="RESULTS_JSON", help="what `eval.py caption` wrote about the toy world")
     add("--data", required=True, metavar="DIR", help=f"folder of the toy world, with {SCENES}")
     add("--out", metavar="FILE", help="JSON file for the counts (default: only print)")
-    add = command("pointed", print_pointing, "ALIGN_JSON --data DIR",
-                  "tell how often a word is carried to the patch of the shape that it names")
-    add("alignments", metavar="ALIGN_JSON", help="what `python -m tools.probe align` wrote")
+    add = command("pointed", print_pointing, "JSON --data DIR",
+                  "tell how often a word looks at, or is carried to, a shape that it names")
+    add("maps", metavar="JSON", help="what `python -m tools.probe align` or `look` wrote")
     add("--data", required=True, metavar="DIR", help=f"folder of the toy world, with {SCENES}")
     options = vars(parser.parse_args(argv))
     run = options.pop("run")
