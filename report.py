@@ -1,4 +1,4 @@
-"""What a run says of itself: its first lines, its reports, metrics.jsonl, and a dry run.
+"""What a run says of itself: its first lines, its reports, and metrics.jsonl.
 
     step    200/300 | loss 4.9376 | reconstructed 4.666 (26 %) … | lr 1.8e-04 | 12 samples/s | …
 
@@ -18,14 +18,9 @@ import torch.distributed as dist
 from torch import nn
 
 import disk
-import parallel
-import weights
 from flops import Work
 from loggers import Loggers
 from machine import memory_gb
-from optimizer import moments_of
-from settings import Settings
-from tasks import to_device
 
 if TYPE_CHECKING:           # for the annotations alone: both files come later
     from runs import Run
@@ -336,59 +331,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu x {torch.get_num_threads()}"
-
-
-def dry_run(run: "Run") -> None:
-    """Prints what would run, its settings, and an estimate of the memory of a process.
-
-    Activations are counted in a forward pass of the first step's longest micro-batch; with
-    --tensor-parallel they are those of an undivided model, so a process holds less.
-    """
-    s, machine = run.settings, run.machine
-    model = weights.model_of(run.config).to(machine.device)
-    describe(run, model, run.saved["step"] if run.saved else 0)
-    for title, values in (("settings", asdict(s)), ("model", asdict(run.config))):
-        machine.say(f"{title}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
-    for split, table in run.tables.items():
-        machine.say(f"{split}: {table.named() if table else 'none'}")
-    shards = machine.data_world if s.shard else 1
-    held = parallel.parameters_of_one(model, machine.tensor)
-    parameters = 4 * sum(held.values()) / shards
-    parts = {"weights": parameters, "gradients": parameters,
-             "optimizer's moments": bytes_of_moments(model, s, held) / shards,
-             "activations": activation_bytes(run, model)}
-    if machine.tensor > 1:
-        parts["activations, undivided"] = parts.pop("activations")
-    described = ", ".join(f"{name} {size / 2 ** 30:.2f}" for name, size in parts.items())
-    machine.say(f"memory of a process: about {sum(parts.values()) / 2 ** 30:.2f} GB ({described})")
-
-
-def bytes_of_moments(model: nn.Module, settings: Settings, held: dict[str, float]) -> float:
-    """Bytes of what the optimizer keeps. held: the numbers of each parameter in this process."""
-    total = 0.0
-    for name, moments in moments_of(model, settings).items():
-        for moment in moments.values():
-            total += 4 * (held[name] if moment.ndim else 1)         # AdamW's count of steps: 1
-    return total
-
-
-def activation_bytes(run: "Run", model: nn.Module) -> int:
-    """Bytes that the forward pass of one micro-batch keeps for the backward pass."""
-    dataset = run.task.dataset(run.tables["train"], train=True)
-    longest = list(run.sampler.micro_batches(0, 1, run.micro_batch))[-1]
-    batch, _ = run.task.collate(dataset.samples(longest))
-    weights_at = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights_at:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    model.train()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        with run.machine.autocast():
-            results = model(to_device(batch, run.machine.device, run.config))
-    del results
-    return sum(kept.values())

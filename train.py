@@ -5,7 +5,7 @@
         --tokenizer DIR --out runs/flm
     python train.py … --resume          # goes on where the run stopped
     python train.py … --resume --steps 20000    # goes on past its end
-    python train.py … --dry-run         # prints what would run, with its memory, and stops
+    python train.py … --dry-run         # prints what would run, its memory and time, and stops
 
 The global batch is split over the processes and into micro-batches, which are accumulated. The
 gradient is that of the mean over the global batch, however it was split. (The split only changes
@@ -45,7 +45,8 @@ from fitting import fit_micro_batch
 from flops import work_of
 from machine import Machine, Signals, loader_workers
 from optimizer import new_optimizer, rate_at
-from report import COUNTERS, Log, Sums, clock, describe, dry_run, write_config
+from plan import dry_run
+from report import COUNTERS, Log, Sums, clock, describe, write_config
 from runs import Run, open_run
 from settings import AUTO, Settings, check, parse
 from tasks import to_device
@@ -75,7 +76,8 @@ def build_state(run: Run) -> State:
     bare = weights.model_of(run.config)
     if not saved:
         start_from_files(run, bare)
-    bare.to(machine.device)
+    if next(bare.parameters()).device != machine.device:    # a plan's fake tensors cannot move
+        bare.to(machine.device)
     switches.lighten(bare, s)
     if machine.tensor > 1:
         parallel.divide(bare, machine)
@@ -144,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
             if run.saved:
                 say_new_schedule(run)
             if settings.dry_run:
-                dry_run(run)
+                dry_run(run, build_state, train_step)
             else:
                 with parallel.divided_loss(machine):
                     train(run, signals)

@@ -256,13 +256,6 @@ def test_the_more_captions_share_an_image_the_less_of_it_falls_to_each(run):
     assert vit < image < 2 * vit                    # the fusion layers' keys and values of it come on top
 
 
-def test_gpu_command_runs_on_a_cpu_too(run, capsys):
-    rows = run("gpu", *TOY, "--precision", "bf16")
-    assert names(rows) == [("bf16", "ours"), ("bf16", "original")]
-    assert all(row["MFU %"] > 0 and row["GB"] > 0 for row in rows)
-    assert "MFU %" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("arguments, sentence", [
     (["loader", "absent.arrow"], "bench.py: absent.arrow: there is no such file"),
     (["captions", *TOY, "--tokens", "99"], "bench.py: .*the model has positions for"),

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each file imports only from those before it. weights and released/ are the door to other people's
 # checkpoints, prepare and sources/ that to other people's downloads.
 ORDER = ("disk tokenizer tars files rebuilt data tar_index exchange batches losses layers masks flm vilt recipes tasks released weights "
-         "machine parallel flops loggers settings optimizer report checkpoints runs switches fitting train "
+         "machine parallel flops loggers settings optimizer memory report plan checkpoints runs switches fitting train "
          "generate ptb metrics predict retrieval evaluation eval sources prepare tools tests").split()
 
 
@@ -113,7 +113,7 @@ class Parser(Exception):
 
 
 @pytest.mark.parametrize("module", ["tokenizer", "train", "eval", "weights", "prepare", "tools.toy", "tools.plot", "tools.probe",
-                                    "tools.bench", "tools.compare", "tools.cards", "tools.demo", "tools.notebook"])
+                                    "tools.bench", "tools.compare", "tools.gpu", "tools.gpu_page", "tools.cards", "tools.demo", "tools.notebook"])
 def test_every_flag_of_every_command_says_what_it_does(module, monkeypatch):
     def carry(self, *_, **__):
         raise Parser(self)

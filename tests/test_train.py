@@ -144,7 +144,7 @@ def test_a_dry_run_says_what_would_run_and_trains_nothing(world, tmp_path, capsy
     train.main(command(world, tmp_path / "run", *RUN, "--dry-run"))
     printed = capsys.readouterr().out
     assert "global batch 16 = 1 processes x 1 x 16" in printed and "lr 0.01" in printed
-    assert "memory of a process: about" in printed and "activations" in printed
+    assert "memory of a process at the peak of a step, fp32 on a CPU, micro-batch of 16" in printed and "activations" in printed
     assert not (tmp_path / "run/last.pt").exists() and not (tmp_path / "run/metrics.jsonl").exists()
 
 

@@ -2,6 +2,7 @@
 
     python -m tools.bench step --precision fp32 bf16      # a training step, beside the original's
     python -m tools.bench padding FILES --tokenizer DIR   # the share of padding in real captions
+    python -m tools.bench gpu --help                      # all there is to know about a GPU
 
 Ways to compute the same are first checked to agree. Then they are measured in one process, in turns
 (A B A B …), so that noise hits all of them alike. The fastest round of each way counts. On a CPU,
@@ -37,7 +38,6 @@ import flm
 import masks
 import layers
 import machine
-import tasks
 import tokenizer
 import vilt
 import weights
@@ -48,8 +48,10 @@ from predict import match_score
 from settings import Settings
 from sources.shards import Writer
 from tar_index import table_of
-from tasks import Caption, PretrainFLM, PretrainViLT, Retrieval, shape_of
+from tasks import Caption, PretrainFLM, PretrainViLT, Retrieval, to_device
+from tools import gpu
 from tools.bench_padding import padding
+from tools.drawn import drawn_samples, drawn_task
 
 # -- Measuring -------------------------------------------------------------------------------------
 
@@ -141,26 +143,12 @@ def make_batch(task_class, preset, args, pad_to, share=1):
 
     share: number of samples that share an image; all batches have args.batch images.
     """
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(5, preset.vocab_size))]
-    tok = task_class.add_special_tokens(tokenizer.WordPiece({w: i for i, w in enumerate(words)}))
-    config = task_class.adapt(replace(preset, vocab_size=len(tok), cls_id=tok.cls_id,
-                                      pad_id=tok.pad_id, sep_id=tok.sep_id, mask_id=tok.mask_id))
-    task = task_class(Settings(max_tokens=config.max_tokens, pad_to=pad_to), config, tok)
-    shapes = [(640, 480), (480, 640), (640, 427), (427, 640), (500, 500), (640, 400)]   # as COCO's
-    samples = []
-    for b in range(args.batch * share):
-        rng = np.random.default_rng([0, b])
-        ids = rng.integers(5, preset.vocab_size, (args.captions, args.tokens))
-        ids[:, 0], ids[:, -1] = tok.cls_id, tok.sep_id
-        first, *others = ids.tolist()                   # the others are for Retrieval
-        _, (width, height) = shape_of(config)(*shapes[b % len(shapes)])
-        picture = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
-        samples.append({"ids": first, "others": others, "image": picture, "row": b, "rng": rng,
-                        "train": True, "cut": False, "unreadable": [],
-                        "shares_image": b % share > 0})
+    task = drawn_task(task_class, preset, Settings(max_tokens=preset.max_tokens, pad_to=pad_to))
+    samples = drawn_samples(task, args.batch * share, args.tokens, args.captions, share)
     batch, notes = task.collate(samples)
-    scales = {name: weight / notes["counts"][name] for name, weight in config.loss_weights.items()}
-    return task, tasks.to_device(batch, args.device, config), scales
+    weights_of = task.config.loss_weights.items()
+    scales = {name: weight / notes["counts"][name] for name, weight in weights_of}
+    return task, to_device(batch, args.device, task.config), scales
 
 
 def make_flm(task_class, args):
@@ -374,14 +362,14 @@ def captions(args):
 
 # -- The loader ------------------------------------------------------------------------------------
 
-def draw_photos(path, count=128):
+def draw_photos(path, count=128, size=(640, 480)):
     """Writes pictures of smooth noise, as JPEGs that cost about what a photograph costs."""
     rng = np.random.default_rng(0)
     with Writer(path, CAPTIONS) as out:
         for number in range(count):
             noise = Image.fromarray(rng.integers(0, 256, (96, 128, 3), dtype=np.uint8))
             jpeg = io.BytesIO()
-            noise.resize((640, 480), Image.Resampling.BICUBIC).save(jpeg, "JPEG", quality=90)
+            noise.resize(size, Image.Resampling.BICUBIC).save(jpeg, "JPEG", quality=90)
             out.write({"image": jpeg.getvalue(), "caption": ["a picture of nothing but noise"],
                        "image_id": str(number), "split": "train"})
 
@@ -410,38 +398,25 @@ def loader(args):
         return compare(ways, len(photos), "pictures", args)
 
 
-# -- A GPU -----------------------------------------------------------------------------------------
+# -- FLOPs -----------------------------------------------------------------------------------------
 
 def flops(config: flm.Config, batch: dict, forward: Callable | None = None) -> int:
     """FLOPs of a forward pass of a model with this Config, or of another way to compute it."""
     return count_flops(weights.outline_of(config), batch, forward)
 
 
-def gpu(args):
-    """step, with its memory, and its speed as a share of a matrix product's (MFU)"""
-    side = 8192 if args.device.type == "cuda" else 256
-    square = torch.randn(side, side, dtype=torch.bfloat16, device=args.device)
-    peak = 2 * side ** 3 / min(measure(lambda: square @ square, args.device) for _ in range(10))
-    print(f"a bfloat16 product of {side} x {side} runs at {peak / 1e12:.3g} TFLOP/s")
-    rows, memory = step(args), machine.memory_gb(args.device)       # the peak of all so far
-    # Pads are waste, not work.
-    task, batch, _ = make_batch(PretrainFLM, flm.PRESETS[args.preset], args, pad_to=1)
-    used = 3 * flops(task.config, batch) / peak         # seconds, if all were matrix products
-    return [row | {"MFU %": 100 * used / row["seconds"], "GB": memory} for row in rows]
-
-
 # -- The command line ------------------------------------------------------------------------------
 
 COMMANDS = {"step": step, "share": share, "parts": parts, "vilt": vilt_step, "tune": tune,
-            "retrieval": retrieval, "captions": captions, "loader": loader, "padding": padding,
-            "gpu": gpu}
+            "retrieval": retrieval, "captions": captions, "loader": loader, "padding": padding}
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench", usage="python -m tools.bench COMMAND [FILES] [FLAGS]",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(f"{name:10} {command.__doc__}" for name, command in COMMANDS.items()))
+        epilog="\n".join(f"{name:10} {command.__doc__}" for name, command in COMMANDS.items())
+        + "\ngpu        a GPU, row by row: python -m tools.bench gpu --help")
     add = parser.add_argument
     add("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     add("files", nargs="*", type=Path, help="Arrow files of captions, of loader also tars (loader: "
@@ -471,6 +446,10 @@ def parse(argv):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["gpu"]:
+        gpu.main(argv[1:])
+        return
     args = parse(argv)
     torch.set_num_threads(1)
     results, sizes = {}, args.batch

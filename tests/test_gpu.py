@@ -1,0 +1,162 @@
+"""bench gpu: every row runs, each is kept when it is there, and what fails is a row too."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from settings import Settings
+from tools import bench, gpu, gpu_page, gpu_rows, gpu_steps
+
+pytestmark = pytest.mark.slow
+
+FLAGS = {"--" + field.name.replace("_", "-") for field in fields(Settings)}
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_row_runs_on_a_cpu_in_the_small_setting(tmp_path):
+    """So that no minute on a GPU is lost to a typing error."""
+    place = gpu_steps.Place(torch.device("cpu"), True, tmp_path)
+    torch.compiler.set_stance("force_eager")
+    try:
+        for row in gpu_rows.table():
+            flags = {flag for flag in row.told.get("more", ()) if flag.startswith("--")}
+            if not flags <= FLAGS:          # a switch that this version does not have: the row says so
+                with pytest.raises(SystemExit):
+                    row.function(place, **row.told)
+                continue
+            found = row.function(place, **row.told)
+            assert found and all(number is None or number == number for number in found.values()), row.name
+            if row.group == "step":
+                assert found["pairs_per_second"] > 0 and found["tflops"] > 0 and found["gigabytes"] > 0
+    finally:
+        torch.compiler.set_stance("default")
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """Three rows: a good one, one that is too large, one that is wrong."""
+    def too_large(place):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def wrong(place):
+        raise ValueError("two\nlines")
+
+    made = [gpu_rows.Row("good", "a good one", 1, lambda place: {"pairs_per_second": 7.0}),
+            gpu_rows.Row("large", "a large one", 1, too_large), gpu_rows.Row("wrong", "a wrong one", 1, wrong)]
+    monkeypatch.setattr(gpu_rows, "table", lambda: made)
+    return made
+
+
+class Sender(list):
+    send = list.append
+
+
+def test_what_fails_is_a_row_and_the_next_one_goes_on(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    sent = Sender()
+    gpu.work(["large", "wrong", "good"], "cpu", False, str(tmp_path), sent)
+    found = {name: result for kind, name, result in sent if kind == "done"}
+    assert found["large"]["failed"] == "out of memory" and found["wrong"]["failed"] == "ValueError: two lines"
+    assert found["good"]["pairs_per_second"] == 7.0
+
+
+def run(tmp_path, *more):
+    bench.main(["gpu", "--small", "--device", "cpu", "--out", str(tmp_path / "gpu.json"), "--scratch", str(tmp_path / "s"), *more])
+    return json.loads((tmp_path / "gpu.json").read_text())["rows"]
+
+
+def test_a_second_call_goes_on_with_what_is_missing(tmp_path):
+    first = run(tmp_path, "--rows", "copy")
+    both = run(tmp_path, "--rows", "copy", "peak fp32")
+    assert list(first) == ["copy"] and set(both) == {"copy", "peak fp32"} and both["copy"] == first["copy"]
+    assert both["peak fp32"]["peak_tflops"] > 0
+
+
+def test_no_row_begins_that_cannot_end_in_time(tmp_path):
+    began = time.monotonic()
+    with pytest.raises(FileNotFoundError):
+        run(tmp_path, "--rows", "toy", "--minutes", "0.2")
+    assert time.monotonic() - began < 10
+
+
+class Crashing:
+    """A worker that begins a row and dies, then one that hangs in the next."""
+    started = []
+
+    def __init__(self, names, args, device):
+        self.started.append(names)
+        self.messages = [("begins", names[0], None)]
+        self.process = SimpleNamespace(exitcode=-11)
+
+    def next_message(self, seconds):
+        if self.messages:
+            return self.messages.pop()
+        if len(self.started) > 1:
+            raise TimeoutError
+        return None
+
+    def stop(self):
+        pass
+
+
+def test_a_row_that_crashes_and_one_that_hangs_are_written_down(tmp_path, monkeypatch):
+    Crashing.started = []
+    monkeypatch.setattr(gpu, "Worker", Crashing)
+    rows = [gpu_rows.Row("crashes", "", 1, None), gpu_rows.Row("hangs", "", 1, None)]
+    found = {"rows": {}}
+    gpu.measure(SimpleNamespace(out=tmp_path / "x.json"), "cpu", found, rows, float("inf"))
+    assert found["rows"] == {"crashes": {"failed": "the process ended with -11"}, "hangs": {"failed": "stopped after 64 s"}}
+    assert json.loads((tmp_path / "x.json").read_text()) == found and Crashing.started == [["crashes", "hangs"], ["hangs"]]
+
+
+def test_results_of_another_card_are_not_mixed(tmp_path):
+    run(tmp_path, "--rows", "copy")
+    path = tmp_path / "gpu.json"
+    path.write_text(path.read_text().replace('"card": "cpu', '"card": "another cpu'))
+    with pytest.raises(SystemExit, match="measured with card another cpu.*choose another --out"):
+        run(tmp_path, "--rows", "copy")
+
+
+MEASURED = {"card": "NVIDIA H100 80GB HBM3", "small": False, "torch": "2.11.0", "python": "3.12", "gigabytes": 79.6, "cores": 16,
+            "cuda": "13.0", "cudnn": 91000,
+            "rows": {"peak bf16": {"peak_tflops": 800.0, "took": 3.0},
+                     "step 256": {"pairs_per_second": 4000.0, "tflops": 320.0, "gigabytes": 30.0, "took": 9.0},
+                     "step 1024": {"failed": "out of memory", "took": 2.0}}}
+
+
+def test_a_page_says_card_numbers_failures_and_what_was_not_reached(tmp_path):
+    (tmp_path / "gpu.json").write_text(json.dumps(MEASURED))
+    gpu_page.main([str(tmp_path / "gpu.json"), "--out", str(tmp_path / "docs")])
+    page = (tmp_path / "docs/GPU.md").read_text()
+    assert "NVIDIA H100 80GB HBM3, 80 GB" in page and "torch 2.11.0, CUDA 13.0" in page
+    assert "| base-b32 at 256 | 4,000 pairs/s; 320 TFLOP/s on real tokens; 40.0 % of the measured peak; 30 GB at the peak |" in page
+    assert "| base-b32 at 1024 | out of memory |" in page and "copy within the memory" in page.split("## Not reached")[1]
+    assert (tmp_path / "docs/gpu.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("change", [{"small": True}, {"cuda": None}])
+def test_a_cpu_is_not_dressed_as_a_gpu(change, tmp_path):
+    found = {key: value for key, value in (MEASURED | change).items() if value is not None}
+    (tmp_path / "gpu.json").write_text(json.dumps(found))
+    with pytest.raises(SystemExit, match="a page of a GPU needs a GPU"):
+        gpu_page.main([str(tmp_path / "gpu.json"), "--out", str(tmp_path / "docs")])
+
+
+def test_a_machine_that_lacks_a_library_is_told_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "NEEDED", ("torch", "not_there"))
+    with pytest.raises(SystemExit, match="lacks not_there: carry their wheels"):
+        run(tmp_path)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_the_slurm_script_is_sound():
+    done = subprocess.run(["shellcheck", str(ROOT / "docs/train.slurm")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

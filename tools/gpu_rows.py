@@ -1,0 +1,79 @@
+"""What `python -m tools.bench gpu` measures: a table, the most important rows first."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tools import gpu_runs as runs
+from tools import gpu_steps as steps
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question. The name is its key in the file of results."""
+    name: str
+    says: str               # what the page calls it
+    seconds: int            # it takes about so long on an H100: guessed, until it was run
+    function: Callable      # (place, **told) -> {name: number}
+    told: dict = field(default_factory=dict)
+    group: str = "step"     # the page's table
+
+
+# Lengths of the texts of four micro-batches, as sorting deals COCO's captions: quartiles' means.
+LENGTHS = (10, 12, 13, 17)
+# Each switch alone, beside the row "two micro-batches".
+SWITCHES = ("--compile", "--chunk-loss", "--keep-casts", "--checkpoint-activations")
+
+
+def table() -> list[Row]:
+    """All rows, in the order in which they are measured."""
+    step, base = steps.step, "base-b32 "
+    rows = [
+        Row("peak bf16", "matrix product, bf16", 8, steps.peak, {"precision": "bf16"}, "card"),
+        Row("peak fp32", "matrix product, float32", 8, steps.peak, {"precision": "fp32"}, "card"),
+        Row("copy", "copy within the memory", 6, steps.copy, {}, "card"),
+        Row("parity fp32", "against the CPU, float32", 25, steps.parity, {"precision": "fp32"},
+            "trust"),
+        Row("parity bf16", "against the CPU, bf16", 25, steps.parity, {"precision": "bf16"},
+            "trust"),
+        Row("step 256", base + "at 256", 30, step, {"plan": True}),
+        Row("step 256 compiled", base + "at 256, --compile", 90, step, {"more": ("--compile",)}),
+        Row("launches 64", base + "at 64", 15, steps.launches, {"micro_batch": 64}, "launches"),
+        Row("launches 256", base + "at 256", 15, steps.launches, {"micro_batch": 256}, "launches")]
+    for size in (64, 128, 512, 1024):
+        rows.append(Row(f"step {size}", f"{base}at {size}", 25, step, {"micro_batch": size}))
+    rows.append(Row("two micro-batches", base + "at 2 x 256", 25, step, {"lengths": (13, 13)}))
+    for flag in SWITCHES:
+        rows.append(Row(f"two {flag}", f"{base}at 2 x 256, {flag}", 30, step,
+                        {"lengths": (13, 13), "more": (flag,)}))
+    rows += [
+        Row("score", "retrieval", 30, steps.scoring, {}, "answers"),
+        Row("captions greedy", "greedy captions", 25, steps.captions, {"beams": 1}, "answers"),
+        Row("captions beams", "captions, 5 beams", 30, steps.captions, {"beams": 5}, "answers"),
+        Row("loader 8", "8 workers, 640 x 480", 40, runs.loader, {"workers": 8}, "loader"),
+        Row("loader 8 small", "8 workers, shorter side 288", 30, runs.loader,
+            {"workers": 8, "shorter": 288}, "loader"),
+        Row("loader 14", "14 workers, 640 x 480", 30, runs.loader, {"workers": 14}, "loader"),
+        Row("loader 2", "2 workers, 640 x 480", 60, runs.loader, {"workers": 2}, "loader"),
+        Row("vilt", "ViLT at 256", 25, step, {"model": "vilt", "plan": True}),
+        Row("base-b16", "base-b16 at 128", 25, step, {"model": "base-b16", "micro_batch": 128})]
+    for task, size in (("vqa", 256), ("nlvr2", 128), ("caption", 256), ("retrieval", 32)):
+        rows.append(Row(f"task {task}", f"{base}{task} at {size}", 25, step,
+                        {"task": task, "micro_batch": size}))
+    rows += [
+        Row("toy", "the toy world to 95 %", 150, runs.toy, {}, "trust"),
+        Row("killed", "killed and resumed", 60, runs.killed, {}, "trust"),
+        Row("precisions", "200 steps by precision", 90, runs.precisions, {}, "trust"),
+        Row("large-l14-336", "large-l14-336 at 32", 40, step,
+            {"model": "large-l14-336", "micro_batch": 32, "plan": True}),
+        Row("large recomputed", "large-l14-336 at 128, --checkpoint-activations", 40, step,
+            {"model": "large-l14-336", "micro_batch": 128,
+             "more": ("--checkpoint-activations",)}),
+        Row("shard", base + "at 256, --shard with one process", 30, steps.shard),
+        Row("step fp32", base + "at 64, float32", 25, step,
+            {"precision": "fp32", "micro_batch": 64})]
+    for pad in (1, 4, 8, 16):
+        rows.append(Row(f"pad {pad}", f"{base}at 4 x 256, --pad-to {pad}", 30, step,
+                        {"lengths": LENGTHS, "more": ("--pad-to", str(pad))}))
+    rows.append(Row("pad 8 compiled", base + "at 4 x 256, --pad-to 8 --compile", 120, step,
+                    {"lengths": LENGTHS, "more": ("--pad-to", "8", "--compile")}))
+    return rows

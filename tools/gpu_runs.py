@@ -1,0 +1,138 @@
+"""Rows of `python -m tools.bench gpu` that are whole runs; and the loader."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import flm
+import tokenizer
+from disk import shortened
+from settings import Settings
+from tar_index import table_of
+from tasks import PretrainFLM
+from tools.gpu_steps import Place
+from tools.probe import IMAGES
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, *map(str, arguments)]
+
+
+def run(*arguments):
+    """Runs a script of the repository; ValueError with the end of what it said where it fails."""
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{arguments[0]} ended with {done.returncode}: "
+                         f"{shortened(done.stderr[-1000:] or done.stdout[-1000:], 1000)}")
+
+
+def world(place: Place) -> Path:
+    """The folder of the toy world, drawn where it is not there."""
+    folder = place.scratch / "toy"
+    if not (folder / "toy_words.json").exists():
+        images = ("--images", 200, "--eval-images", 40) if place.small else ()
+        run("-m", "tools.toy", "make", "--out", folder, *images)
+    return folder
+
+
+def pretraining(place: Place, name: str, *more) -> list:
+    """The arguments of a pretraining on the toy world into the folder `name`."""
+    return ["train.py", "--task", "pretrain", "--recipe", "toy", "--device", place.device.type,
+            "--data", world(place), "--out", place.scratch / name, "--eval-every", 0, *more]
+
+
+def losses(place: Place, name: str) -> list[float]:
+    lines = (place.scratch / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def precisions(place: Place) -> dict:
+    """200 steps in bf16, in fp16 with the loss scaler, and in float32, from the same weights.
+
+    -> the mean losses of the last 50 steps, and the steps that fp16 skipped.
+    """
+    steps = 4 if place.small else 200
+    found = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        if place.device.type == "cpu" and precision == "fp16":
+            continue                                        # too slow there, and nobody's choice
+        name = f"loss_{precision}"
+        if not (place.scratch / name / "last.pt").exists():
+            run(*pretraining(place, name, "--precision", precision, "--steps", steps,
+                             "--log-every", max(1, steps // 4)))
+        found[f"loss_{precision}"] = losses(place, name)[-1]
+    last = place.scratch / "loss_fp16/metrics.jsonl"
+    if last.exists():
+        found["skipped_fp16"] = json.loads(last.read_text().splitlines()[-1])["skipped"]
+    return found
+
+
+def killed(place: Place) -> dict:
+    """A run that is killed (SIGKILL) and resumed, beside one that is not.
+
+    -> the largest differences of a loss and of a weight. On GPUs some sums have another order each
+    time, so they need not be 0.
+    """
+    steps, every = (6, 2) if place.small else (60, 20)
+    more = ("--steps", steps, "--save-every", every, "--log-every", every)
+    run(*pretraining(place, "whole", *more, "--resume"))
+    out = place.scratch / "killed"
+    if not (out / "last.pt").exists():
+        process = subprocess.Popen(command(*pretraining(place, "killed", *more)), cwd=ROOT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (out / "last.pt").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    stopped_at = torch.load(out / "last.pt", weights_only=True, map_location="cpu")["step"]
+    run(*pretraining(place, "killed", *more, "--resume"))
+    one, other = losses(place, "whole"), losses(place, "killed")
+    first, second = (torch.load(place.scratch / name / "last.pt", weights_only=True,
+                                map_location="cpu")["model"] for name in ("whole", "killed"))
+    return {"stopped_at": stopped_at,
+            "loss_difference": max(abs(a - b) for a, b in zip(one, other, strict=True)),
+            "weight_difference": max((first[name] - second[name]).abs().max().item()
+                                     for name in first)}
+
+
+def toy(place: Place) -> dict:
+    """A whole pretraining on the toy world until colours and shapes are right 95 times in 100."""
+    sizes = ("--flags=--steps 4 --device cpu", "--first", 2, "--captions", 20) if place.small \
+        else ("--flags=--steps 700", "--first", 500)
+    run("-m", "tools.speedrun", "--data", world(place), "--out", place.scratch / "speedrun",
+        "--seeds", 1, *sizes)
+    found = json.loads((place.scratch / "speedrun/seed_0.json").read_text())
+    last = found["asked"][-1]
+    return {"seconds_to_95": found["seconds"], "step": found["step"] or last["step"],
+            "colours": last["colours"][IMAGES[0]], "shapes": last["shapes"][IMAGES[0]]}
+
+
+def loader(place: Place, workers: int, shorter: int = 0) -> dict:
+    """Pictures a second of the data loader: JPEGs of 640 x 480, or of this shorter side.
+
+    They are drawn, and cost what photographs cost.
+    """
+    from tools.bench import draw_photos
+
+    path = place.scratch / f"photos_{shorter or 480}.arrow"
+    if not path.exists():
+        draw_photos(path, place.scaled(2048), (shorter * 4 // 3, shorter) if shorter
+                    else (640, 480))
+    table = table_of([path])
+    tok = tokenizer.BPE.train(table.texts(), 300)
+    task = PretrainFLM(Settings(pad_to=1), replace(flm.PRESETS["base-b32"], pooler=False), tok)
+    keys = [(0, table.first_of(row)) for row in range(len(table))] * (1 if place.small else 4)
+    batches = torch.utils.data.DataLoader(task.dataset(table, train=True), 64, sampler=keys,
+                                          collate_fn=task.collate, num_workers=workers)
+    began = time.perf_counter()
+    for _ in batches:
+        pass
+    return {"pictures_per_second": len(keys) / (time.perf_counter() - began)}
