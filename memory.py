@@ -17,6 +17,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,9 @@ import parallel
 from machine import Machine
 from optimizer import moments_of
 from weights import outline_of
+
+if TYPE_CHECKING:           # for the annotations alone: the file comes later
+    from runs import Run
 
 PARTS = ("weights", "gradients", "moments", "activations", "logits", "inputs")
 
@@ -75,7 +79,7 @@ class MemoryCount(TorchDispatchMode):
             self.peak = dict(self.now)
         return result
 
-    def note(self, tensor: Tensor, part: str):
+    def note(self, tensor: Tensor, part: str) -> None:
         """Counts a tensor's storage, if it is not counted yet."""
         tensor = local(tensor)
         storage = tensor.untyped_storage()
@@ -85,17 +89,17 @@ class MemoryCount(TorchDispatchMode):
             self.now[part] += storage.nbytes()
             weakref.finalize(storage, self.freed, key)
 
-    def freed(self, key: int):
+    def freed(self, key: int) -> None:
         part, size = self.part_of.pop(key)
         self.now[part] -= size
 
-    def resized(self, storage, size: int):
+    def resized(self, storage: torch.UntypedStorage, size: int) -> None:
         if storage._cdata in self.part_of:
             part, before = self.part_of[storage._cdata]
             self.now[part] += size - before
             self.part_of[storage._cdata] = part, size
 
-    def move(self, tensor: Tensor, part: str):
+    def move(self, tensor: Tensor, part: str) -> None:
         """Counts a tensor's storage with another part from now on."""
         self.note(tensor, part)
         key = local(tensor).untyped_storage()._cdata
@@ -113,19 +117,19 @@ def local(tensor: Tensor) -> Tensor:
 class Unlogged:
     """Stands for the loop's log; after each micro-batch it tells the gradients apart."""
 
-    def __init__(self, count: MemoryCount, model):
+    def __init__(self, count: MemoryCount, model: torch.nn.Module):
         self.count, self.model = count, model
 
-    def micro_batch(self, *_):
+    def micro_batch(self, *_: Any) -> None:
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 self.count.move(parameter.grad, "gradients")
 
-    def step(self, *_):
+    def step(self, *_: Any) -> None:
         pass
 
 
-def step_memory(run, new_state: Callable, step: Callable, batch: tuple[dict, dict],
+def step_memory(run: "Run", new_state: Callable, step: Callable, batch: tuple[dict, dict],
                 on_gpu: bool) -> dict[str, int]:
     """The bytes of each of PARTS at the peak of an optimizer step of one process.
 

@@ -9,14 +9,18 @@ until docs/gpu.json holds a measured one.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from flops import flops_per_pair_and_token
 from memory import step_memory
 from report import count_parameters, describe
 from weights import outline_of
+
+if TYPE_CHECKING:           # for the annotations alone: the file comes later
+    from runs import Run
 
 GIB = 2 ** 30
 MEASURED = Path(__file__).parent / "docs/gpu.json"      # what `python -m tools.bench gpu` measured
@@ -89,7 +93,7 @@ def card_lines(cost: Cost, memory: int | None = None) -> list[str]:
     return lines
 
 
-def dry_run(run, new_state, step):
+def dry_run(run: "Run", new_state: Callable, step: Callable) -> None:
     """Prints what would run, its settings, its memory and its time.
 
     Memory is that of the first step's longest micro-batch. new_state, step: train.build_state and
@@ -114,7 +118,8 @@ def dry_run(run, new_state, step):
     say_plan(run, memory, cost, tuple(batch[0]["ids"].shape), on_gpu)
 
 
-def say_plan(run, memory: dict[str, int], cost: Cost, ids: tuple[int, int], on_gpu: bool):
+def say_plan(run: "Run", memory: dict[str, int], cost: Cost, ids: tuple[int, int],
+             on_gpu: bool) -> None:
     """Prints memory and time. ids: texts and tokens of the micro-batch that was counted."""
     say = run.machine.say
     where = f"{run.machine.precision} on a {'GPU' if on_gpu else 'CPU'}"

@@ -5,19 +5,16 @@ import os
 import shutil
 import subprocess
 import time
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from settings import Settings
 from tools import bench, gpu, gpu_page, gpu_rows, gpu_steps
 
 pytestmark = pytest.mark.slow
 
-FLAGS = {"--" + field.name.replace("_", "-") for field in fields(Settings)}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -27,11 +24,6 @@ def test_every_row_runs_on_a_cpu_in_the_small_setting(tmp_path):
     torch.compiler.set_stance("force_eager")
     try:
         for row in gpu_rows.table():
-            flags = {flag for flag in row.told.get("more", ()) if flag.startswith("--")}
-            if not flags <= FLAGS:          # a switch that this version does not have: the row says so
-                with pytest.raises(SystemExit):
-                    row.function(place, **row.told)
-                continue
             found = row.function(place, **row.told)
             assert found and all(number is None or number == number for number in found.values()), row.name
             if row.group == "step":
