@@ -165,8 +165,8 @@ def pairs(text: str) -> int:
     """A number of pairs, or AUTO."""
     if text == "auto":
         return AUTO
-    if int(text) < 0:
-        raise ValueError(f"{text}: a number of pairs is expected")
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: a number of pairs, or auto, is expected")
     return int(text)
 
 
