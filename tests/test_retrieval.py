@@ -10,7 +10,6 @@ from conftest import (SIZES, TOL, finetune, original, task_on, two_processes, wr
                       write_world)
 
 import eval as evaluation
-import predict
 import retrieval
 import weights
 from layers import encode_batch_images
