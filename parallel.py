@@ -144,8 +144,8 @@ def shards(model: nn.Module, machine: Machine) -> dict:
     torch cannot load shards of a divided tensor where they differ in size, and a vocabulary divides
     by nothing. So every group has the whole head, divided over its processes.
     """
-    if machine.tensor == 1:
-        return {}
+    if machine.tensor == 1:             # all processes; a plan (memory.py) names pretended ones
+        return {"mesh": machine.mesh["data"]} if machine.mesh else {}
     head = set()
     for name, parameter in model.named_parameters():
         if how_divided(name.rpartition(".")[0]) == "words":

@@ -115,7 +115,7 @@ def test_larger_micro_batches_take_more_activations_and_no_more_weights(planned)
 
 @pytest.mark.parametrize("flags, sentence", [
     (("--task", "vqa", "--recipe", "toy", "--epochs", "2"), "--texts says of how many"),
-    ((*TOY, "--tokens", "1"), "--tokens: at least 3"), ((*TOY, "--load", "x.pt"), "a plan needs no weights")])
+    ((*TOY, "--tokens", "1"), "--tokens: at least 3"), ((*TOY, "--load", "x.pt"), "no weights are needed here")])
 def test_a_plan_that_lacks_something_is_refused_in_a_sentence(flags, sentence):
     with pytest.raises(SystemExit, match=sentence):
         plan_tool.main(list(flags))

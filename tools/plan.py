@@ -50,8 +50,9 @@ def planned_run(args, flags: list[str]):
     settings, _ = parse_settings([*flags, "--data", "drawn", "--out", "none"])
     machine = Machine(0, args.processes, torch.device("cuda"), settings.precision or "bf16",
                       tensor=settings.tensor_parallel)
-    check(settings, machine)
-    return drawn_run(flags, machine, args.texts)
+    run = drawn_run(flags, machine, args.texts)
+    check(run.settings, machine)
+    return run
 
 
 def main(argv=None):
