@@ -133,7 +133,7 @@ def test_what_was_found_makes_the_run_that_naming_it_makes(world, tmp_path, memo
 def test_other_words_for_a_micro_batch_are_refused(world, tmp_path, capsys, text):
     with pytest.raises(SystemExit):
         train.parse(train_command(world, tmp_path, f"--micro-batch={text}"))
-    assert "argument --micro-batch: invalid pairs value" in capsys.readouterr().err
+    assert f"{text}: a number of pairs, or auto, is expected" in capsys.readouterr().err
 
 
 def test_shards_refuse_to_search(world, tmp_path):
