@@ -19,7 +19,7 @@ PINS      ?= constraints.txt
 .DEFAULT_GOAL := all
 .PHONY: all demo vqa nlvr2 caption retrieval models vilt pictures masks compare speedrun test quick faults lint notebook bench clean help
 
-all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned (7 minutes)
+all: $(RUN)/words.json pictures  ## set up, draw the toy world, pretrain FLM on it, show what it learned
 	@echo "pictures: docs/masks.png, $(RUN)/curves.png, $(RUN)/words.png"
 
 # ---------------------------------------------------------------------------------------------------
