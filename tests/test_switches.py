@@ -260,10 +260,17 @@ def test_a_small_set_of_lengths_makes_a_handful_of_shapes(world, tmp_path):
     assert len(few) <= 9 and len(many) > 2 * len(few)
 
 
-@pytest.mark.slow
-def test_each_shape_is_compiled_once(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+@pytest.fixture
+def few_graphs():
+    """Eight graphs at most, as torch has it, whatever the test sets."""
+    with torch._dynamo.config.patch(recompile_limit=8):         # monkeypatch would remove the setting
+        torch._dynamo.reset()
+        yield
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_each_shape_is_compiled_once(world, tmp_path, monkeypatch, few_graphs):
     run, model = opened(world, tmp_path, *LENGTHS)
     graphs, compile_with, batches = [], model.compile, {}
     count = lambda graph, inputs: graphs.append(graph) or graph.forward             # a backend that counts
