@@ -28,7 +28,8 @@ from sources.shards import Writer
 from tokenizer import BPE
 from tools import toy
 
-torch.set_num_threads(1)        # tiny models: a second thread only waits, and on a busy machine it waits long
+# tiny models: a second thread only waits, and on a busy machine it waits long
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("FLM_SHARED") or ROOT.parent / "shared")
@@ -68,7 +69,8 @@ def write_captions(path, rows, seed=0, captions=2, broken=(), batch_rows=7, size
     with Writer(path, CAPTIONS, batch_rows=batch_rows) as out:
         for row in range(rows):
             texts = [" ".join(rng.choice(WORDS, rng.integers(2, 12))) for _ in range(captions)]
-            image = b"not a picture" if row in broken else picture([seed, row], sizes[row % len(sizes)])
+            image = b"not a picture" if row in broken else picture([seed, row],
+                                                                   sizes[row % len(sizes)])
             out.write({"image": image, "caption": texts, "image_id": str(row), "split": "train"})
     return path
 
@@ -83,8 +85,10 @@ def trained_toy():
 
 # -- tiny models -----------------------------------------------------------------------------------
 
-TINY = flm.Config(image_size=24, patch_size=8, vit_width=32, vit_layers=2, vit_heads=2, vocab_size=97, text_width=32,
-                  text_layers=2, text_heads=4, max_positions=40, mask_id=96, width=32, heads=4, fusion_layers=2,
+TINY = flm.Config(image_size=24, patch_size=8, vit_width=32, vit_layers=2, vit_heads=2,
+                  vocab_size=97, text_width=32,
+                  text_layers=2, text_heads=4, max_positions=40, mask_id=96, width=32, heads=4,
+                  fusion_layers=2,
                   reconstructor_text_layers=2, reconstructor_fusion_layers=2, dropout=0.0)
 
 
@@ -105,8 +109,10 @@ def caption(n, length, seed=0):
     return ids
 
 
-TINY_VILT = vilt.Config(image_size=48, patch_size=16, vocab_size=300, max_positions=24, cls_id=0, pad_id=1, sep_id=2, mask_id=4,
-                        width=24, layers=2, heads=3, mlp_width=40, dropout=0.0, init_std=0.2, max_patches=7)
+TINY_VILT = vilt.Config(image_size=48, patch_size=16, vocab_size=300, max_positions=24, cls_id=0,
+                        pad_id=1, sep_id=2, mask_id=4,
+                        width=24, layers=2, heads=3, mlp_width=40, dropout=0.0, init_std=0.2,
+                        max_patches=7)
 
 
 def vilt_model(config, seed=0):
@@ -131,13 +137,19 @@ def write_questions(path, rows, seed, broken=()):
     with Writer(path, VQA, batch_rows=3) as out:
         for row in range(rows):
             count = 1 + row % 3
-            labels = [rng.choice(len(ANSWERS), rng.integers(0, 4), replace=False).tolist() for _ in range(count)]
+            labels = [rng.choice(len(ANSWERS), rng.integers(0, 4), replace=False).tolist()
+                      for _ in range(count)]
             scores = [rng.choice([0.3, 0.6, 0.9, 1.0], len(some)).tolist() for some in labels]
             ids = [1000 * seed + 10 * row + k for k in range(count)]
-            image = b"no picture" if row in broken else picture([seed, row], SIZES[row % len(SIZES)])
-            out.write({"image": image, "questions": [" ".join(rng.choice(WORDS, rng.integers(1, 9))) + "?" for _ in ids],
-                       "answers": [[ANSWERS[k] for k in some] for some in labels], "answer_labels": labels,
-                       "answer_scores": scores, "image_id": row, "question_id": ids, "split": "train"})
+            image = b"no picture" if row in broken else picture([seed, row],
+                                                                SIZES[row % len(SIZES)])
+            out.write({"image": image,
+                       "questions": [" ".join(rng.choice(WORDS, rng.integers(1, 9))) + "?"
+                                     for _ in ids],
+                       "answers": [[ANSWERS[k] for k in some] for some in labels],
+                       "answer_labels": labels,
+                       "answer_scores": scores, "image_id": row, "question_id": ids,
+                       "split": "train"})
             labels_of |= dict(zip(ids, labels))
     return labels_of
 
@@ -162,11 +174,13 @@ def write_world(root):
     """Captions, questions and statements (dataset "mine"), a tokenizer, and a checkpoint of each kind of pretrained model."""
     write_captions(root / "mine_caption_train.arrow", 12, sizes=SIZES)
     write_captions(root / "mine_caption_val.arrow", 5, seed=1, sizes=SIZES)
-    write_captions(root / "mine_caption_test.arrow", 7, seed=2, broken=(4,), batch_rows=3, sizes=SIZES)
+    write_captions(root / "mine_caption_test.arrow", 7, seed=2, broken=(4,), batch_rows=3,
+                   sizes=SIZES)
     write_questions(root / "mine_vqa_train.arrow", 9, 1)
     asked = write_questions(root / "mine_vqa_val.arrow", 11, 2, broken=(3, 7))
     (root / "mine_vqa_answers.json").write_text(json.dumps(ANSWERS))
-    people = lambda labels: [{"answer": ANSWERS[labels[k % len(labels)]] if labels else "kite"} for k in range(10)]
+    people = lambda labels: [{"answer": ANSWERS[labels[k % len(labels)]] if labels else "kite"}
+                             for k in range(10)]
     (root / "mine_vqa_annotations_val.json").write_text(json.dumps({"annotations": [
         {"question_id": q, "answers": people(labels), "answer_type": ("other", "yes/no")[q % 2]}
         for q, labels in asked.items()]}))
@@ -175,19 +189,23 @@ def write_world(root):
     (root / "nlvr2_balanced_dev.json").write_text(json.dumps(list(stated)[:6]))
     tok = BPE.train([" ".join(WORDS)] * 3, 300)
     tok.save(root / "tok")
-    special = dict(vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id, sep_id=tok.sep_id, mask_id=tok.mask_id)
+    special = dict(vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id, sep_id=tok.sep_id,
+                   mask_id=tok.mask_id)
     models = {name: tiny(objective=name, itm=True, **special) for name in ("flm", "mlm", "ar")}
     models["vilt"] = vilt_model(replace(TINY_VILT, **special, mpp=True))
     for name, model in models.items():
-        weights.save(root / f"{name}.pt", model.state_dict(), model.config, "pretrain", weights.pack_tokenizer(tok))
+        weights.save(root / f"{name}.pt", model.state_dict(), model.config, "pretrain",
+                     weights.pack_tokenizer(tok))
     return root
 
 
 def finetune(world, task, kind, out, *more):
     """One step of a task from a pretrained model -> the checkpoint."""
-    train.main(["--task", task, "--load", str(world / f"{kind}.pt"), "--data", str(world), "--out", str(out), *map(str, (
-        "--device", "cpu", "--workers", 0, "--steps", 1, "--global-batch", 4, "--lr", 1e-3, "--eval-every", 0,
-        "--max-unreadable", 1, *more))])
+    train.main(["--task", task, "--load", str(world / f"{kind}.pt"), "--data", str(world), "--out",
+                str(out), *map(str, (
+"--device", "cpu", "--workers", 0, "--steps", 1, "--global-batch", 4, "--lr", 1e-3, "--eval-every",
+                                     0,
+"--max-unreadable", 1, *more))])
     return out / "last.pt"
 
 
@@ -204,7 +222,8 @@ def task_on(world, name, kind="flm", **settings):
 def original(name, folder):
     """A recorded task's Lightning file, opened -> (model, inputs, outputs)."""
     recorded = torch.load(DOWNSTREAM, weights_only=True)["tasks"][name]
-    torch.save({"state_dict": recorded["state_dict"], "hyper_parameters": {"config": recorded["config"]}}, folder / "x.ckpt")
+    torch.save({"state_dict": recorded["state_dict"],
+                "hyper_parameters": {"config": recorded["config"]}}, folder / "x.ckpt")
     return weights.load(folder / "x.ckpt", vit_heads=2), recorded["inputs"], recorded["outputs"]
 
 
@@ -220,21 +239,27 @@ def two_processes(script, *arguments):
 
 def write_page_models(root):
     """Untrained models of all tasks that know the toy world's words, for the demo page -> their paths."""
-    captions = [text for index in range(60) for text in toy.picture_rows(0, 32, "train", index)[0]["caption"]]
+    captions = [text for index in range(60)
+                for text in toy.picture_rows(0, 32, "train", index)[0]["caption"]]
     tok, paths = BPE.train(captions, 330), []
-    for task, changes in (("pretrain", {}), ("vqa", {"head": "vqa", "answers": len(ANSWERS)}), ("nlvr2", {"head": "nlvr2"}),
-                          ("retrieval", {"head": "retrieval"}), ("caption", {"objective": "ar", "pooler": False})):
+    for task, changes in (("pretrain", {}), ("vqa", {"head": "vqa", "answers": len(ANSWERS)}),
+                          ("nlvr2", {"head": "nlvr2"}),
+                          ("retrieval", {"head": "retrieval"}),
+                          ("caption", {"objective": "ar", "pooler": False})):
         if task == "caption":
             tasks.Caption.add_special_tokens(tok)
-        model = tiny(vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id, sep_id=tok.sep_id, mask_id=tok.mask_id,
+        model = tiny(vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id, sep_id=tok.sep_id,
+                     mask_id=tok.mask_id,
                      max_positions=90, **changes)
         paths.append(root / f"{task}.pt")
         answers = {"answers": ANSWERS} if task == "vqa" else {}
-        weights.save(paths[-1], model.state_dict(), model.config, task, weights.pack_tokenizer(tok), **answers)
+        weights.save(paths[-1], model.state_dict(), model.config, task, weights.pack_tokenizer(tok),
+                     **answers)
     return paths
 
 
-# -- runs of train.py -------------------------------------------------------------------------------
+# -- runs of train.py
+# -------------------------------------------------------------------------------
 
 TRAIN_FLM = ("--image-size 16 --patch-size 8 --vit-width 16 --vit-layers 1 --vit-heads 2 --text-width 16 --text-layers 1 "
          "--text-heads 2 --width 16 --heads 2 --fusion-layers 2 --reconstructor-text-layers 1 --max-positions 66 "
@@ -252,7 +277,8 @@ def write_caption_world(root):
 
 
 def train_command(world, out, *more, sizes=TRAIN_FLM):
-    return [*sizes, "--data", str(world), "--tokenizer", str(world / "tok"), "--out", str(out), *map(str, more)]
+    return [*sizes, "--data", str(world), "--tokenizer", str(world / "tok"), "--out", str(out),
+            *map(str, more)]
 
 
 TRAIN = "--global-batch 16 --steps 6 --lr 1e-2 --warmup 0.2 --log-every 1 --eval-every 3 --save-every 2 --clip 1.0".split()
@@ -260,7 +286,8 @@ TRAIN = "--global-batch 16 --steps 6 --lr 1e-2 --warmup 0.2 --log-every 1 --eval
 
 def train_outcome(out):
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    losses = [{k: v for k, v in line.items() if k.endswith(("loss", "accuracy", "step", "norm", "lr"))} for line in lines]
+    losses = [{k: v for k, v in line.items()
+               if k.endswith(("loss", "accuracy", "step", "norm", "lr"))} for line in lines]
     return losses, weights.read(Path(out) / "last.pt")["model"]
 
 
@@ -271,15 +298,18 @@ def assert_same(a, b, tolerance):
         assert x == pytest.approx(y, abs=tolerance)
     for name, ours in model_a.items():
         theirs = model_b[name]
-        if name.endswith("kv.bias") and tolerance:      # a softmax ignores the keys' bias: its gradient is pure rounding
+        # a softmax ignores the keys' bias: its gradient is pure rounding
+        if name.endswith("kv.bias") and tolerance:
             ours, theirs = ours.chunk(2)[1], theirs.chunk(2)[1]
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0, msg=name)
 
 
 def torchrun(processes, arguments):
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                             "--nproc_per_node",
                              str(processes), str(ROOT / "train.py"), *arguments],
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
 
 
 # -- raw downloads for prepare.py ------------------------------------------------------------------
@@ -328,7 +358,8 @@ def texts(path):
 
 
 def skipped(path):
-    return {entry["key"]: entry["reason"] for entry in map(json.loads, path.read_text().splitlines())}
+    return {entry["key"]: entry["reason"]
+            for entry in map(json.loads, path.read_text().splitlines())}
 
 
 def names_in(folder):

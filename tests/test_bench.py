@@ -234,7 +234,8 @@ def test_padding_is_the_share_of_pads():
 
 def test_sorted_captions_have_less_padding(captions, run):
     rows = run("padding", captions[0], "--tokenizer", captions[1])
-    assert [row["order"] for row in rows] == ["sorted", "as drawn", "2 share", "3 share", "5 share"] * 4
+    assert [row["order"] for row in rows] == ["sorted", "as drawn", "2 share", "3 share",
+                                              "5 share"] * 4
     for row in rows:
         assert 0 <= row["to 1"] < row["to 8"] < row["to 50"] < 100
     assert rows[0]["to 1"] < rows[1]["to 1"]
@@ -242,7 +243,8 @@ def test_sorted_captions_have_less_padding(captions, run):
 
 def test_two_captions_that_share_an_image_pass_half_of_the_images_and_have_more_pads(captions, run):
     by_itself, _, pairs, threes, _ = run("padding", captions[0], "--tokenizer", captions[1])[:5]
-    assert by_itself["images"] == 1 and 0.5 <= pairs["images"] < 0.51      # each image has two captions
+    # each image has two captions
+    assert by_itself["images"] == 1 and 0.5 <= pairs["images"] < 0.51
     assert threes["images"] == pairs["images"] and by_itself["to 1"] < pairs["to 1"]
 
 
@@ -250,10 +252,12 @@ def test_the_more_captions_share_an_image_the_less_of_it_falls_to_each(run):
     rows = run("share", *TOY)
     each = [row["GFLOP each"] for row in rows]
     assert [row["captions"] for row in rows] == [1, 2, 3, 5] and rows[0]["fewer %"] == 0
-    image = 2 * (each[0] - each[1])                 # the work of an image, where each caption has its own
+    # the work of an image, where each caption has its own
+    image = 2 * (each[0] - each[1])
     assert each == pytest.approx([each[0] - image + image / count for count in (1, 2, 3, 5)])
     vit = 3 * counted_flops(flm.ViT(64, 16, 128, 2, 4), torch.zeros(1, 3, 64, 64)) / 1e9
-    assert vit < image < 2 * vit                    # the fusion layers' keys and values of it come on top
+    # the fusion layers' keys and values of it come on top
+    assert vit < image < 2 * vit
 
 
 @pytest.mark.parametrize("arguments, sentence", [

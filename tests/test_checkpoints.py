@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (ROOT, TRAIN as RUN, TRAIN_FLM as SIZES, TRAIN_VILT as VILT, assert_same, free_port, torchrun, write_captions,
+from conftest import (ROOT, TRAIN as RUN, TRAIN_FLM as SIZES, TRAIN_VILT as VILT, assert_same,
+                      free_port, torchrun, write_captions,
                       train_command as command, train_outcome as outcome, write_caption_world)
 
 import checkpoints
@@ -44,7 +45,8 @@ def copy_of(run, out, **changes):
         if path.is_file():
             (out / path.name).write_bytes(path.read_bytes())
     saved = torch.load(out / "last.pt", weights_only=False) | changes
-    torch.save({name: value for name, value in saved.items() if value is not KeyError}, out / "last.pt")
+    torch.save({name: value for name, value in saved.items() if value is not KeyError},
+               out / "last.pt")
     return out
 
 
@@ -57,12 +59,14 @@ def refused(world, out, *more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes, more", [(SIZES, ("--corruption-rate", 0.3)), (VILT, ())], ids=["flm", "vilt"])
+@pytest.mark.parametrize("sizes, more", [(SIZES, ("--corruption-rate", 0.3)), (VILT, ())],
+                         ids=["flm", "vilt"])
 def test_a_killed_and_resumed_run_equals_one_that_never_stopped(world, tmp_path, sizes, more):
     long = [*RUN, "--steps", 30, "--dropout", 0.1, "--save-every", 3, *more]
     train.main(command(world, tmp_path / "whole", *long, sizes=sizes))
     arguments = command(world, tmp_path / "killed", *long, sizes=sizes)
-    run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=subprocess.PIPE, text=True,
+    run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments],
+                           stdout=subprocess.PIPE, text=True,
                            env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"})
     for line in run.stdout:
         if line.startswith(f"step {11:>6}/"):           # between two checkpoints
@@ -75,15 +79,18 @@ def test_a_killed_and_resumed_run_equals_one_that_never_stopped(world, tmp_path,
     assert 0 < step < 30
     train.main([*arguments, "--resume"])
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"), 0)
-    lines = [json.loads(line) for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line)
+             for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "lr" in line]
     assert steps == list(range(1, 31))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--shard", "--precision", "bf16")], ids=["ddp", "fsdp in bfloat16"])
+@pytest.mark.parametrize("more", [(), ("--shard", "--precision", "bf16")],
+                         ids=["ddp", "fsdp in bfloat16"])
 def test_a_run_of_two_processes_resumes_as_if_it_had_never_stopped(world, tmp_path, more):
-    arguments = [*RUN, "--steps", 4, "--dropout", 0.1, "--micro-batch", 4, "--eval-every", 0, "--keep", 2, *more]
+    arguments = [*RUN, "--steps", 4, "--dropout", 0.1, "--micro-batch", 4, "--eval-every", 0,
+                 "--keep", 2, *more]
     whole = torchrun(2, command(world, tmp_path / "whole", *arguments))
     output, _ = whole.communicate(timeout=240)
     assert whole.returncode == 0, output
@@ -101,7 +108,8 @@ def test_a_run_of_two_processes_resumes_as_if_it_had_never_stopped(world, tmp_pa
 def test_a_run_does_not_resume_in_another_precision(world, tmp_path):
     train.main(command(world, tmp_path / "run", *RUN))
     for precision in ("bf16", "fp16"):
-        with pytest.raises(SystemExit, match=f"other settings than the run's: precision 'fp32' -> '{precision}'"):
+        with pytest.raises(SystemExit,
+                           match=f"other settings than the run's: precision 'fp32' -> '{precision}'"):
             train.main(command(world, tmp_path / "run", *RUN, "--precision", precision, "--resume"))
 
 
@@ -112,12 +120,14 @@ def test_a_run_does_not_resume_on_other_data(world, tmp_path):
     arguments = [*RUN, "--data", tmp_path, "--steps", 2]
     train.main(command(world, tmp_path / "run", *arguments))
     write_captions(tmp_path / "more_caption_train.arrow", 9)
-    with pytest.raises(SystemExit, match=r"other data than the run's, .*mine_caption_train.arrow', 60.* -> .*more_caption"):
+    with pytest.raises(SystemExit,
+                       match=r"other data than the run's, .*mine_caption_train.arrow', 60.* -> .*more_caption"):
         train.main(command(world, tmp_path / "run", *arguments, "--resume"))
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_neither_overwritten_nor_resumed_under_other_settings(world, tmp_path, capsys):
+def test_a_finished_run_is_neither_overwritten_nor_resumed_under_other_settings(world, tmp_path,
+                                                                                capsys):
     train.main(command(world, tmp_path / "run", *RUN))
     with pytest.raises(SystemExit, match="last.pt exists: --resume goes on"):
         train.main(command(world, tmp_path / "run", *RUN))
@@ -132,7 +142,9 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(world, tmp_path, monkeyp
     train.main(command(world, tmp_path / "run", *RUN))
     path = tmp_path / "run/last.pt"
     before = path.read_bytes()
-    monkeypatch.setattr(torch, "save", lambda contents, file: (file.write(b"half"), (_ for _ in ()).throw(OSError("disk full"))))
+    monkeypatch.setattr(torch, "save",
+                        lambda contents, file: (file.write(b"half"),
+                                                (_ for _ in ()).throw(OSError("disk full"))))
     with pytest.raises(OSError):
         weights.save(path, {}, flm.PRESETS["toy"], "pretrain", {}, step=7)
     assert path.read_bytes() == before
@@ -147,12 +159,16 @@ def test_a_run_of_a_version_that_had_fewer_settings_resumes():
         check_same_run("last.pt", saved, replace(settings, bucket=8), config, [["a.arrow", 9]])
 
 
-# -- stopping ----------------------------------------------------------------------------------------
+# -- stopping
+# ----------------------------------------------------------------------------------------
 
 def started(arguments, environment=None, group=False):
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments],
+                            stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True,
-                            start_new_session=group, env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | (environment or {}))
+                            start_new_session=group,
+                            env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+                            | (environment or {}))
 
 
 def signal_at(step, number):
@@ -169,7 +185,9 @@ def signal_at(step, number):
 @pytest.mark.parametrize("number, code", [
     (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
     pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow)])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_been(world, tmp_path, trained, monkeypatch, number, code, capsys):
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_been(world, tmp_path,
+                                                                              trained, monkeypatch,
+                                                                              number, code, capsys):
     arguments = command(world, tmp_path / "run", *RUN, "--keep", 2)
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
@@ -201,7 +219,8 @@ def test_a_second_signal_stops_at_once_but_not_the_repetition_of_the_first(monke
 @pytest.mark.slow
 def test_a_signal_to_the_data_loading_processes_too_loses_nothing(world, tmp_path):
     """A scheduler signals all processes of a job, and Ctrl-C those of the terminal."""
-    arguments = command(world, tmp_path / "run", *RUN, "--steps", 5000, "--eval-every", 0, "--save-every", 5000,
+    arguments = command(world, tmp_path / "run", *RUN, "--steps", 5000, "--eval-every", 0,
+                        "--save-every", 5000,
                         "--workers", 1)
     run = started(arguments, group=True)
     for line in run.stdout:
@@ -213,15 +232,18 @@ def test_a_signal_to_the_data_loading_processes_too_loses_nothing(world, tmp_pat
     assert weights.read(tmp_path / "run/last.pt")["step"] >= 5
 
 
-def test_a_run_that_is_stopped_before_training_has_begun_ends_at_once(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "open_run", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))
+def test_a_run_that_is_stopped_before_training_has_begun_ends_at_once(world, tmp_path, monkeypatch,
+                                                                      capsys):
+    monkeypatch.setattr(train, "open_run",
+                        lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))
     with pytest.raises(SystemExit) as stop:
         train.main(command(world, tmp_path / "run", *RUN))
     assert stop.value.code == 143 and "stopped by SIGTERM before training began" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_in_a_validation_validates_again(world, tmp_path, trained, monkeypatch):
+def test_a_run_that_is_stopped_in_a_validation_validates_again(world, tmp_path, trained,
+                                                               monkeypatch):
     arguments = command(world, tmp_path / "run", *RUN, "--keep", 2)
     original, calls = train.evaluate, []
 
@@ -243,7 +265,8 @@ def two_in_their_fifth_step(world, out):
     """A long run of two processes that has taken some steps."""
     places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     arguments = command(world, out, *RUN, "--steps", 5000, "--eval-every", 0, "--save-every", 5000)
-    runs = [started(arguments, places | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    runs = [started(arguments, places | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(2)]
     for line in runs[0].stdout:
         if line.startswith(f"step {5:>6}/"):
             break
@@ -270,7 +293,8 @@ def test_a_process_that_dies_is_named_by_the_others(world, tmp_path):
     assert "train.py: process 1 of 0 … 1 ended, so this one cannot go on" in words
 
 
-# -- what comes back ---------------------------------------------------------------------------------
+# -- what comes back
+# ---------------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_the_sums_of_losses_go_on_after_a_resume(world, tmp_path):
@@ -305,7 +329,9 @@ BROKEN = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes, words", BROKEN.values(), ids=BROKEN.keys())
-def test_a_checkpoint_that_lacks_something_is_refused_and_the_good_one_is_named(world, tmp_path, trained, changes, words):
+def test_a_checkpoint_that_lacks_something_is_refused_and_the_good_one_is_named(world, tmp_path,
+                                                                                trained, changes,
+                                                                                words):
     out = copy_of(trained, tmp_path / "run", **changes)
     told = refused(world, out)
     assert words in told and f"{out / 'previous.pt'} of step 4 is whole" in told
@@ -315,7 +341,10 @@ def test_a_checkpoint_that_lacks_something_is_refused_and_the_good_one_is_named(
 
 
 def test_files_of_another_kind_are_other_data(world, tmp_path, trained):
-    assert "other data than the run's, [file, rows]: 7 -> " in refused(world, copy_of(trained, tmp_path / "run", files=7))
+    assert "other data than the run's, [file, rows]: 7 -> " in refused(world,
+                                                                       copy_of(trained,
+                                                                               tmp_path / "run",
+                                                                               files=7))
 
 
 def moments(saved, **changes):
@@ -366,7 +395,8 @@ def test_groups_and_rates_in_a_file_are_not_believed(world, tmp_path, trained):
 def test_damaged_lines_of_metrics_are_dropped(world, tmp_path, trained):
     out = copy_of(trained, tmp_path / "run")
     whole = (out / "metrics.jsonl").read_bytes()
-    (out / "metrics.jsonl").write_bytes(b'\xff\xfe\n{"step": 1}\n[]\n{"step": "x", "loss": 1.0}\n' + whole + b'{"step": 6, "lo')
+    (out / "metrics.jsonl").write_bytes(b'\xff\xfe\n{"step": 1}\n[]\n{"step": "x", "loss": 1.0}\n'
+                                        + whole + b'{"step": 6, "lo')
     train.main(command(world, out, *RUN, "--resume"))
     assert (out / "metrics.jsonl").read_bytes() == whole
 
@@ -380,7 +410,8 @@ def test_a_kill_between_two_names_loses_nothing(world, tmp_path, trained):
     assert_same(outcome(out), outcome(trained), 0)
 
 
-# -- more than one run -------------------------------------------------------------------------------
+# -- more than one run
+# -------------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_two_runs_do_not_write_into_one_folder(world, tmp_path):
@@ -403,7 +434,8 @@ def test_two_runs_do_not_write_into_one_folder(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_extended_and_says_what_becomes_of_the_rate(world, tmp_path, trained, capsys):
+def test_a_finished_run_is_extended_and_says_what_becomes_of_the_rate(world, tmp_path, trained,
+                                                                      capsys):
     out = copy_of(trained, tmp_path / "run")
     train.main(command(world, out, *RUN, "--resume", "--steps", 9))
     told = capsys.readouterr().out
@@ -414,25 +446,30 @@ def test_a_finished_run_is_extended_and_says_what_becomes_of_the_rate(world, tmp
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_is_kept_also_over_a_resume_that_extends_the_run(world, tmp_path, capsys):
+def test_the_best_checkpoint_is_kept_also_over_a_resume_that_extends_the_run(world, tmp_path,
+                                                                             capsys):
     """Step 5 is validated only because it is the last of the first run: the second one knows its value all the same."""
     best = [*RUN, "--eval-every", 2, "--save-every", 100, "--keep-best", "val_loss"]
 
     def losses():
-        lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line)
+                 for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
         return {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
 
     train.main(command(world, tmp_path / "run", *best, "--steps", 5))
     before = losses()
     step = weights.read(tmp_path / "run/best.pt")["step"]
     assert sorted(before) == [2, 4, 5] and before[step] == min(before.values())
-    assert json.loads((tmp_path / "run/best.json").read_text()) == {"name": "val_loss", "value": before[step], "step": step}
+    assert json.loads((tmp_path / "run/best.json").read_text()) == {"name": "val_loss",
+                                                                    "value": before[step],
+                                                                    "step": step}
     train.main(command(world, tmp_path / "run", *best, "--steps", 9, "--resume"))
     after = losses()
     assert weights.read(tmp_path / "run/best.pt")["step"] == min(after, key=after.get)
     assert capsys.readouterr().out.count("| the best") >= 1
     # A value that nothing beats: a resumed run must know it, and leave its checkpoint as it is.
-    disk.write_text(tmp_path / "run/best.json", json.dumps({"name": "val_loss", "value": 0.001, "step": step}))
+    disk.write_text(tmp_path / "run/best.json",
+                    json.dumps({"name": "val_loss", "value": 0.001, "step": step}))
     kept = (tmp_path / "run/best.pt").read_bytes()
     train.main(command(world, tmp_path / "run", *best, "--steps", 12, "--resume"))
     assert sorted(losses())[-1] == 12 and (tmp_path / "run/best.pt").read_bytes() == kept
@@ -443,7 +480,8 @@ def test_the_best_checkpoint_is_kept_also_over_a_resume_that_extends_the_run(wor
 @pytest.mark.slow
 def test_the_short_validation_of_step_10_is_never_the_best(world, tmp_path, capsys):
     """It has fewer captions, so its number cannot be compared with the others."""
-    train.main(command(world, tmp_path / "run", *RUN, "--steps", 12, "--eval-every", 100, "--keep-best", "val_loss"))
+    train.main(command(world, tmp_path / "run", *RUN, "--steps", 12, "--eval-every", 100,
+                       "--keep-best", "val_loss"))
     told = [line for line in capsys.readouterr().out.splitlines() if "| validation" in line]
     assert [("the best" in line) for line in told] == [False, True]
     assert weights.read(tmp_path / "run/best.pt")["step"] == 12
@@ -452,9 +490,11 @@ def test_the_short_validation_of_step_10_is_never_the_best(world, tmp_path, caps
 def test_a_disk_without_hard_links_gets_copies(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("weights")
     (tmp_path / "b").write_text("older")
-    monkeypatch.setattr(disk.os, "link", lambda *_: (_ for _ in ()).throw(OSError(1, "no links here")))
+    monkeypatch.setattr(disk.os, "link",
+                        lambda *_: (_ for _ in ()).throw(OSError(1, "no links here")))
     disk.also_as(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b").read_text() == "weights" and sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert (tmp_path / "b").read_text() == "weights" and sorted(path.name
+                                                                for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_a_validation_that_is_not_a_number_is_never_the_best(tmp_path):
@@ -487,7 +527,8 @@ def test_processes_that_cannot_meet_say_where(world, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1]), "RANK": "0",
+        places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                  "MASTER_PORT": str(taken.getsockname()[1]), "RANK": "0",
                   "LOCAL_RANK": "0"}
         run = started(command(world, tmp_path / "run", *RUN), places)
         _, words = run.communicate(timeout=120)
@@ -516,6 +557,7 @@ def test_a_full_disk_names_the_file_and_the_checkpoint_that_stands(world, tmp_pa
 def test_a_run_whose_folder_has_a_name_without_unicode_resumes(world, tmp_path, trained):
     """In a locale without Unicode, Python knows é as two bytes that are no characters, and settings hold them."""
     saved = torch.load(trained / "step_4.pt", weights_only=False)
-    out = copy_of(trained, tmp_path / "run", **saved | {"settings": saved["settings"] | {"out": "runs/\udcc3\udca9"}})
+    out = copy_of(trained, tmp_path / "run",
+                  **saved | {"settings": saved["settings"] | {"out": "runs/\udcc3\udca9"}})
     train.main(command(world, out, *RUN, "--resume"))
     assert_same(outcome(out), outcome(trained), 0)

@@ -45,21 +45,25 @@ def test_a_task_of_the_page_trains_and_answers(tmp_path, monkeypatch):
     (tmp_path / "photo.jpg").write_bytes(picture(1))
     model = predict.open_model(checkpoint)
     assert model.task == "entailment"
-    assert {answer for answer, _ in predict.ask(model, tmp_path / "photo.jpg", "a red dog")} == set(conftest.ANSWERS)
+    assert {answer
+            for answer, _ in predict.ask(model, tmp_path / "photo.jpg",
+                                         "a red dog")} == set(conftest.ANSWERS)
 
 
 def test_an_objective_of_the_page_trains_and_does_not_see_what_it_predicts(tmp_path):
     exec(example("An objective"), {})
     assert masks.predicting_rows("backwards", 5) == {"right_to_left": range(2, 5)}
     world = write_caption_world(tmp_path)
-    train.main(train_command(world, tmp_path / "run", "--task", "pretrain", "--objective", "backwards", *STEPS))
+    train.main(train_command(world, tmp_path / "run", "--task", "pretrain", "--objective",
+                             "backwards", *STEPS))
     model = weights.load(tmp_path / "run/last.pt")
     assert model.config.loss_weights == {"right_to_left": 1.0}
     ids = conftest.caption(9, 9)
     images = torch.zeros(1, 3, 16, 16)
     changed = ids.clone()
     changed[0, 3] += 1                      # row 4 predicts token 3
-    outputs = [model.fuse(model.encode_image(images), model.encode_text(some)).right_to_left for some in (ids, changed)]
+    outputs = [model.fuse(model.encode_image(images), model.encode_text(some)).right_to_left
+               for some in (ids, changed)]
     same = (outputs[0] - outputs[1]).abs().amax(-1)[0] < 1e-6
     assert same.tolist() == [False, False, False, False, True, True, True, True, True]
 
@@ -85,6 +89,7 @@ def test_a_data_set_of_the_page_is_whole_and_is_trained_on(tmp_path, capsys):
     assert names_in(out) == ["mine_caption_train.arrow"]
     prepare_main("check", out)
     assert "2" in capsys.readouterr().out
-    train.main(train_command(out, tmp_path / "run", "--task", "pretrain", "--tokenizer", world / "tok", *STEPS[2:],
+    train.main(train_command(out, tmp_path / "run", "--task", "pretrain", "--tokenizer",
+                             world / "tok", *STEPS[2:],
                              "--global-batch", 2))
     assert Path(tmp_path / "run/last.pt").is_file()

@@ -8,7 +8,8 @@ import re
 
 import pyarrow as pa
 import pytest
-from conftest import (TRAIN_FLM, WORDS, arrow, checked, finetune, prepare_main, put, tiny, train_outcome)
+from conftest import (TRAIN_FLM, WORDS, arrow, checked, finetune, prepare_main, put, tiny,
+                      train_outcome)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,8 +27,10 @@ from tokenizer import BPE
 
 pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
 
-CAPTION_FILES = ["coco_caption_karpathy_test", "f30k_caption_karpathy_test", "conceptual_caption_train_0", "sbu_0", "vg"]
-SCHEMAS = {**dict.fromkeys(CAPTION_FILES, CAPTIONS), "vg": REGIONS, "vqav2_train": VQA, "vqav2_rest_val": VQA,
+CAPTION_FILES = ["coco_caption_karpathy_test", "f30k_caption_karpathy_test",
+                 "conceptual_caption_train_0", "sbu_0", "vg"]
+SCHEMAS = {**dict.fromkeys(CAPTION_FILES, CAPTIONS), "vg": REGIONS, "vqav2_train": VQA,
+           "vqav2_rest_val": VQA,
            "nlvr2_dev": NLVR2.remove(NLVR2.get_field_index("identifiers"))}
 
 
@@ -45,9 +48,11 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("converters")
     tok = BPE.train([" ".join(WORDS)] * 3, 330)
     tok.save(root / "tok")
-    model = tiny(objective="flm", itm=True, vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id, sep_id=tok.sep_id,
+    model = tiny(objective="flm", itm=True, vocab_size=len(tok), cls_id=tok.cls_id,
+                 pad_id=tok.pad_id, sep_id=tok.sep_id,
                  mask_id=tok.mask_id)
-    weights.save(root / "flm.pt", model.state_dict(), model.config, "pretrain", weights.pack_tokenizer(tok))
+    weights.save(root / "flm.pt", model.state_dict(), model.config, "pretrain",
+                 weights.pack_tokenizer(tok))
     return root
 
 
@@ -87,7 +92,8 @@ def test_our_columns_are_theirs(originals, name):
 
 def test_image_ids_are_file_names_without_a_folder(originals):
     for name in ("conceptual_caption_train_0", "sbu_0"):
-        assert all(re.fullmatch(r"\d{7}", i) for i in table_of(originals / f"{name}.arrow")["image_id"].to_pylist())
+        assert all(re.fullmatch(r"\d{7}", i)
+                   for i in table_of(originals / f"{name}.arrow")["image_id"].to_pylist())
 
 
 def test_each_caption_of_vg_has_its_box_in_step(originals):
@@ -102,7 +108,8 @@ def test_each_caption_of_vg_has_its_box_in_step(originals):
 @pytest.mark.parametrize("name", CAPTION_FILES)
 def test_three_steps_of_pretraining_on_their_captions(world, originals, tmp_path, name):
     folder = linked(originals, tmp_path / "data", f"mine_caption_train={name}")
-    train.main([*TRAIN_FLM, "--data", str(folder), "--tokenizer", str(world / "tok"), "--out", str(tmp_path / "run"),
+    train.main([*TRAIN_FLM, "--data", str(folder), "--tokenizer", str(world / "tok"), "--out",
+                str(tmp_path / "run"),
                 *"--steps 3 --global-batch 8 --log-every 1 --eval-every 0 --itm".split()])
     losses = [line["loss"] for line in train_outcome(tmp_path / "run")[0] if "loss" in line]
     assert len(losses) == 3 and all(0 < loss < 100 for loss in losses)
@@ -110,22 +117,29 @@ def test_three_steps_of_pretraining_on_their_captions(world, originals, tmp_path
 
 def test_their_files_are_found_by_their_names(world, originals, tmp_path):
     folder = linked(originals, tmp_path / "data", *CAPTION_FILES)
-    train.main([*TRAIN_FLM, "--data", str(folder), "--tokenizer", str(world / "tok"), "--out", str(tmp_path / "run"),
+    train.main([*TRAIN_FLM, "--data", str(folder), "--tokenizer", str(world / "tok"), "--out",
+                str(tmp_path / "run"),
                 *"--steps 1 --global-batch 8 --eval-every 0 --datasets vg sbu gcc".split()])
     assert (tmp_path / "run/last.pt").exists()
 
 
-@pytest.mark.parametrize("name, dataset", [("coco_caption_karpathy_test", "coco"), ("f30k_caption_karpathy_test", "f30k")])
-def test_captioning_and_retrieval_on_their_test_files(world, originals, tmp_path, capsys, name, dataset):
+@pytest.mark.parametrize("name, dataset",
+                         [("coco_caption_karpathy_test", "coco"),
+                          ("f30k_caption_karpathy_test", "f30k")])
+def test_captioning_and_retrieval_on_their_test_files(world, originals, tmp_path, capsys, name,
+                                                      dataset):
     folder = linked(originals, tmp_path / "data", name, f"{name.removesuffix('test')}train={name}")
     (folder / "flm.pt").symlink_to(world / "flm.pt")
     captioner = finetune(folder, "caption", "flm", tmp_path / "caption", "--steps", 3)
-    evaluate("caption", captioner, "--data", folder, "--datasets", dataset, "--max-tokens", 4, "--out", tmp_path / "out")
+    evaluate("caption", captioner, "--data", folder, "--datasets", dataset, "--max-tokens", 4,
+             "--out", tmp_path / "out")
     path, = (tmp_path / "out").glob("captions_*_results.json")
     table = Captions([folder / f"{name}.arrow"])
     assert len(json.loads(path.read_text())) == len(table)
-    retriever = finetune(folder, "retrieval", "flm", tmp_path / "retrieval", "--steps", 3, "--false-captions", 2)
-    evaluate("retrieval", retriever, "--data", folder, "--datasets", dataset, "--images", 12, "--out", tmp_path / "out")
+    retriever = finetune(folder, "retrieval", "flm", tmp_path / "retrieval", "--steps", 3,
+                         "--false-captions", 2)
+    evaluate("retrieval", retriever, "--data", folder, "--datasets", dataset, "--images", 12,
+             "--out", tmp_path / "out")
     assert "recall" in capsys.readouterr().out.lower()
 
 
@@ -141,16 +155,19 @@ def test_their_answer_list_is_rebuilt_from_their_labels(originals, tmp_path, cap
     assert sum(a == b for a, b in zip(answers, recorded)) == 257 and answers[0] == "(label 0)"
     printed = capsys.readouterr().out
     assert "vqav2_answers.json: there is no such file" in printed and "410 answers, of which 153 never occur" in printed
-    assert VQATask.answers(Settings(task="vqa", data=str(folder))) == answers and not capsys.readouterr().out
+    assert VQATask.answers(Settings(task="vqa",
+                                    data=str(folder))) == answers and not capsys.readouterr().out
 
 
-def test_three_steps_of_vqa_on_their_files_and_the_official_accuracy(world, originals, tmp_path, capsys):
+def test_three_steps_of_vqa_on_their_files_and_the_official_accuracy(world, originals, tmp_path,
+                                                                     capsys):
     folder = linked(originals, tmp_path / "data", "vqav2_train", "vqav2_rest_val", "vqav2_test")
     (folder / "flm.pt").symlink_to(world / "flm.pt")
     checkpoint = finetune(folder, "vqa", "flm", tmp_path / "run", "--steps", 3)
     assert weights.load(checkpoint).config.answers == 410
     annotations = originals / "vqav2_rest_val_annotations.json"
-    evaluate("vqa", checkpoint, "--data", folder, "--annotations", annotations, "--out", tmp_path / "out")
+    evaluate("vqa", checkpoint, "--data", folder, "--annotations", annotations, "--out",
+             tmp_path / "out")
     path, = (tmp_path / "out").glob("vqa_*_results.json")
     results = json.loads(path.read_text())
     assert len(results) == 438
@@ -163,14 +180,17 @@ def test_three_steps_of_vqa_on_their_files_and_the_official_accuracy(world, orig
 
 def test_raw_labels_are_theirs_row_by_row(originals, tmp_path):
     split = "rest_val"
-    theirs = {row["image_id"]: row for row in table_of(originals / f"vqav2_{split}.arrow").to_pylist()}
+    theirs = {row["image_id"]: row
+              for row in table_of(originals / f"vqav2_{split}.arrow").to_pylist()}
     for image_id, row in theirs.items():
         put(tmp_path / f"raw/images/{image_id:012}.jpg", row["image"])
     for what in ("questions", "annotations"):
-        put(tmp_path / f"raw/{what}_{split}.json", (originals / f"vqav2_{split}_{what}.json").read_bytes())
+        put(tmp_path / f"raw/{what}_{split}.json",
+            (originals / f"vqav2_{split}_{what}.json").read_bytes())
     answers = ["--answers", originals / "vqav2_answers_rebuilt.json"]
     prepare_main("vqav2", tmp_path / "raw", "--out", tmp_path / "out", "--labels", "raw", *answers)
-    ours = {row["image_id"]: row for row in table_of(tmp_path / f"out/vqav2_{split}.arrow").to_pylist()}
+    ours = {row["image_id"]: row
+            for row in table_of(tmp_path / f"out/vqav2_{split}.arrow").to_pylist()}
     assert ours.keys() == theirs.keys()
     for image_id, row in theirs.items():
         assert ours[image_id] == row | {"split": split}
@@ -189,18 +209,24 @@ def test_targets_are_the_official_accuracy_of_each_answer_of_the_list(originals)
     targets = {}
     for entry in content:
         labels, scores = soft_labels([answer["answer"] for answer in entry["answers"]], label_of)
-        targets[entry["question_id"]] = {listed[label]: score for label, score in zip(labels, scores, strict=True)}
-    # Every answer that somebody gave, normalised or not, and that the list has: if it has no label, it scores nothing.
+        targets[entry["question_id"]] = {listed[label]: score
+                                         for label, score in zip(labels, scores, strict=True)}
+    # Every answer that somebody gave, normalised or not, and that the list has: if it has no label,
+    # it scores nothing.
     given = {entry["question_id"]: sorted({form(answer["answer"]) for answer in entry["answers"]
-                                           for form in (str, metrics.normalize_answer)} & label_of.keys())
+                                           for form in (str,
+                                                        metrics.normalize_answer)} & label_of.keys())
              for entry in content}
     for rank in range(max(map(len, given.values()))):
-        chosen = {question_id: (answers[rank:] or [""])[0] for question_id, answers in given.items()}
-        predictions = [{"question_id": question_id, "answer": answer} for question_id, answer in chosen.items()]
+        chosen = {question_id: (answers[rank:] or [""])[0]
+                  for question_id, answers in given.items()}
+        predictions = [{"question_id": question_id, "answer": answer}
+                       for question_id, answer in chosen.items()]
         found = metrics.vqa_accuracy(predictions, {"annotations": content})["per_question"]
         for question_id, answer in chosen.items():
             if answer:
-                assert found[question_id] == pytest.approx(100 * targets[question_id].get(answer, 0.0)), (question_id, answer)
+                assert found[question_id] == pytest.approx(100 * targets[question_id].get(answer,
+                                                                                          0.0)), (question_id, answer)
     assert sum(map(len, given.values())) > 600
 
 
@@ -215,13 +241,18 @@ def test_their_statements_have_no_identifier_but_that_of_the_official_lines(orig
                                  zip([d["pair"] for d in details], table.texts(), strict=True))
     assert len(set(names)) == len(names) == 1041 and set(names) == official.keys()
     for name, d, text in zip(names, details, table.texts(), strict=True):
-        assert (official[name]["sentence"], official[name]["label"]) == (text, str(bool(d["label"])))
+        assert (official[name]["sentence"],
+                official[name]["label"]) == (text, str(bool(d["label"])))
         assert name.rpartition("-")[0] == d["pair"]
-    place_in_row = [f"{d['pair']}-{i - table.first_of(table.row_of[i])}" for i, d in enumerate(details)]
+    place_in_row = [f"{d['pair']}-{i - table.first_of(table.row_of[i])}"
+                    for i, d in enumerate(details)]
     assert 100 < sum(name != invented for name, invented in zip(names, place_in_row, strict=True))
 
 
-def test_three_steps_of_nlvr2_on_their_file_and_a_prediction_file_with_official_names(world, originals, tmp_path, capsys):
+def test_three_steps_of_nlvr2_on_their_file_and_a_prediction_file_with_official_names(world,
+                                                                                      originals,
+                                                                                      tmp_path,
+                                                                                      capsys):
     folder = linked(originals, tmp_path / "data", "nlvr2_train=nlvr2_dev")
     (folder / "flm.pt").symlink_to(world / "flm.pt")
     some = table_of(originals / "nlvr2_dev.arrow").slice(0, 60)
@@ -231,10 +262,12 @@ def test_three_steps_of_nlvr2_on_their_file_and_a_prediction_file_with_official_
     checkpoint = finetune(folder, "nlvr2", "flm", tmp_path / "run", "--steps", 3)
     evaluate("nlvr2", checkpoint, "--data", folder, "--out", tmp_path / "bare")
     assert "accuracy" in capsys.readouterr().out and not list((tmp_path / "bare").glob("*.csv"))
-    evaluate("nlvr2", checkpoint, "--data", folder, "--statements", originals / "nlvr2_dev_official.jsonl",
+    evaluate("nlvr2", checkpoint, "--data", folder, "--statements",
+             originals / "nlvr2_dev_official.jsonl",
              "--out", tmp_path / "out")
     path, = (tmp_path / "out").glob("nlvr2_*_predictions.csv")
-    official = [line for line in lines(originals / "nlvr2_dev_official.jsonl") if line["identifier"].rpartition("-")[0] in pairs]
+    official = [line for line in lines(originals / "nlvr2_dev_official.jsonl")
+                if line["identifier"].rpartition("-")[0] in pairs]
     scores = metrics.nlvr2_scores(path.read_text().splitlines(), official)
     printed = capsys.readouterr().out
     assert all(f"{100 * score:.2f} %" in printed for score in scores.values()) and len(scores) == 2
@@ -258,21 +291,27 @@ def test_our_rows_of_the_official_statements_are_theirs(originals, tmp_path):
 # -- what they lack, on files made here ------------------------------------------------------------
 
 def official_lines(path, *statements):
-    path.write_text("".join(json.dumps({"identifier": name, "sentence": text}) + "\n" for name, text in statements))
+    path.write_text("".join(json.dumps({"identifier": name, "sentence": text}) + "\n"
+                            for name, text in statements))
     return path
 
 
 def test_a_sentence_that_a_pair_has_twice_gets_both_identifiers_in_the_order_of_the_file(tmp_path):
-    path = official_lines(tmp_path / "dev.json", ("dev-1-0-2", " a  dog"), ("dev-1-0-0", "a cat"), ("dev-1-0-1", "a dog"),
+    path = official_lines(tmp_path / "dev.json", ("dev-1-0-2", " a  dog"), ("dev-1-0-0", "a cat"),
+                          ("dev-1-0-1", "a dog"),
                           ("dev-1-1-0", "a dog"))
-    asked = [("dev-1-0", "a dog"), ("dev-1-1", "a dog"), ("dev-1-0", "a\tdog "), ("dev-1-0", "a cat")]
+    asked = [("dev-1-0", "a dog"), ("dev-1-1", "a dog"), ("dev-1-0", "a\tdog "),
+             ("dev-1-0", "a cat")]
     assert official_identifiers(path, asked) == ["dev-1-0-2", "dev-1-1-0", "dev-1-0-1", "dev-1-0-0"]
-    with pytest.raises(ValueError, match="dev.json: has no more statements of pair dev-1-0 that read 'a dog'"):
+    with pytest.raises(ValueError,
+                       match="dev.json: has no more statements of pair dev-1-0 that read 'a dog'"):
         official_identifiers(path, [("dev-1-0", "a dog")] * 3)
 
 
-@pytest.mark.parametrize("line", ["[]", "{", '{"identifier": 1, "sentence": "x"}', '{"identifier": "dev-1-0-0"}', "\ud800",
-                                  '{"identifier": "dev-1-0-0", "sentence": null}'])
+@pytest.mark.parametrize("line",
+                         ["[]", "{", '{"identifier": 1, "sentence": "x"}',
+                          '{"identifier": "dev-1-0-0"}', "\ud800",
+                          '{"identifier": "dev-1-0-0", "sentence": null}'])
 def test_a_file_of_other_lines_is_refused_with_the_number_of_the_line(tmp_path, line):
     path = official_lines(tmp_path / "dev.json", ("dev-1-0-2", "a dog"))
     path.write_bytes(path.read_bytes() + b"\n" + line.encode("utf-8", "surrogatepass"))
@@ -288,14 +327,19 @@ def statements(path, identifier, **more):
 
 
 def test_statements_are_named_by_their_own_column_or_in_older_files_by_their_row(tmp_path):
-    table = statements(tmp_path / "x", ["dev-7-0", "dev-8-0"], identifiers=[["dev-7-0-3", "dev-7-0-1"], ["dev-8-0-0", "x"]])
-    assert [table.details(i)["identifier"] for i in range(4)] == ["dev-7-0-3", "dev-7-0-1", "dev-8-0-0", "x"]
-    assert [table.details(i)["pair"] for i in range(4)] == ["dev-7-0", "dev-7-0", "dev-8-0", "dev-8-0"]
+    table = statements(tmp_path / "x", ["dev-7-0", "dev-8-0"],
+                       identifiers=[["dev-7-0-3", "dev-7-0-1"], ["dev-8-0-0", "x"]])
+    assert [table.details(i)["identifier"] for i in range(4)] == ["dev-7-0-3", "dev-7-0-1",
+                                                                  "dev-8-0-0", "x"]
+    assert [table.details(i)["pair"] for i in range(4)] == ["dev-7-0", "dev-7-0", "dev-8-0",
+                                                            "dev-8-0"]
     with pytest.raises(ValueError, match="x row 1: not one of identifiers for each statement"):
         statements(tmp_path / "x", ["dev-7-0", "dev-8-0"], identifiers=[["a", "b"], ["c"]])
-    arrow(tmp_path / "old", {"image_0": [b""], "image_1": [b""], "questions": [["a"]], "answers": [["True"]],
-                             "identifier": ["dev-7-0-3"]})
-    assert Statements([tmp_path / "old"]).details(0) == {"label": 1, "identifier": "dev-7-0-3", "pair": "dev-7-0"}
+    arrow(tmp_path / "old",
+          {"image_0": [b""], "image_1": [b""], "questions": [["a"]], "answers": [["True"]],
+           "identifier": ["dev-7-0-3"]})
+    assert Statements([tmp_path / "old"]).details(0) == {"label": 1, "identifier": "dev-7-0-3",
+                                                         "pair": "dev-7-0"}
     table = statements(tmp_path / "vilt", ["dev-7-0", "dev-8-0-1"])
     assert [table.details(i)["identifier"] for i in range(4)] == [None] * 4
 
@@ -308,15 +352,19 @@ def answered(path, texts, labels):
 def test_a_label_with_two_answers_is_one_sentence_with_file_and_label(tmp_path):
     one = answered(tmp_path / "vqav2_train.arrow", [[["cat", "dog"]], [["cat"]]], [[[3, 0]], [[3]]])
     assert AnswerLabels([one]).listed() == ["dog", "(label 1)", "(label 2)", "cat"]
-    two = answered(tmp_path / "vqav2_rest_val.arrow", [[["dog"]], [[], ["cow"]]], [[[0]], [[], [3]]])
-    with pytest.raises(ValueError, match="vqav2_rest_val.arrow row 1: label 3 is 'cow' here, and 'cat' before"):
+    two = answered(tmp_path / "vqav2_rest_val.arrow", [[["dog"]], [[], ["cow"]]],
+                   [[[0]], [[], [3]]])
+    with pytest.raises(ValueError,
+                       match="vqav2_rest_val.arrow row 1: label 3 is 'cow' here, and 'cat' before"):
         AnswerLabels([one, two])
     with pytest.raises(ValueError, match="vqav2_rest_val.arrow row 1: label 3"):
         rebuilt_answers(tmp_path / "vqav2_answers.json", "vqav2")
 
 
 @pytest.mark.parametrize("texts, labels, sentence", [
-    ([[["a", "b"]]], [[[0]]], "row 0: not one of answers for each"), ([[["a"], ["b"]]], [[[0]]], "row 0: not one of answers"),
+    ([[["a", "b"]]], [[[0]]], "row 0: not one of answers for each"),
+                                                     ([[["a"], ["b"]]], [[[0]]],
+                                                      "row 0: not one of answers"),
     ([[["a"]], [["b"]]], [[[0]], [[-1]]], "row 1: a label that is not from 0 to 1,000,000"),
     ([[["a"]]], [[[2 ** 60]]], "row 0: a label that is not from 0")])
 def test_answers_that_are_no_list_are_refused_with_their_row(tmp_path, texts, labels, sentence):
@@ -332,7 +380,8 @@ def test_files_without_answers_say_that_there_is_no_list(tmp_path):
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.lists(st.lists(st.integers(0, 9), unique=True, max_size=4), max_size=3), min_size=1, max_size=6))
+@given(st.lists(st.lists(st.lists(st.integers(0, 9), unique=True, max_size=4), max_size=3),
+                min_size=1, max_size=6))
 def test_a_rebuilt_list_spells_out_every_label(tmp_path_factory, labels):
     names = [f"answer {label}" for label in range(10)]
     path = tmp_path_factory.mktemp("x") / "x.arrow"

@@ -36,9 +36,11 @@ def tok():
 # -- files -------------------------------------------------------------------------------------------------------------
 
 def test_captions_and_images_come_back_in_order_from_several_files(tmp_path):
-    files = [write_captions(tmp_path / f"{i}.arrow", rows, seed=i, captions=3) for i, rows in enumerate((20, 1, 9))]
+    files = [write_captions(tmp_path / f"{i}.arrow", rows, seed=i, captions=3)
+             for i, rows in enumerate((20, 1, 9))]
     table = Captions(files)
-    expected = [(row, text) for f in files for row in pa.ipc.open_file(f).read_all().to_pylist() for text in row["caption"]]
+    expected = [(row, text) for f in files for row in pa.ipc.open_file(f).read_all().to_pylist()
+                for text in row["caption"]]
     assert len(table) == 30 and len(table.row_of) == len(expected) == 90
     for i, (row, text) in enumerate(expected):
         assert table.text(i) == text and bytes(table.image(table.row_of[i])) == row["image"]
@@ -47,7 +49,8 @@ def test_captions_and_images_come_back_in_order_from_several_files(tmp_path):
 
 def test_sliced_and_uneven_caption_lists_are_indexed_right(tmp_path):
     """Arrow batches may start inside their buffers (a sliced table), and rows may have no caption."""
-    rows = [{"image": b"x", "caption": ["é" * i + str(j) for j in range(i % 4)], "image_id": "", "split": ""} for i in range(40)]
+    rows = [{"image": b"x", "caption": ["é" * i + str(j) for j in range(i % 4)], "image_id": "",
+             "split": ""} for i in range(40)]
     whole = pa.Table.from_pylist(rows, schema=CAPTIONS)
     with pa.OSFile(str(tmp_path / "s.arrow"), "wb") as f, pa.ipc.new_file(f, CAPTIONS) as out:
         out.write_table(whole.slice(5, 10))
@@ -86,13 +89,17 @@ def broken_files(tmp_path):
     (tmp_path / "empty.arrow").write_bytes(b"")
     for name, table in (("column", pa.table({"image": [b"x"], "text": ["a"]})),
                         ("type", pa.table({"image": [b"x"], "caption": ["a"]})),
-                        ("none", pa.table({"image": [b"x"], "caption": pa.array([[]], pa.list_(pa.string()))}))):
-        with pa.OSFile(str(tmp_path / f"{name}.arrow"), "wb") as f, pa.ipc.new_file(f, table.schema) as out:
+                        ("none",
+                         pa.table({"image": [b"x"],
+                                   "caption": pa.array([[]], pa.list_(pa.string()))}))):
+        with pa.OSFile(str(tmp_path / f"{name}.arrow"),
+                       "wb") as f, pa.ipc.new_file(f, table.schema) as out:
             out.write_table(table)
 
 
 @pytest.mark.parametrize("name, message", [
-    ("absent", "no such file"), ("cut", "not a complete"), ("text", "not a complete"), ("empty", "not a complete"),
+    ("absent", "no such file"), ("cut", "not a complete"), ("text", "not a complete"),
+                                           ("empty", "not a complete"),
     ("column", "no column caption"), ("type", "list<string> expected"), ("none", "no captions")])
 def test_bad_files_are_named_in_one_sentence(tmp_path, name, message):
     broken_files(tmp_path)
@@ -115,7 +122,8 @@ def in_a_child(function):
     return status, usage.ru_maxrss >> 10
 
 
-KINDS = {"c": (Captions, write_captions), "q": (Questions, write_questions), "s": (Statements, write_statements)}
+KINDS = {"c": (Captions, write_captions), "q": (Questions, write_questions),
+         "s": (Statements, write_statements)}
 
 
 def read_all_of(table):
@@ -132,11 +140,13 @@ def test_a_damaged_file_neither_ends_the_interpreter_nor_takes_gigabytes(tmp_pat
     whole = {}
     for name, (_, write) in KINDS.items():
         write(tmp_path / name, 12, 1)
-        table = pa.ipc.open_file(str(tmp_path / name)).read_all()           # its pictures would hide what matters
+        # its pictures would hide what matters
+        table = pa.ipc.open_file(str(tmp_path / name)).read_all()
         for i, column in enumerate(table.column_names):
             if column.startswith("image") and column != "image_id":
                 table = table.set_column(i, column, pa.array([b"x"] * len(table)))
-        arrow(tmp_path / name, {column: table[column].combine_chunks() for column in table.column_names})
+        arrow(tmp_path / name,
+              {column: table[column].combine_chunks() for column in table.column_names})
         whole[name] = (tmp_path / name).read_bytes()
 
     def read_damaged():
@@ -148,7 +158,8 @@ def test_a_damaged_file_neither_ends_the_interpreter_nor_takes_gigabytes(tmp_pat
                 if rng.random() < 0.5:
                     damaged[place] = rng.choice([0, 1, 2, 127, 128, 255])
                 else:
-                    struct.pack_into("<q", damaged, place & ~7, int(rng.choice([-1, 2 ** 31, 2 ** 40, -2 ** 63])))
+                    struct.pack_into("<q", damaged, place & ~7,
+                                     int(rng.choice([-1, 2 ** 31, 2 ** 40, -2 ** 63])))
             path.write_bytes(damaged[:len(damaged) - int(rng.integers(0, 9) == 0)])
             try:
                 read_all_of(KINDS[name][0]([path]))
@@ -165,14 +176,18 @@ def test_compressed_batches_are_refused_before_they_are_unpacked(tmp_path):
     table = pa.table({"image": [b""] * 2, "caption": [["a"], ["\0" * (1 << 24)]]})
     for codec in ("lz4", "zstd"):
         path = tmp_path / codec
-        with pa.ipc.new_file(str(path), table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as out:
+        with pa.ipc.new_file(str(path), table.schema,
+                             options=pa.ipc.IpcWriteOptions(compression=codec)) as out:
             out.write_table(table)
-        with pytest.raises(ValueError, match=f"{codec}: not a complete.* are compressed; write it without"):
+        with pytest.raises(ValueError,
+                           match=f"{codec}: not a complete.* are compressed; write it without"):
             Captions([path])
-    grey = pa.table({"image": [b""], "caption": [["a"]], "split": pa.array(["train"]).dictionary_encode()})
+    grey = pa.table({"image": [b""], "caption": [["a"]],
+                     "split": pa.array(["train"]).dictionary_encode()})
     with pa.ipc.new_file(str(path), grey.schema) as out:
         out.write_table(grey)
-    assert Captions([path]).text(0) == "a"                                  # dictionaries elsewhere do not matter
+    # dictionaries elsewhere do not matter
+    assert Captions([path]).text(0) == "a"
 
 
 TEXTS = pa.array([["a", "b"], ["c"]])
@@ -180,8 +195,10 @@ IMAGES = pa.array([b"x", b"y"])
 
 
 @pytest.mark.parametrize("columns", [
-    {"image": IMAGES.cast(pa.large_binary())}, {"caption": TEXTS.cast(pa.large_list(pa.large_string()))},
-    {"caption": TEXTS.cast(pa.list_(pa.large_string()))}, {"image_id": pa.array([1, 2], pa.uint8())},
+    {"image": IMAGES.cast(pa.large_binary())},
+                                     {"caption": TEXTS.cast(pa.large_list(pa.large_string()))},
+    {"caption": TEXTS.cast(pa.list_(pa.large_string()))},
+                                     {"image_id": pa.array([1, 2], pa.uint8())},
     {"image_id": pa.array(["1", "2"], pa.large_string())}, {"image": pa.array([None, b"y"])}])
 def test_wide_types_are_read_as_the_schemas(tmp_path, columns):
     arrow(tmp_path / "x", {"image": IMAGES, "caption": TEXTS} | columns)
@@ -197,8 +214,10 @@ def test_wide_types_are_read_as_the_schemas(tmp_path, columns):
     ("image", pa.array(["x", "y"]), "image is string, binary expected"),
     ("caption", pa.array(["a", "b"]), "caption is string, list<string> expected"),
     ("caption", pa.array([[b"a"], [b"b"]]), "caption is list<binary>, list<string> expected"),
-    ("caption", pa.array([["a"], ["b"]], pa.list_(pa.string(), 1)), "caption is fixed_size_list.*, list<string> expected"),
-    ("caption", pa.array([["a"], ["b"]], pa.list_view(pa.string())), "caption is list_view<string>, list<string> expected"),
+    ("caption", pa.array([["a"], ["b"]], pa.list_(pa.string(), 1)),
+     "caption is fixed_size_list.*, list<string> expected"),
+    ("caption", pa.array([["a"], ["b"]], pa.list_view(pa.string())),
+     "caption is list_view<string>, list<string> expected"),
     ("image_id", pa.array([1.0, 2.0]), "image_id is double, string expected"),
     ("caption", pa.array([["a"], None]), "row 1: null in caption"),
     ("caption", pa.array([["a"], ["b", None]]), "row 1: null in caption"),
@@ -217,12 +236,14 @@ def test_a_hundred_files_are_read_with_sixty_four_descriptors(tmp_path):
     def read():
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         table = Captions(paths)
-        assert [table.text(i) for i in range(100)] == [str(i) for i in range(100)] == list(table.texts())
+        assert [table.text(i) for i in range(100)] == [str(i)
+                                                       for i in range(100)] == list(table.texts())
         assert len(table.files) == 16 and table.place(99) == (str(paths[99]), 0)
         assert table.rows_of_files() == [[path.name, 1] for path in paths]
         table.files.clear()
         with pytest.raises(OSError) as error:
-            taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(65 - len(os.listdir("/proc/self/fd")))]
+            taken = [os.open("/dev/null", os.O_RDONLY)
+                     for _ in range(65 - len(os.listdir("/proc/self/fd")))]
             table.text(0), taken
         assert (error.value.errno, error.value.filename) == (errno.EMFILE, str(paths[0]))
 
@@ -251,7 +272,8 @@ def test_a_file_that_was_replaced_is_not_read_unchecked(tmp_path):
 
 # -- labels ------------------------------------------------------------------------------------------------------------
 
-VQA_COLUMNS = {"image": [b"x", b"y"], "questions": [["a", "b"], ["c"]], "question_id": [[1, 2], [3]],
+VQA_COLUMNS = {"image": [b"x", b"y"], "questions": [["a", "b"], ["c"]],
+               "question_id": [[1, 2], [3]],
                "answer_labels": [[[0, 7], []], [[1]]], "answer_scores": [[[0.3, 1.0], []], [[0.9]]]}
 
 
@@ -260,15 +282,18 @@ VQA_COLUMNS = {"image": [b"x", b"y"], "questions": [["a", "b"], ["c"]], "questio
     ({"answer_scores": [[[0.3, 1.0], []], [[float("nan")]]]}, "row 1: a score that is not"),
     ({"answer_scores": [[[0.3, 1e30], []], [[0.9]]]}, "row 0: a score that is not"),
     ({"answer_scores": [[[0.3, 0.0], []], [[0.9]]]}, "row 0: a score that is not"),
-    ({"answer_scores": [[[0.3, 1.0], []], [[0.9, 1.0]]]}, "row 1: not one of answer_scores for each"),
+    ({"answer_scores": [[[0.3, 1.0], []], [[0.9, 1.0]]]},
+     "row 1: not one of answer_scores for each"),
     ({"answer_scores": [[[0.3], [1.0]], [[0.9]]]}, "row 0: not one of answer_scores for each"),
     ({"answer_scores": [[], [[0.9]]]}, "row 0: not one of answer_scores for each"),
-    ({"answer_labels": [[[0, 7]], [[1]]], "answer_scores": [[[0.3, 1.0]], [[0.9]]]}, "row 0: not one list of answer_labels"),
+    ({"answer_labels": [[[0, 7]], [[1]]], "answer_scores": [[[0.3, 1.0]], [[0.9]]]},
+     "row 0: not one list of answer_labels"),
     ({"question_id": [[1, 2], []]}, "row 1: not one question_id for each question"),
     ({"question_id": [[1, None], [3]]}, "row 0: null in question_id"),
     ({"answer_labels": [[[0, 7], []], [[None]]]}, "row 1: null in answer_labels"),
     ({"answer_labels": [[[0, 7], None], [[1]]]}, "row 0: null in answer_labels"),
-    ({"answer_labels": [[["a", "b"], []], [["c"]]]}, "answer_labels is list<list<string>>, list<list<int64>> expected")])
+    ({"answer_labels": [[["a", "b"], []], [["c"]]]},
+     "answer_labels is list<list<string>>, list<list<int64>> expected")])
 def test_wrong_labels_of_questions_are_refused_with_their_row(tmp_path, columns, sentence):
     arrow(tmp_path / "x", VQA_COLUMNS)
     table = Questions([tmp_path / "x"])
@@ -288,12 +313,18 @@ def test_questions_without_answers_are_those_of_tests(tmp_path, empty):
 
 
 @pytest.mark.parametrize("answers, sentence", [
-    ([["True"], ["true"]], "row 1: an answer that is neither"), ([["yes"], ["True"]], "row 0: an answer that is neither"),
-    ([["True"], [None]], "row 1: null in answers"), ([["True"], []], "row 1: not one answer for each statement"),
-    ([[1], [0]], "answers is list<int64>, list<string> expected"), ([["True"], ["False"]], ""), ([[True], [False]], "")])
+    ([["True"], ["true"]], "row 1: an answer that is neither"),
+                                               ([["yes"], ["True"]],
+                                                "row 0: an answer that is neither"),
+    ([["True"], [None]], "row 1: null in answers"),
+                                               ([["True"], []],
+                                                "row 1: not one answer for each statement"),
+    ([[1], [0]], "answers is list<int64>, list<string> expected"), ([["True"], ["False"]], ""),
+                                               ([[True], [False]], "")])
 def test_statements_are_true_or_false_and_nothing_else(tmp_path, answers, sentence):
-    arrow(tmp_path / "x", {"image_0": [b"", b""], "image_1": [b"", b""], "questions": [["a"], ["b"]],
-                           "identifier": ["dev-0-0-0", "dev-1-0-0"], "answers": answers})
+    arrow(tmp_path / "x",
+          {"image_0": [b"", b""], "image_1": [b"", b""], "questions": [["a"], ["b"]],
+           "identifier": ["dev-0-0-0", "dev-1-0-0"], "answers": answers})
     if sentence:
         with pytest.raises(ValueError, match=sentence):
             Statements([tmp_path / "x"])
@@ -305,12 +336,16 @@ def test_statements_are_true_or_false_and_nothing_else(tmp_path, answers, senten
 # -- names -------------------------------------------------------------------------------------------------------------
 
 def test_dataset_names_find_vilts_files(tmp_path):
-    names = ["coco_caption_karpathy_train.arrow", "coco_caption_karpathy_restval.arrow", "coco_caption_karpathy_val.arrow",
-             "vg.arrow", "sbu_0.arrow", "sbu_10.arrow", "conceptual_caption_train_3.arrow", "mine_caption_train.arrow"]
+    names = ["coco_caption_karpathy_train.arrow", "coco_caption_karpathy_restval.arrow",
+             "coco_caption_karpathy_val.arrow",
+             "vg.arrow", "sbu_0.arrow", "sbu_10.arrow", "conceptual_caption_train_3.arrow",
+             "mine_caption_train.arrow"]
     for name in names:
         (tmp_path / name).touch()
     found = lambda split, *sets: [p.name for p in files.find_files(tmp_path, sets, split)]
-    assert found("train", "coco") == names[:2] and found("val", "coco") == [names[2]] and found("val", "vg") == []
+    assert found("train", "coco") == names[:2] and found("val",
+                                                         "coco") == [names[2]] and found("val",
+                                                                                         "vg") == []
     assert found("train", "sbu", "gcc") == names[4:7] and found("train", "mine") == [names[7]]
     assert sorted(found("train")) == sorted(names[:2] + names[3:])
     with pytest.raises(FileNotFoundError, match="f30k"):
@@ -318,7 +353,8 @@ def test_dataset_names_find_vilts_files(tmp_path):
 
 
 def test_a_folder_without_training_files_can_be_evaluated(tmp_path):
-    for name in ("mine_caption_test.arrow", "coco_caption_karpathy_test.arrow", "a_vqa_val.arrow", "nlvr2_test1.arrow",
+    for name in ("mine_caption_test.arrow", "coco_caption_karpathy_test.arrow", "a_vqa_val.arrow",
+                 "nlvr2_test1.arrow",
                  "x_nlvr2_dev.arrow", "conceptual_caption_val_0.arrow"):
         (tmp_path / name).touch()
     assert files.splits_of(tmp_path) == {"coco": ["test"], "gcc": ["val"], "mine": ["test"]}
@@ -327,13 +363,15 @@ def test_a_folder_without_training_files_can_be_evaluated(tmp_path):
     assert [p.name for p in files.find_files(tmp_path, (), "val", "vqa")] == ["a_vqa_val.arrow"]
     with pytest.raises(FileNotFoundError, match="a_vqa_train.arrow expected"):
         files.find_files(tmp_path, (), "train", "vqa")
-    (tmp_path / "b_vqa_train.arrow").touch()                # what is trained on is validated on its own files only
+    # what is trained on is validated on its own files only
+    (tmp_path / "b_vqa_train.arrow").touch()
     assert files.find_files(tmp_path, (), "val", "vqa") == []
 
 
 def test_json_that_is_none_is_named(tmp_path):
     path = tmp_path / "x.json"
-    for text, sentence in (("[", "x.json: not JSON"), ("[1]", "x.json: a JSON list of strings"), ("{}", "list of strings")):
+    for text, sentence in (("[", "x.json: not JSON"), ("[1]", "x.json: a JSON list of strings"),
+                           ("{}", "list of strings")):
         path.write_text(text)
         with pytest.raises(ValueError, match=sentence):
             disk.read_json(path, list)
@@ -346,14 +384,16 @@ def test_decoding_equals_torchvisions_clip_transform(size):
     from torchvision import transforms as T
     encoded = picture(0, size)
     clip = T.Compose([T.Resize(24, T.InterpolationMode.BICUBIC), T.CenterCrop(24), T.PILToTensor()])
-    assert torch.equal(data.decode(encoded, data.Square(24)), clip(Image.open(io.BytesIO(encoded)).convert("RGB")))
+    assert torch.equal(data.decode(encoded, data.Square(24)),
+                       clip(Image.open(io.BytesIO(encoded)).convert("RGB")))
 
 
 @pytest.mark.parametrize("size, mean, most", [((90, 120), 0.1, 2), ((800, 600), 2, 60)])
 def test_fast_decoding_shows_the_same_picture(size, mean, most):
     """The second picture is decoded at a quarter of its size by libjpeg: softer, but the same picture."""
     encoded = picture(3, size)
-    exact, fast = (data.decode(encoded, data.Square(64), fast=fast).float() for fast in (False, True))
+    exact, fast = (data.decode(encoded, data.Square(64), fast=fast).float()
+                   for fast in (False, True))
     assert 0 < (exact - fast).abs().mean() < mean and (exact - fast).abs().max() <= most
 
 
@@ -379,12 +419,16 @@ def encoded(image, format="PNG", **more):
 def test_every_orientation_of_a_camera_is_turned_upright(format, turn):
     upright = Image.open(io.BytesIO(picture(4, (48, 32)))).resize((24, 16))
     stored = {turn: upright.transpose(back) for turn, back in {
-        2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.items()} | {1: upright}      # the inverse of what TURNS does
+        # the inverse of what TURNS does
+        2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.items()} | {1: upright}
     exif = Image.Exif()
     exif[0x0112] = turn
-    more = {"lossless": True} if format == "WEBP" else {"quality": 100, "subsampling": 0} if format == "JPEG" else {}
+    more = {"lossless": True} if format == "WEBP" else {"quality": 100,
+                                                        "subsampling": 0} if format == "JPEG" else {}
     found = data.open_image(encoded(stored[turn], format, exif=exif, **more))
-    assert found.size == (24, 16) and np.abs(np.asarray(found, int) - np.asarray(upright, int)).max() < 16
+    assert found.size == (24,
+                          16) and np.abs(np.asarray(found,
+                                                    int) - np.asarray(upright, int)).max() < 16
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -392,14 +436,18 @@ def test_every_orientation_of_a_camera_is_turned_upright(format, turn):
 @given(st.binary(max_size=60))
 def test_broken_exif_does_not_make_a_picture_unreadable(tags):
     image = Image.new("RGB", (8, 8), (9, 200, 30))
-    assert data.open_image(encoded(image, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08" + tags)).getpixel((3, 3))[1] > 180
+    assert data.open_image(encoded(image, "JPEG",
+                                   exif=b"Exif\0\0MM\0*\0\0\0\x08"
+                                   + tags)).getpixel((3, 3))[1] > 180
 
 
 @pytest.mark.parametrize("dtype, values, expected", [
     (np.int32, [200, 100, 0], [200, 100, 0]), (np.int32, [65535, 25700, 0], [255, 100, 0]),
-    (np.int32, [2 ** 31 - 1, 2 ** 30, -5], [255, 127, 0]), (np.uint16, [65535, 25600, 0], [255, 100, 0]),
+    (np.int32, [2 ** 31 - 1, 2 ** 30, -5], [255, 127, 0]),
+                                                     (np.uint16, [65535, 25600, 0], [255, 100, 0]),
     (np.float32, [1, 0.5, 0], [255, 127, 0]), (np.float32, [1.1, 0.5, -0.1], [255, 127, 0]),
-    (np.float32, [200, 100, np.nan], [200, 100, 0]), (np.float32, [np.inf, 0.5, -np.inf], [255, 127, 0]),
+    (np.float32, [200, 100, np.nan], [200, 100, 0]), (np.float32, [np.inf, 0.5, -np.inf],
+                                                      [255, 127, 0]),
     (np.float32, [1e30, 5e29, 0], [255, 127, 0]), (np.float32, [np.nan, 0, 0], [0, 0, 0])])
 def test_wide_numbers_are_scaled_and_neither_black_nor_white(dtype, values, expected):
     image = data.open_image(encoded(Image.fromarray(np.array([values], dtype)), "TIFF"))
@@ -407,8 +455,10 @@ def test_wide_numbers_are_scaled_and_neither_black_nor_white(dtype, values, expe
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("size, fine", [((60_000, 1), False), ((1, 60_000), False), ((101, 1), False), ((100, 1), True),
-                                        ((9500, 9500), False)])
+@pytest.mark.parametrize("size, fine",
+                         [((60_000, 1), False), ((1, 60_000), False), ((101, 1), False),
+                          ((100, 1), True),
+                          ((9500, 9500), False)])
 def test_a_picture_too_long_or_too_large_counts_as_undecodable_before_it_is_decoded(size, fine):
     bomb = encoded(Image.new("1", size))
     for read in (data.open_image, data.open_header, lambda b: data.decode(b, data.Square(64)),
@@ -423,7 +473,8 @@ def test_a_picture_too_long_or_too_large_counts_as_undecodable_before_it_is_deco
 def test_normalisation_is_clips():
     from torchvision.transforms import Normalize
     images = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
-    torch.testing.assert_close(data.normalize(images), Normalize(data.CLIP_MEAN, data.CLIP_STD)(images / 255.0))
+    torch.testing.assert_close(data.normalize(images),
+                               Normalize(data.CLIP_MEAN, data.CLIP_STD)(images / 255.0))
 
 
 def test_undecodable_images_are_replaced_by_the_next_row_and_named(tmp_path, tok):
@@ -433,20 +484,26 @@ def test_undecodable_images_are_replaced_by_the_next_row_and_named(tmp_path, tok
     assert sample["row"] == 5 and sample["index"] == 10 and len(sample["unreadable"]) == 2
     assert sample["unreadable"][0].startswith(f"{tmp_path / 'a.arrow'} row 3: ")
     assert sample["ids"][1:-1] == tok.encode(table.text(10)) and not dataset[0, 0]["unreadable"]
-    assert dataset[0, 18]["row"] == 0                               # the last row's follower is the first
+    # the last row's follower is the first
+    assert dataset[0, 18]["row"] == 0
 
 
-def test_an_undecodable_image_is_named_once_for_its_group_which_moves_on_to_the_next_row(tmp_path, tok):
+def test_an_undecodable_image_is_named_once_for_its_group_which_moves_on_to_the_next_row(tmp_path,
+                                                                                         tok):
     table = Captions([write_captions(tmp_path / "a.arrow", 6, captions=3, broken={1, 2})])
     dataset = CaptionDataset(table, tok, data.Square(16), 50, train=True)
-    samples = dataset.samples([(0, 0), (0, 3, 5)])                  # row 0; the first and third caption of row 1
-    assert [sample["row"] for sample in samples] == [0, 3, 3] and [sample["index"] for sample in samples] == [0, 9, 10]
+    # row 0; the first and third caption of row 1
+    samples = dataset.samples([(0, 0), (0, 3, 5)])
+    assert [sample["row"] for sample in samples] == [0, 3,
+                                                     3] and [sample["index"]
+                                                             for sample in samples] == [0, 9, 10]
     assert [len(sample["unreadable"]) for sample in samples] == [0, 2, 0]
     assert [sample["shares_image"] for sample in samples] == [False, False, True]
 
 
 def test_a_group_that_moves_on_to_an_image_with_fewer_captions_keeps_its_size(tmp_path, tok):
-    files = [write_captions(tmp_path / "a.arrow", 1, captions=3, broken={0}), write_captions(tmp_path / "b.arrow", 2, captions=2)]
+    files = [write_captions(tmp_path / "a.arrow", 1, captions=3, broken={0}),
+             write_captions(tmp_path / "b.arrow", 2, captions=2)]
     dataset = CaptionDataset(Captions(files), tok, data.Square(16), 50, train=True)
     assert [sample["index"] for sample in dataset.samples([(0, 0, 1, 2)])] == [3, 4, 3]
 
@@ -464,28 +521,34 @@ def test_a_group_is_the_same_captions_with_its_image_decoded_once_and_augmented_
     for k in (0, 3):
         assert torch.equal(samples[k]["image"], one_by_one[k]["image"])
         assert samples[k]["rng"].random() == one_by_one[k]["rng"].random()
-    assert len({sample["rng"].random() for sample in samples}) == 4         # or all would mask the same
+    # or all would mask the same
+    assert len({sample["rng"].random() for sample in samples}) == 4
 
 
 def test_the_loader_asks_for_groups_as_a_whole(tmp_path, tok):
     table = Captions([write_captions(tmp_path / "a.arrow", 8, captions=3)])
     dataset = CaptionDataset(table, tok, data.Square(16), 50, True)
     sampler = GlobalBatches(data.token_lengths(table, tok), 12, 0, 1, table.row_of, 2)
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler.micro_batches(0, 4, 6), collate_fn=list)
-    found = [[(sample["index"], sample["shares_image"]) for sample in samples] for samples in loader]
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler.micro_batches(0, 4, 6),
+                                         collate_fn=list)
+    found = [[(sample["index"], sample["shares_image"]) for sample in samples]
+             for samples in loader]
     keys = list(sampler.micro_batches(0, 4, 6))
-    assert found == [[(i, place > 0) for _, *group in batch for place, i in enumerate(group)] for batch in keys]
+    assert found == [[(i, place > 0) for _, *group in batch for place, i in enumerate(group)]
+                     for batch in keys]
     assert any(shares for batch in found for _, shares in batch)
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(tmp_path, tok):
     table = Captions([write_captions(tmp_path / "a.arrow", 4)])
-    draw = lambda seed, epoch, i: CaptionDataset(table, tok, data.Square(16), 50, True, seed, augment=True)[epoch, i]
+    draw = lambda seed, epoch, i: CaptionDataset(table, tok, data.Square(16), 50, True, seed,
+                                                 augment=True)[epoch, i]
     state = torch.random.get_rng_state()
     a, b, c, d = draw(0, 1, 2), draw(0, 1, 2), draw(0, 2, 2), draw(1, 1, 2)
     assert torch.equal(a["image"], b["image"]) and a["rng"].random() == b["rng"].random()
     assert not torch.equal(a["image"], c["image"]) or not torch.equal(a["image"], d["image"])
-    assert torch.equal(state, torch.random.get_rng_state())         # augmentation leaves the global generator alone
+    # augmentation leaves the global generator alone
+    assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_long_captions_are_cut_and_counted(tmp_path, tok):
@@ -493,7 +556,8 @@ def test_long_captions_are_cut_and_counted(tmp_path, tok):
     samples = [CaptionDataset(table, tok, data.Square(16), 7, True)[0, i] for i in range(8)]
     for sample, i in zip(samples, range(8)):
         ids = tok.encode(table.text(i))
-        assert sample["ids"] == [tok.cls_id, *ids[:5], tok.sep_id] and sample["cut"] == (len(ids) > 5)
+        assert sample["ids"] == [tok.cls_id, *ids[:5],
+                                 tok.sep_id] and sample["cut"] == (len(ids) > 5)
     assert {s["cut"] for s in samples} == {True, False}
 
 
@@ -502,29 +566,38 @@ def test_batches_are_padded_to_a_multiple():
     assert pad_texts(texts, 1, 8).shape == (2, 16) and pad_texts(texts, 1).shape == (2, 10)
     assert pad_texts(texts, 1, 8, limit=13).shape == (2, 13)
     assert pad_texts(texts, 1, 4).tolist()[0] == [0, 5, 2] + [1] * 9
-    assert pad_texts(texts, 1, (4, 12, 20)).shape == (2, 12) and pad_texts(texts, 1, (10, 5)).shape == (2, 10)
-    assert pad_texts(texts, 1, (4, 6), limit=13).shape == (2, 13) and pad_texts(texts, 1, (4, 6)).shape == (2, 10)
+    assert pad_texts(texts, 1, (4, 12, 20)).shape == (2,
+                                                      12) and pad_texts(texts, 1,
+                                                                        (10, 5)).shape == (2, 10)
+    assert pad_texts(texts, 1, (4, 6), limit=13).shape == (2,
+                                                           13) and pad_texts(texts, 1,
+                                                                             (4, 6)).shape == (2,
+                                                                                               10)
 
 
 # -- masking -----------------------------------------------------------------------------------------------------------
 
 def test_masking_takes_whole_words_at_the_asked_rate():
     rng, ids = np.random.default_rng(0), [0] + list(range(10, 28)) + [2]
-    starts = [True, False, True] * 6                                # 12 words: of two tokens and of one, in turn
+    # 12 words: of two tokens and of one, in turn
+    starts = [True, False, True] * 6
     word = np.cumsum(starts)
     replacements = np.arange(200, 300)
     picked_share, fates = 0, {"mask": 0, "random": 0, "kept": 0}
     for _ in range(4000):
         masked, picked = mask_words(ids, starts, 0.15, 4, replacements, rng)
         words = set(word[picked - 1])
-        assert len(words) in (1, 2) and set(picked) == {i + 1 for i, w in enumerate(word) if w in words}
+        assert len(words) in (1,
+                              2) and set(picked) == {i + 1 for i, w in enumerate(word)
+                                                     if w in words}
         assert masked[0] == 0 and masked[-1] == 2
         picked_share += len(words) / 12
         for i in range(len(ids)):
             if i not in picked:
                 assert masked[i] == ids[i]
             else:
-                fates["mask" if masked[i] == 4 else "kept" if masked[i] == ids[i] else "random"] += 1
+                fates["mask" if masked[i] == 4 else "kept" if masked[i] == ids[i]
+                      else "random"] += 1
                 assert masked[i] in (4, ids[i]) or masked[i] >= 200
     assert abs(picked_share / 4000 - 0.15) < 0.004
     total = sum(fates.values())
@@ -533,7 +606,8 @@ def test_masking_takes_whole_words_at_the_asked_rate():
 
 def test_short_captions_lose_at_least_one_word_and_empty_ones_none():
     rng = np.random.default_rng(0)
-    assert all(len(mask_words([0, 7, 8, 2], [True, True], 0.15, 4, np.array([9]), rng)[1]) == 1 for _ in range(50))
+    assert all(len(mask_words([0, 7, 8, 2], [True, True], 0.15, 4, np.array([9]), rng)[1]) == 1
+               for _ in range(50))
     ids, picked = mask_words([0, 2], [], 0.15, 4, np.array([9]), rng)
     assert ids.tolist() == [0, 2] and len(picked) == 0
 
@@ -557,15 +631,20 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes():
     whole = {s: list(GlobalBatches(LENGTHS, 96, 0).micro_batches(s, s + 1, 96))[0] for s in (3, 25)}
     for world, micro in ((1, 24), (2, 24), (4, 24), (2, 48), (3, 8)):
         for step, everything in whole.items():
-            dealt = [list(GlobalBatches(LENGTHS, 96, 0).micro_batches(step, step + 1, micro, r, world)) for r in range(world)]
-            assert sorted(k for rank in dealt for batch in rank for k in batch) == sorted(everything)
-            assert {len(b) for rank in dealt for b in rank} == {micro} and len({len(rank) for rank in dealt}) == 1
+            dealt = [list(GlobalBatches(LENGTHS, 96,
+                                        0).micro_batches(step, step + 1, micro, r, world))
+                     for r in range(world)]
+            assert sorted(k for rank in dealt for batch in rank
+                          for k in batch) == sorted(everything)
+            assert {len(b) for rank in dealt
+                    for b in rank} == {micro} and len({len(rank) for rank in dealt}) == 1
 
 
 def test_processes_get_equal_work_when_each_has_several_micro_batches():
     """Padded tokens of the busiest process against those of the idlest, over a step."""
     lengths = np.sort(np.random.default_rng(0).integers(5, 50, 4096))
-    for micro, limit in ((32, 1.02), (64, 1.02), (128, 1.05), (256, 1.2)):           # 16, 8, 4 and 2 micro-batches each
+    # 16, 8, 4 and 2 micro-batches each
+    for micro, limit in ((32, 1.02), (64, 1.02), (128, 1.05), (256, 1.2)):
         work = []
         for rank in range(8):
             batches = GlobalBatches(lengths, 4096, 0).micro_batches(0, 1, micro, rank, 8)
@@ -590,12 +669,15 @@ def test_small_batches_from_one_bucket_hold_captions_of_like_length_and_come_in_
     spread = lambda sampler: np.mean([np.ptp(LENGTHS[sampler.batch(step)]) for step in range(50)])
     assert spread(bucketed) < spread(fair) / 8
     means = np.array([LENGTHS[bucketed.batch(step)].mean() for step in range(25)])
-    assert abs(np.corrcoef(means, np.arange(25))[0, 1]) < 0.5          # no curriculum from short to long
+    # no curriculum from short to long
+    assert abs(np.corrcoef(means, np.arange(25))[0, 1]) < 0.5
     with pytest.raises(ValueError, match="--bucket 0"):
         GlobalBatches(LENGTHS, 20, 0, 0)
 
 
-@pytest.mark.parametrize("bucket, recorded", [(1, "8c78f3ee72fb11b1"), (3, "0b20444e039db56c"), (50, "48b10f0870adf595")])
+@pytest.mark.parametrize("bucket, recorded",
+                         [(1, "8c78f3ee72fb11b1"), (3, "0b20444e039db56c"),
+                          (50, "48b10f0870adf595")])
 def test_without_groups_the_order_is_that_of_runs_before_there_were_groups(bucket, recorded):
     """Or a run that was started then would go on with other captions. The digests are of that code."""
     sampler = GlobalBatches(LENGTHS, 100, 1, bucket)
@@ -626,17 +708,22 @@ def test_groups_are_of_one_image_as_few_as_can_be_and_drawn_anew_in_every_epoch(
 
 
 def test_captions_of_like_length_share_a_group():
-    spread = lambda group_of: np.mean([np.ptp(LENGTHS[group_of == group]) for group in range(group_of.max() + 1)])
+    spread = lambda group_of: np.mean([np.ptp(LENGTHS[group_of == group])
+                                       for group in range(group_of.max() + 1)])
     rng = np.random.default_rng(0)
     shuffled = np.lexsort((rng.random(1003), ROW_OF))                       # within each image
-    assert spread(draw_groups(LENGTHS, ROW_OF, 2, rng)) < 0.5 * spread(draw_groups(np.arange(1003)[shuffled], ROW_OF, 2, rng))
+    assert spread(draw_groups(LENGTHS, ROW_OF, 2,
+                              rng)) < 0.5 * spread(draw_groups(np.arange(1003)[shuffled], ROW_OF, 2,
+                                                               rng))
 
 
 @pytest.mark.parametrize("most, bucket", [(2, 1), (2, 4), (5, 1), (5, 4)])
-def test_with_groups_every_epoch_shows_every_caption_once_in_batches_of_the_asked_size(most, bucket):
+def test_with_groups_every_epoch_shows_every_caption_once_in_batches_of_the_asked_size(most,
+                                                                                       bucket):
     sampler, seen = grouped(most, 100, bucket), []
     for epoch in range(2):
-        keys = [key for batch in sampler.micro_batches(10 * epoch, 10 * epoch + 10, 25) for key in batch]
+        keys = [key for batch in sampler.micro_batches(10 * epoch, 10 * epoch + 10, 25)
+                for key in batch]
         assert all(key[0] == epoch for key in keys)
         seen.append([number for _, *group in keys for number in group])
         assert len(seen[-1]) == len(set(seen[-1])) == 1000
@@ -651,10 +738,12 @@ def test_with_groups_the_global_batch_is_the_same_for_any_number_of_processes():
     whole = {step: sorted(grouped(3, 96).batch(step)) for step in (3, 25)}
     for world, micro in ((1, 96), (1, 24), (2, 24), (4, 24), (3, 8)):
         for step, everything in whole.items():
-            dealt = [list(grouped(3, 96).micro_batches(step, step + 1, micro, rank, world)) for rank in range(world)]
+            dealt = [list(grouped(3, 96).micro_batches(step, step + 1, micro, rank, world))
+                     for rank in range(world)]
             sizes = {sum(len(group) for _, *group in batch) for rank in dealt for batch in rank}
             assert sizes == {micro} and len({len(rank) for rank in dealt}) == 1
-            assert sorted(n for rank in dealt for batch in rank for _, *group in batch for n in group) == everything
+            assert sorted(n for rank in dealt for batch in rank for _, *group in batch
+                          for n in group) == everything
 
 
 @pytest.mark.parametrize("bucket", [1, 4])
@@ -665,7 +754,8 @@ def test_with_groups_resuming_at_a_step_is_never_having_stopped(bucket):
 
 def test_micro_batches_of_groups_are_sorted_by_their_longest_caption():
     for batch in zip(*[iter(grouped(2, 500).micro_batches(0, 2, 50))] * 10):
-        longest = [max(LENGTHS[number] for _, *group in micro for number in group) for micro in batch]
+        longest = [max(LENGTHS[number] for _, *group in micro for number in group)
+                   for micro in batch]
         assert longest == sorted(longest)
 
 
@@ -681,8 +771,11 @@ def test_evaluation_sees_each_caption_exactly_once():
 
 def test_real_captions_in_a_published_global_batch_leave_little_padding(shared):
     """At most a tenth of the tokens of the published batch (4,096 in micro-batches of 64) is padding."""
-    roberta = BPE.load(shared / "tokenizers/roberta-base/vocab.json", shared / "tokenizers/roberta-base/merges.txt")
-    texts = [s["raw"] for image in json.load(open(shared / "data/coco_small/dataset.json"))["images"] for s in image["sentences"]]
+    roberta = BPE.load(shared / "tokenizers/roberta-base/vocab.json",
+                       shared / "tokenizers/roberta-base/merges.txt")
+    texts = [s["raw"]
+             for image in json.load(open(shared / "data/coco_small/dataset.json"))["images"]
+             for s in image["sentences"]]
     tokens = np.array([len(roberta.encode(t)) + 2 for t in texts] * 4)
     sampler = GlobalBatches(tokens, 4096, 0)
     padded = sum(len(b) * tokens[[i for _, i in b]].max() for b in sampler.micro_batches(0, 1, 64))
@@ -701,4 +794,6 @@ def test_shards_that_img2dataset_left_are_found_without_being_named(tmp_path):
     for name in ("mine_00000.arrow", "mine_00001.arrow", "other_caption_val.arrow"):
         write_captions(tmp_path / name, 2)
     assert files.splits_of(tmp_path) == {"mine": ["train"], "other": ["val"]}
-    assert [path.name for path in files.find_files(tmp_path, (), "train")] == ["mine_00000.arrow", "mine_00001.arrow"]
+    assert [path.name
+            for path in files.find_files(tmp_path, (), "train")] == ["mine_00000.arrow",
+                                                                     "mine_00001.arrow"]

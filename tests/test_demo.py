@@ -52,7 +52,8 @@ def test_the_page_names_every_tab_that_is_missing_and_the_command_that_makes_it(
         assert command in said
 
 
-def test_without_checkpoints_it_opens_what_make_left_and_a_name_of_models_first(tmp_path, monkeypatch):
+def test_without_checkpoints_it_opens_what_make_left_and_a_name_of_models_first(tmp_path,
+                                                                                monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(named, "MODELS", tmp_path)
     assert answers.existing_defaults() == []
@@ -65,13 +66,15 @@ def test_without_checkpoints_it_opens_what_make_left_and_a_name_of_models_first(
 
 def test_a_model_that_no_tab_can_use_is_named(tmp_path, paths):
     saved = weights.read(paths[4])
-    weights.save(tmp_path / "ar.pt", saved["model"], weights.config_of(saved), "pretrain", saved["tokenizer"])
+    weights.save(tmp_path / "ar.pt", saved["model"], weights.config_of(saved), "pretrain",
+                 saved["tokenizer"])
     assert f"`{tmp_path / 'ar.pt'}` is of no use here" in answers.missing_tabs(answers.open_models([tmp_path / "ar.pt"]))
 
 
 # -- fill in ---------------------------------------------------------------------------------------
 
-def test_every_word_has_the_probability_that_the_model_gives_it_and_blanks_are_those_of_fill(models, drawn):
+def test_every_word_has_the_probability_that_the_model_gives_it_and_blanks_are_those_of_fill(models,
+                                                                                             drawn):
     model = only(models, "Fill in")
     reading = answers.read_words(model, drawn.path, "a ___ star, and a <mask> ring")
     text, words = predict.fill(model, drawn.path, "a <mask> star, and a <mask> ring")
@@ -80,8 +83,10 @@ def test_every_word_has_the_probability_that_the_model_gives_it_and_blanks_are_t
     fused = model.fuse(predict.encode_pictures(model, [drawn.path]), model.encode_text(reading.ids))
     shares = model.vocab_logits(fused.reconstructed[0]).softmax(-1)         # (L, V)
     for position, word in enumerate(reading.words, 1):
-        assert word.share == pytest.approx(shares[position, reading.ids[0, position]].item(), abs=1e-5)
-        assert [share for _, share in word.choices] == sorted((share for _, share in word.choices), reverse=True)
+        assert word.share == pytest.approx(shares[position, reading.ids[0, position]].item(),
+                                           abs=1e-5)
+        assert [share for _, share in word.choices] == sorted((share for _, share in word.choices),
+                                                              reverse=True)
 
 
 def test_a_text_without_blanks_keeps_its_words(models, drawn):
@@ -93,14 +98,17 @@ def test_a_text_without_blanks_keeps_its_words(models, drawn):
 def test_words_of_a_masked_language_model_do_not_know_themselves(tmp_path, paths):
     """Else the word that stands there would change what the model says in its place."""
     tok = predict.open_model(paths[0]).tokenizer
-    model = vilt_model(replace(TINY_VILT, vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id, sep_id=tok.sep_id,
+    model = vilt_model(replace(TINY_VILT, vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id,
+                               sep_id=tok.sep_id,
                                mask_id=tok.mask_id))
     model.tokenizer, model.task = tok, "pretrain"
     path = answers.draw_scene(tmp_path, 1).path
-    one, other = (answers.read_words(model, path, f"a {word} star").words for word in ("red", "big"))
+    one, other = (answers.read_words(model, path, f"a {word} star").words
+                  for word in ("red", "big"))
     assert one[1].text != other[1].text and one[1].choices == other[1].choices
     found = pictures.look_for(model, answers.read_words(model, path, "a red star"), 1)
-    assert found.tokens[2].strip() == tok.tokens[tok.mask_id] and pictures.maps(found, 1).width > 100
+    assert found.tokens[2].strip() == tok.tokens[tok.mask_id] and pictures.maps(found,
+                                                                                1).width > 100
 
 
 def test_the_row_of_the_mask_hides_the_word_itself_and_colours_the_two_streams(models, drawn):
@@ -133,34 +141,40 @@ def test_bad_pictures_and_texts_get_a_sentence(models, tmp_path, monkeypatch):
     model = only(models, "Fill in")
     text = tmp_path / "notes.png"
     text.write_text("no picture at all")
-    assert "not a picture that can be read" in refusal(answers.read_words, model, str(text), "a star")
+    assert "not a picture that can be read" in refusal(answers.read_words, model, str(text),
+                                                       "a star")
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(noise_picture(size=(400, 300))[:300])
     assert "not a picture" in refusal(answers.read_words, model, str(broken), "a star")
     dot = tmp_path / "dot.png"
     Image.new("RGB", (1, 1), "red").save(dot)
     assert answers.read_words(model, str(dot), "a star").words
-    assert "at most 88 are read" in refusal(answers.read_words, model, str(dot), "star " * 500).replace(
-        "this model reads at most 88", "at most 88 are read")
+    assert "at most 88 are read" in refusal(answers.read_words, model, str(dot),
+                                            "star " * 500).replace(
+"this model reads at most 88", "at most 88 are read")
     for empty in ("", "  ", None):
         assert refusal(answers.read_words, model, str(dot), empty) == "Type a text first."
     assert refusal(answers.read_words, model, None, "a star").startswith("Choose a picture first")
     with open(tmp_path / "big.jpg", "wb") as big:
         big.truncate(40_000_000)
-    assert "big.jpg: a file of 40 MB; at most 30 MB" in refusal(answers.read_words, model, str(tmp_path / "big.jpg"), "a star")
+    assert "big.jpg: a file of 40 MB; at most 30 MB" in refusal(answers.read_words, model,
+                                                                str(tmp_path / "big.jpg"), "a star")
 
 
 def test_a_sentence_does_not_tell_where_uploads_lie():
     error = ValueError("/tmp/demo_x/9f3c/my photo.jpg: not a picture that can be read (truncated)")
-    assert answers.sentence(error, "/tmp/demo_x") == "my photo.jpg: not a picture that can be read (truncated)"
+    assert answers.sentence(error,
+                            "/tmp/demo_x") == "my photo.jpg: not a picture that can be read (truncated)"
 
 
 def test_a_turned_photograph_is_read_upright(models, drawn, tmp_path):
     image, exif = Image.open(drawn.path), Image.Exif()
-    exif[0x0112] = 6                        # stored turned to the left: turn it to the right to see it
+    # stored turned to the left: turn it to the right to see it
+    exif[0x0112] = 6
     image.save(tmp_path / "plain.png")
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    one, other = (answers.read_words(only(models, "Fill in"), str(tmp_path / name), "a red star").words
+    one, other = (answers.read_words(only(models, "Fill in"), str(tmp_path / name),
+                                     "a red star").words
                   for name in ("plain.png", "turned.png"))
     assert one == other
 
@@ -171,31 +185,38 @@ def test_a_description_in_each_way_is_that_of_predict(models, drawn):
     model = only(models, "Describe")
     expected = [predict.describe(model, drawn.path), predict.describe(model, drawn.path, beams=3),
                 predict.describe(model, drawn.path, top_p=0.8, temperature=1.3, seed=4)]
-    assert [answers.describe(model, drawn.path, how, 3, 0.8, 1.3, 4) for how in answers.HOW] == expected
+    assert [answers.describe(model, drawn.path, how, 3, 0.8, 1.3, 4)
+            for how in answers.HOW] == expected
 
 
 def test_a_search_keeps_the_pictures_and_names_what_it_left_out(models, tmp_path):
     drawn = [answers.draw_scene(tmp_path, seed).path for seed in range(3)]
     for name, contents in (("notes.txt", b"words"), ("wrong.jpg", b"words")):
         (tmp_path / name).write_bytes(contents)
-    found, left_out = answers.search(only(models, "Search"), "a red star", [*drawn, *map(str, (tmp_path / "notes.txt",
-                                                                                               tmp_path / "wrong.jpg"))])
+    found, left_out = answers.search(only(models, "Search"), "a red star",
+                                     [*drawn, *map(str, (tmp_path / "notes.txt",
+                                                         tmp_path / "wrong.jpg"))])
     assert {path for path, _ in found} == set(drawn)
     assert [score for _, score in found] == sorted((score for _, score in found), reverse=True)
     assert len(left_out) == 2 and "notes.txt" in left_out[0] and "wrong.jpg" in left_out[1]
 
 
 @pytest.mark.parametrize("text, files, says", [
-    ("", ["a.jpg"], "Type a text"), ("a star", [], "Choose pictures first"), ("a star", None, "Choose pictures first"),
-    ("a star", ["a.txt", "b"], "None of the 2 files"), ("a star", [f"{i}.jpg" for i in range(501)], "at most 500")])
+    ("", ["a.jpg"], "Type a text"), ("a star", [], "Choose pictures first"),
+                                               ("a star", None, "Choose pictures first"),
+    ("a star", ["a.txt", "b"], "None of the 2 files"),
+                                               ("a star", [f"{i}.jpg" for i in range(501)],
+                                                "at most 500")])
 def test_a_search_without_sense_gets_a_sentence(models, text, files, says):
     assert says in refusal(answers.search, only(models, "Search"), text, files)
 
 
 def test_texts_are_ranked_once_each(models, drawn):
-    found = answers.rank(only(models, "Search"), drawn.path, "a red star\n\n a red star \na blue ring")
+    found = answers.rank(only(models, "Search"), drawn.path,
+                         "a red star\n\n a red star \na blue ring")
     assert sorted(text for text, _ in found) == ["a blue ring", "a red star"]
-    assert "at most 50" in refusal(answers.rank, only(models, "Search"), drawn.path, "\n".join(map(str, range(51))))
+    assert "at most 50" in refusal(answers.rank, only(models, "Search"), drawn.path,
+                                   "\n".join(map(str, range(51))))
     assert "Type some texts" in refusal(answers.rank, only(models, "Search"), drawn.path, "\n \n")
 
 
@@ -229,7 +250,8 @@ def test_two_scenes_come_with_a_statement_that_is_as_often_false(tmp_path):
 def test_a_verdict_is_that_of_the_world():
     scene = Scene((Shape("star", "red", "big", 20, 10),))
     drawn = answers.Drawn("", scene, [], [])
-    assert [answers.mark(drawn.truth(text)) for text in ("a red star", "a blue star", "blue sky")] == ["✓ true", "✗ false", "?"]
+    assert [answers.mark(drawn.truth(text))
+            for text in ("a red star", "a blue star", "blue sky")] == ["✓ true", "✗ false", "?"]
     assert is_true("a red star", scene)
 
 
@@ -243,7 +265,8 @@ def test_every_objective_is_drawn_with_its_rates(objective):
 
 
 @pytest.mark.parametrize("text, prefix, says", [
-    ("", 1, "0 words; 2 to 12"), ("word", 1, "1 words; 2 to 12"), ("word " * 500, 1, "500 words; 2 to 12"),
+    ("", 1, "0 words; 2 to 12"), ("word", 1, "1 words; 2 to 12"),
+                                                ("word " * 500, 1, "500 words; 2 to 12"),
     ("a girl plays", 3, "leaves none of 3")])
 def test_a_sentence_that_does_not_fit_gets_a_sentence(text, prefix, says):
     assert says in refusal(pictures.masks, text, "Prefix", 0.4, prefix, 0)
@@ -258,7 +281,8 @@ def test_extreme_sentences_are_drawn():
 
 def test_without_gradio_the_command_names_the_extra(monkeypatch, paths):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "gradio" else find(name, *more))
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *more: None if name == "gradio" else find(name, *more))
     with pytest.raises(SystemExit) as stop:
         demo.main([str(paths[0])])
     assert str(stop.value) == "demo.py: the page needs a package: pip install '.[demo]'"

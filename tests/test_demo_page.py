@@ -25,9 +25,12 @@ from conftest import ROOT, free_port, write_page_models
 from tools import demo_answers
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[demo-test]'")
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install '.[demo-test]'")
+webdriver = pytest.importorskip("selenium.webdriver",
+                                reason="selenium is not installed: pip install '.[demo-test]'")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver here")]
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(not (CHROMIUM and DRIVER),
+                                 reason="no chromium and chromedriver here")]
 
 WIDTHS = {"desk": 1200, "telephone": 390}
 PATIENCE = 60                   # seconds; a busy machine is slow
@@ -64,7 +67,8 @@ class Page:
     def seen(self, selector, text=None):
         """The visible elements of a CSS selector (whose text is this)."""
         elements = self.browser.find_elements("css selector", selector)
-        return [e for e in elements if e.is_displayed() and (text is None or e.text.strip() == text)]
+        return [e for e in elements if e.is_displayed()
+                and (text is None or e.text.strip() == text)]
 
     def text(self):
         return self.browser.find_element("css selector", "body").text
@@ -89,7 +93,8 @@ class Page:
             field.click()
             self.browser.execute_script("arguments[0].select()", field)
             field.send_keys(webdriver.Keys.BACKSPACE)
-            self.browser.execute_cdp_cmd("Input.insertText", {"text": text})        # pasted: 500 words are many keys
+            # pasted: 500 words are many keys
+            self.browser.execute_cdp_cmd("Input.insertText", {"text": text})
             return field.get_attribute("value") == text
         self.until(typed, f"field {label!r}")
 
@@ -102,7 +107,9 @@ class Page:
         self.until(cleared, "the cross of the picture")
 
         def given():
-            fields = [e for e in self.browser.find_elements("css selector", "[data-testid=image] input[type=file], input[type=file]")
+            fields = [e
+                      for e in self.browser.find_elements("css selector",
+                                                          "[data-testid=image] input[type=file], input[type=file]")
                       if self.browser.execute_script("return arguments[0].closest('.tabitem')?.offsetParent !== null", e)]
             fields[0].send_keys(str(path))
             return True
@@ -116,7 +123,8 @@ class Page:
         """A screenshot of the whole page -> PIL image."""
         height = self.browser.execute_script("return document.documentElement.scrollHeight")
         found = self.browser.execute_cdp_cmd("Page.captureScreenshot", {
-            "captureBeyondViewport": True, "clip": {"x": 0, "y": 0, "width": self.width, "height": height, "scale": 1}})
+            "captureBeyondViewport": True, "clip": {"x": 0, "y": 0, "width": self.width,
+                                                    "height": height, "scale": 1}})
         return Image.open(io.BytesIO(base64.b64decode(found["data"])))
 
 
@@ -131,8 +139,10 @@ def serve(models, folder):
     log = folder / "log"
     with open(log, "w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tools.demo", *map(str, models), "--port", str(free_port())], cwd=ROOT, stdout=out,
-            stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder)})
+            [sys.executable, "-m", "tools.demo", *map(str, models), "--port", str(free_port())],
+                                   cwd=ROOT, stdout=out,
+            stderr=subprocess.STDOUT,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder)})
     try:
         end = time.monotonic() + 2 * PATIENCE
         while not (found := re.search(r"open (http://127\.0\.0\.1:\d+/)", log.read_text())):
@@ -198,8 +208,10 @@ def test_each_tab_used_once_as_a_person_would(page):
 
     sides = page.browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
     assert sides[0] <= sides[1] <= page.width, "the page is wider than its window"
-    asked = [json.loads(entry["message"])["message"] for entry in page.browser.get_log("performance")]
-    urls = [one["params"]["request"]["url"] for one in asked if one["method"] == "Network.requestWillBeSent"]
+    asked = [json.loads(entry["message"])["message"]
+             for entry in page.browser.get_log("performance")]
+    urls = [one["params"]["request"]["url"] for one in asked
+            if one["method"] == "Network.requestWillBeSent"]
     elsewhere = [url for url in urls if not url.startswith((page.address, "data:", "blob:"))]
     assert len(urls) > 10 and not elsewhere
     assert not [entry for entry in page.browser.get_log("browser") if entry["level"] == "SEVERE"]
@@ -220,8 +232,10 @@ def test_what_visitors_do_wrong_gets_a_sentence_on_the_page(page, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (3700, 3700, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "huge.bmp")
     page.type("Text", "a red star")
-    for name, says in (("notes.png", r"notes\.png: not a picture that can be read"), ("thread.png", "100 times as long"),
-                       ("huge.bmp", r"huge\.bmp: a file of 41 MB; at most 30 MB"), ("dot.png", "first choice")):
+    for name, says in (("notes.png", r"notes\.png: not a picture that can be read"),
+                       ("thread.png", "100 times as long"),
+                       ("huge.bmp", r"huge\.bmp: a file of 41 MB; at most 30 MB"),
+                       ("dot.png", "first choice")):
         page.upload(tmp_path / name)
         page.press("Say every word")
         page.wait_for(says)
@@ -242,7 +256,8 @@ def test_other_machines_cannot_reach_it(served):
     port = int(served.rstrip("/").rpartition(":")[2])
     with socket.socket() as one:
         assert one.connect_ex(("127.0.0.1", port)) == 0
-    own = next((address[4][0] for address in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
+    own = next((address[4][0]
+                for address in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
                 if not address[4][0].startswith("127.")), None)
     if own is None:
         pytest.skip("this machine has no address but the loopback one")
@@ -268,7 +283,8 @@ def test_the_readme_picture_can_be_made(tmp_path):
         page.wait_for("left-to-right stream")
         time.sleep(3)
         picture = page.picture()
-        picture = picture.crop((0, 0, picture.width, min(picture.height, 1000))).quantize(256, dither=Image.Dither.NONE)
+        picture = picture.crop((0, 0, picture.width,
+                                min(picture.height, 1000))).quantize(256, dither=Image.Dither.NONE)
         path = Path(target or tmp_path / "demo.png")
         picture.save(path, optimize=True)
         assert path.stat().st_size < 200_000

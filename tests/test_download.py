@@ -249,7 +249,8 @@ def test_a_refusal_is_final_and_a_failing_server_is_asked_again(server, get, tmp
 def test_a_server_that_is_busy_is_asked_again_and_the_half_that_came_is_kept(server, get, code):
     server.steps = [breaks, fails(code)]
     assert get(sha256(DATA)).read_bytes() == DATA
-    assert sorted(server.sent) == [0, HALF, len(DATA) - HALF] and get.pauses == [1, 2]      # answers are counted as their threads end
+    # answers are counted as their threads end
+    assert sorted(server.sent) == [0, HALF, len(DATA) - HALF] and get.pauses == [1, 2]
 
 
 def test_two_downloads_of_one_file_do_not_mix_their_bytes(server, get, tmp_path):

@@ -42,12 +42,16 @@ def test_one_word_is_exchanged_for_another_of_its_group_that_is_not_said_of_the_
 def test_the_groups_for_photographs_and_for_the_toy_world_open():
     photographs = Exchange(ROOT / "tools/exchange_en.json")
     assert photographs("a man", {"woman", "boy", "girl"}, np.random.default_rng(0)) == "a child"
-    for words in toy.EXCHANGE.values():     # one word stands for another in the same sentence, and no colour is exchanged
+    # one word stands for another in the same sentence, and no colour is exchanged
+    for words in toy.EXCHANGE.values():
         assert len(words) > 1 and not set(words) & {*toy.COLOURS, *toy.KINDS}
 
 
-@pytest.mark.parametrize("contents, message", [({"sides": ["left"]}, "group 'sides'"), ({"sides": "left right"}, "group 'sides'"),
-                                              (["left", "right"], "exchange.json"), ({"sides": ["left", 3]}, "group 'sides'")])
+@pytest.mark.parametrize("contents, message",
+                         [({"sides": ["left"]}, "group 'sides'"),
+                          ({"sides": "left right"}, "group 'sides'"),
+                         (["left", "right"], "exchange.json"),
+                          ({"sides": ["left", 3]}, "group 'sides'")])
 def test_a_file_of_another_form_is_refused(tmp_path, contents, message):
     path = tmp_path / "exchange.json"
     path.write_text(json.dumps(contents))
@@ -63,8 +67,10 @@ def test_a_word_that_another_caption_of_the_image_says_is_not_put_in(tmp_path, e
     dataset = ExchangedWords.__new__(ExchangedWords)
     dataset.table = Captions([tmp_path / "x_caption_train.arrow"])
     said = dataset.said(0)
-    assert {"left", "right", "two", "four"} <= said and "rings" not in said     # commas belong to no word
-    found = {exchange("two stars, left of a ring", said, np.random.default_rng(k)) for k in range(9)}
+    # commas belong to no word
+    assert {"left", "right", "two", "four"} <= said and "rings" not in said
+    found = {exchange("two stars, left of a ring", said, np.random.default_rng(k))
+             for k in range(9)}
     assert found == {"three stars, left of a ring"}
 
 
@@ -92,7 +98,8 @@ def test_matching_sees_the_own_image_with_the_exchanged_caption_and_another_imag
     for b, sample in enumerate(samples):
         shown = batch["wrong_ids"][b][batch["wrong_ids"][b] != config.pad_id].tolist()
         assert shown == (sample["wrong_ids"] if hard[b] else sample["ids"])
-        right, wrong = (tok.decode(ids).split() for ids in (sample["ids"][1:-1], sample["wrong_ids"][1:-1]))
+        right, wrong = (tok.decode(ids).split()
+                        for ids in (sample["ids"][1:-1], sample["wrong_ids"][1:-1]))
         assert sum(a != b for a, b in zip(right, wrong, strict=True)) == 1
     # The loss is that of the 2B pairs, each scored alone.
     batch = to_device(batch, torch.device("cpu"), config)
@@ -100,15 +107,21 @@ def test_matching_sees_the_own_image_with_the_exchanged_caption_and_another_imag
     with torch.no_grad():
         visual = model.encode_image(batch["image"])
         pairs = [(ids, b) for b, ids in enumerate(batch["ids"])]
-        pairs += [(ids, int(m)) for ids, m in zip(batch["wrong_ids"], batch["other_image"], strict=True)]
-        scores = torch.cat([model.itm_head(model.fuse(visual[m:m + 1], model.encode_text(ids[ids != config.pad_id][None])).pooled)
+        pairs += [(ids, int(m))
+                  for ids, m in zip(batch["wrong_ids"], batch["other_image"], strict=True)]
+        scores = torch.cat([model.itm_head(model.fuse(visual[m:m + 1],
+                                                      model.encode_text(ids[ids != config.pad_id][None])).pooled)
                             for ids, m in pairs])
     targets = torch.tensor([1] * len(samples) + [0] * len(samples))
-    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(scores, targets, reduction="sum").item(), rel=1e-4)
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(scores, targets,
+                                                                          reduction="sum").item(),
+                                        rel=1e-4)
     assert hits.item() == (scores.argmax(1) == targets).sum()
 
 
-@pytest.mark.parametrize("more, message", [((), "is for FLM's image-text matching"), (("--itm", "--exchange", "/nowhere"), "--exchange /nowhere")])
+@pytest.mark.parametrize("more, message",
+                         [((), "is for FLM's image-text matching"),
+                          (("--itm", "--exchange", "/nowhere"), "--exchange /nowhere")])
 def test_exchange_without_matching_or_file_is_refused(world, tmp_path, words, more, message):
     with pytest.raises(SystemExit, match=message):
         train.main(command(world, tmp_path / "run", "--steps", 1, "--exchange", words, *more))

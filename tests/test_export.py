@@ -13,8 +13,10 @@ transformers = pytest.importorskip("transformers")
 
 def opened(kind, folder, **how):
     """A model of transformers; all its tensors come from the file, and the file has no other."""
-    model, found = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True, **how)
-    assert not any(found[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), found
+    model, found = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True,
+                                                               **how)
+    assert not any(found[what]
+                   for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), found
     return model.eval()
 
 
@@ -44,7 +46,8 @@ def test_both_streams_of_the_text_layers_are_a_roberta_model_with_flms_masks(tmp
     for stream, mask_of in enumerate((left_to_right_mask, right_to_left_mask)):
         found = theirs(input_ids=ids, attention_mask=mask_of(real)[:, None]).last_hidden_state
         torch.testing.assert_close(found[real], streams[:, stream][real], **TOL)
-    plain = theirs(input_ids=ids, attention_mask=real.long()).last_hidden_state     # which is not FLM's reading
+    # which is not FLM's reading
+    plain = theirs(input_ids=ids, attention_mask=real.long()).last_hidden_state
     assert (plain[real] - streams[:, 0][real]).abs().max() > 0.1
 
 
@@ -70,7 +73,8 @@ def test_flm_begins_again_from_the_text_that_it_exported(tmp_path):
 def test_convert_writes_both_folders_and_says_what_stays_behind(tmp_path, capsys):
     tok = BPE.train([" ".join(WORDS)] * 3, 300)
     model = tiny(vocab_size=len(tok), mask_id=tok.mask_id, itm=True)
-    weights.save(tmp_path / "x.pt", model.state_dict(), model.config, "pretrain", weights.pack_tokenizer(tok))
+    weights.save(tmp_path / "x.pt", model.state_dict(), model.config, "pretrain",
+                 weights.pack_tokenizer(tok))
     weights.main(["convert", str(tmp_path / "x.pt"), str(tmp_path / "out"), "--to", "transformers"])
     said = capsys.readouterr().out
     assert f"wrote {tmp_path}/out\n" in said and (tmp_path / "out/vision/config.json").is_file()

@@ -31,11 +31,14 @@ def crash():
 
 
 @pytest.mark.parametrize("outcome, function", [
-    ("ok", lambda: None), ("ok", lambda: sys.exit(0)), ("sentence", refuse("x.pt: not a checkpoint")),
+    ("ok", lambda: None), ("ok", lambda: sys.exit(0)),
+                                               ("sentence", refuse("x.pt: not a checkpoint")),
     ("unclear", refuse("something is wrong")), ("unclear", refuse("x.pt: " + "long " * 1000)),
-    ("traceback", lambda: {}["key"]), ("signal", crash), ("timeout", lambda: time.sleep(60)), ("memory", fill_memory)])
+    ("traceback", lambda: {}["key"]), ("signal", crash), ("timeout", lambda: time.sleep(60)),
+                                               ("memory", fill_memory)])
 def test_each_outcome_is_recognised(outcome, function):
-    result = wait(start(function), timeout=1.5 if outcome == "timeout" else 30, memory=1500, names=["x.pt"])
+    result = wait(start(function), timeout=1.5 if outcome == "timeout" else 30, memory=1500,
+                  names=["x.pt"])
     assert result.outcome == outcome, result
 
 
@@ -110,15 +113,19 @@ def test_minutes_end_a_campaign(monkeypatch, tmp_path, capsys):
 def test_damage_changes_something_and_is_a_function_of_its_random_numbers():
     contents = bytes(range(256)) * 4
     results = [faults_downloads.damage(contents, random.Random(seed)) for seed in range(200)]
-    assert results == [faults_downloads.damage(contents, random.Random(seed)) for seed in range(200)]
+    assert results == [faults_downloads.damage(contents, random.Random(seed))
+                       for seed in range(200)]
     assert sum(result != contents for result in results) > 190
 
 
 def test_nonsense_is_one_change_of_a_checkpoint():
     for seed in range(200):
-        whole = {"model": {"a": torch.ones(2, 3), "b": torch.ones(3)}, "step": 3, "task": "pretrain", "scaler": {},
-                 "optimizer": {"state": {"a": {"exp_avg": torch.ones(2, 3)}}, "param_groups": [{"lr": 0.1}]},
-                 **dict.fromkeys(("counters", "settings", "config"), {"n": 7}), "files": [["x", 1]], "answers": None,
+        whole = {"model": {"a": torch.ones(2, 3), "b": torch.ones(3)}, "step": 3,
+                 "task": "pretrain", "scaler": {},
+                 "optimizer": {"state": {"a": {"exp_avg": torch.ones(2, 3)}},
+                               "param_groups": [{"lr": 0.1}]},
+                 **dict.fromkeys(("counters", "settings", "config"), {"n": 7}), "files": [["x", 1]],
+                 "answers": None,
                  "tokenizer": {"vocab.json": "{}"}, "format": "f", "backbone": "flm"}
         before = repr(whole)
         contents, what = faults_runs.nonsense(dict(whole), random.Random(seed))
@@ -129,7 +136,8 @@ def test_nonsense_is_one_change_of_a_checkpoint():
 def test_other_weights_are_seen(tmp_path):
     one = {"model": {"a": torch.ones(2), "b": torch.ones(2)}, "step": 3}
     torch.save(one, tmp_path / "a.pt")
-    torch.save({"model": {"a": torch.ones(2), "b": torch.tensor([1.0, 1.0000001])}, "step": 4}, tmp_path / "b.pt")
+    torch.save({"model": {"a": torch.ones(2), "b": torch.tensor([1.0, 1.0000001])}, "step": 4},
+               tmp_path / "b.pt")
     assert differing_tensors(tmp_path / "a.pt", tmp_path / "a.pt", ["model", "step"]) == []
     assert differing_tensors(tmp_path / "a.pt", tmp_path / "b.pt", ["model"]) == [".model.b"]
     assert differing_tensors(tmp_path / "a.pt", tmp_path / "b.pt", ["step"]) == [".step"]

@@ -512,7 +512,8 @@ def in_a_child(action, **limits):
 def test_a_file_that_cannot_grow_names_its_path_and_leaves_the_old_one(kind, tmp_path):
     model, path = tiny(), tmp_path / f"x.{kind}"
     path.write_bytes(b"the old one")
-    said = in_a_child(lambda: weights.save(path, model.state_dict(), model.config, "pretrain", None),
+    said = in_a_child(lambda: weights.save(path, model.state_dict(), model.config, "pretrain",
+                                           None),
                       RLIMIT_FSIZE=100_000)
     assert said == f"OSError: [Errno {errno.EFBIG}] File too large: '{path}' [{errno.EFBIG}]"
     assert path.read_bytes() == b"the old one" and os.listdir(tmp_path) == [path.name]
@@ -573,9 +574,11 @@ def test_values_that_are_not_plain_are_refused_before_anybody_prints_them(ours, 
 
 @pytest.mark.parametrize("part, value, message", [
     ("step", -1, "its step is -1"), ("step", True, "its step is a bool, a int is expected"),
-    ("step", "5", "its step is a str, a int is expected"), ("task", "fly", "its task 'fly': one of"),
+    ("step", "5", "its step is a str, a int is expected"),
+                                                  ("task", "fly", "its task 'fly': one of"),
     ("task", None, "task"), ("answers", ["yes"], "lists 1 answers as text, its head has 0"),
-    ("answers", [5], "answers as text"), ("model", {}, "the config has 4, but there are 0 tensors"), ("model", None, "model"),
+    ("answers", [5], "answers as text"), ("model", {}, "the config has 4, but there are 0 tensors"),
+                                                  ("model", None, "model"),
     ("tokenizer", {"vocab.json": 5}, "its tokenizer"),
     ("tokenizer", {"vocab.json": "[" * 10 ** 5, "merges.txt": ""}, "its tokenizer"),
     ("tokenizer", {"vocab.json": "{}", "merges.txt": "x"}, "its tokenizer: merges.txt: line 1"),

@@ -27,7 +27,8 @@ def memory(monkeypatch):
     """A device of 900 bytes on which n pairs take 50 + 100 n -> the sizes that were tried."""
     tried = []
     monkeypatch.setattr(fitting, "memory_limit", lambda machine: 900)
-    monkeypatch.setattr(fitting, "peak_bytes", lambda run, state, size: tried.append(size) or 50 + 100 * size)
+    monkeypatch.setattr(fitting, "peak_bytes",
+                        lambda run, state, size: tried.append(size) or 50 + 100 * size)
     return tried
 
 
@@ -38,10 +39,12 @@ def opened(world, out, *flags):
     return run, train.build_state(run)
 
 
-def test_the_micro_batch_is_the_largest_that_fits_and_no_larger_one_is_tried(world, tmp_path, memory, capsys):
+def test_the_micro_batch_is_the_largest_that_fits_and_no_larger_one_is_tried(world, tmp_path,
+                                                                             memory, capsys):
     run, state = opened(world, tmp_path)
     fitting.fit_micro_batch(run, state)
-    assert memory == [1, 2, 4, 8] and (run.micro_batch, run.accumulation) == (8, 2)     # 16 would take 1,650
+    # 16 would take 1,650
+    assert memory == [1, 2, 4, 8] and (run.micro_batch, run.accumulation) == (8, 2)
     assert "--micro-batch auto: 8 pairs, 0.00 GB of at most 0.00; 16 do not fit" in capsys.readouterr().out
     assert run.settings.micro_batch == 8
 
@@ -67,7 +70,8 @@ def test_memory_for_nothing_is_said(world, tmp_path, monkeypatch):
 def test_all_processes_take_what_fits_the_fullest_of_them(world, tmp_path, memory):
     run, state = opened(world, tmp_path)
     # The other process needs 150 bytes more, and has 700.
-    run.machine = SimpleNamespace(world=1, data_world=1, device=run.machine.device, say=run.machine.say,
+    run.machine = SimpleNamespace(world=1, data_world=1, device=run.machine.device,
+                                  say=run.machine.say,
                                   largest=lambda number: -700 if number < 0 else number + 150)
     fitting.fit_micro_batch(run, state)
     assert run.micro_batch == 4         # 8 would take 1,000
@@ -93,8 +97,10 @@ def test_trying_leaves_weights_and_gradients_as_they_were_and_measures(world, tm
     peak = fitting.peak_bytes(run, state, 4)
     moments = 8 * sum(parameter.numel() for parameter in state.bare.parameters())
     assert peak > moments + 50 * 2 ** 20            # Python and torch alone are larger than that
-    assert all(torch.equal(tensor, before[name]) for name, tensor in state.bare.state_dict().items())
-    assert all(parameter.grad is None for parameter in state.bare.parameters()) and not state.optimizer.state
+    assert all(torch.equal(tensor, before[name])
+               for name, tensor in state.bare.state_dict().items())
+    assert all(parameter.grad is None
+               for parameter in state.bare.parameters()) and not state.optimizer.state
 
 
 def test_the_memory_that_is_there_is_a_number_of_bytes():
@@ -102,7 +108,8 @@ def test_the_memory_that_is_there_is_a_number_of_bytes():
     assert 2 ** 26 < limit < 2 ** 46
 
 
-@pytest.mark.skipif(not machine.Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak")
+@pytest.mark.skipif(not machine.Path("/proc/self/clear_refs").exists(),
+                    reason="only Linux forgets a peak")
 def test_a_peak_is_that_since_the_last_one_was_forgotten():
     device, size = torch.device("cpu"), 2 ** 26
     machine.forget_peak(device)
@@ -125,7 +132,8 @@ def test_what_was_found_is_saved_and_a_resumed_run_goes_on_with_it(world, tmp_pa
 
 def test_what_was_found_makes_the_run_that_naming_it_makes(world, tmp_path, memory):
     for out, micro_batch in (("named", "8"), ("auto", "auto")):
-        train.main(train_command(world, tmp_path / out, *TRAIN, "--dropout", 0.1, "--micro-batch", micro_batch))
+        train.main(train_command(world, tmp_path / out, *TRAIN, "--dropout", 0.1, "--micro-batch",
+                                 micro_batch))
     assert_same(train_outcome(tmp_path / "named"), train_outcome(tmp_path / "auto"), 0)
 
 
@@ -138,5 +146,6 @@ def test_other_words_for_a_micro_batch_are_refused(world, tmp_path, capsys, text
 
 def test_shards_refuse_to_search(world, tmp_path):
     settings, _ = train.parse(train_command(world, tmp_path, *AUTO, "--shard"))
-    with pytest.raises(ValueError, match="--micro-batch auto needs whole models, which --shard cuts"):
+    with pytest.raises(ValueError,
+                       match="--micro-batch auto needs whole models, which --shard cuts"):
         train.check(settings, machine.set_up("cpu"))

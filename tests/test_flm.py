@@ -33,7 +33,8 @@ def drawing(function):
 
 
 @pytest.mark.parametrize("function, arguments, columns", [
-    (masks.bidirectional_mask, (), 5), (masks.left_to_right_mask, (), 5), (masks.right_to_left_mask, (), 5),
+    (masks.bidirectional_mask, (), 5), (masks.left_to_right_mask, (), 5),
+                                                          (masks.right_to_left_mask, (), 5),
     (masks.prefix_mask, (torch.tensor([2]),), 5), (masks.reconstructor_mask, (), 10)])
 def test_masks_are_what_their_docstrings_draw(function, arguments, columns):
     picture = drawing(function)
@@ -43,7 +44,8 @@ def test_masks_are_what_their_docstrings_draw(function, arguments, columns):
 
 def test_masks_hide_padding():
     real = torch.tensor([[True] * 4 + [False] * 3])
-    for mask in (masks.bidirectional_mask(real), masks.left_to_right_mask(real), masks.right_to_left_mask(real),
+    for mask in (masks.bidirectional_mask(real), masks.left_to_right_mask(real),
+                 masks.right_to_left_mask(real),
                  masks.prefix_mask(real, torch.tensor([3]))):
         assert not mask[:, :, 4:].any() and mask[:, :4, :4].any()
     both = masks.reconstructor_mask(real)
@@ -54,12 +56,14 @@ def test_masks_equal_the_original():
     recorded = torch.load(FIXTURE, weights_only=True)
     real, theirs = recorded["inputs"]["text_masks"].bool(), recorded["masks"]
     rows = real[:, :, None]                         # what pad rows see has no consequence
-    for ours, name in ((masks.left_to_right_mask(real), "extend_text_masks"), (masks.right_to_left_mask(real), "extend_text_masks_r"),
+    for ours, name in ((masks.left_to_right_mask(real), "extend_text_masks"),
+                       (masks.right_to_left_mask(real), "extend_text_masks_r"),
                        (masks.reconstructor_mask(real), "bi_attention_mask")):
         assert torch.equal(ours & rows, (theirs[name][:, 0] == 0) & rows), name
 
 
-@pytest.mark.parametrize("n, rate", [(8, 0.15), (8, 0.5), (8, 1.0), (14, 0.3), (32, 0.5), (50, 0.9)])
+@pytest.mark.parametrize("n, rate",
+                         [(8, 0.15), (8, 0.5), (8, 1.0), (14, 0.3), (32, 0.5), (50, 0.9)])
 def test_span_corruption_hides_the_requested_share(n, rate):
     rng, draws = np.random.default_rng(0), 3000
     hidden = np.zeros(n - 1)
@@ -78,7 +82,8 @@ def test_no_span_corruption_hides_the_word_alone():
     assert (first == np.arange(12)).all() and (last == first).all()
 
 
-# -- against the original's recorded numbers ---------------------------------------------------------------------------
+# -- against the original's recorded numbers
+# ---------------------------------------------------------------------------
 
 def ours(recorded):
     """The original's state dict under our names; what has no place in the models here is left out."""
@@ -94,14 +99,16 @@ def renamed(theirs, table):
 
 
 def below(module, state):
-    return {name.removeprefix(module): tensor for name, tensor in state.items() if name.startswith(module)}
+    return {name.removeprefix(module): tensor for name, tensor in state.items()
+            if name.startswith(module)}
 
 
 @pytest.fixture(scope="module")
 def original():
     recorded = torch.load(FIXTURE, weights_only=True)
     state = ours(recorded["state_dict"])
-    state = {k: v for k, v in state.items() if not k.startswith("vit.blocks.2.")}       # stored, never run
+    # stored, never run
+    state = {k: v for k, v in state.items() if not k.startswith("vit.blocks.2.")}
     model = flm.FLM(TINY)
     weights.load_exactly(model, state, "the fixture")
     return model.eval(), recorded
@@ -118,13 +125,15 @@ def test_features_equal_the_original(original):
     model, recorded = original
     real, out = recorded["inputs"]["text_masks"].bool(), recorded["outputs"]
     fused = run(model, recorded, original_queries=True)
-    torch.testing.assert_close(model.vit(recorded["inputs"]["image"][0]), out["image_embeds"], atol=TOL, rtol=0)
+    torch.testing.assert_close(model.vit(recorded["inputs"]["image"][0]), out["image_embeds"],
+                               atol=TOL, rtol=0)
     for ours, theirs in ((fused.left_to_right, "text_feats1"), (fused.right_to_left, "text_feats2"),
                          (fused.reconstructed, "text_feats")):
         torch.testing.assert_close(ours[real], out[theirs][real], atol=TOL, rtol=0, msg=theirs)
     torch.testing.assert_close(fused.pooled, out["cls_feats"], atol=TOL, rtol=0)
     logits = model.vocab_logits(fused.reconstructed[:, 1:])
-    torch.testing.assert_close(logits[real[:, 1:]], out["flm_logits"][real[:, 1:]], atol=TOL, rtol=0)
+    torch.testing.assert_close(logits[real[:, 1:]], out["flm_logits"][real[:, 1:]], atol=TOL,
+                               rtol=0)
 
 
 @torch.no_grad()
@@ -136,21 +145,26 @@ def test_every_layer_equals_the_original(original):
             module.register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, o))
     run(model, recorded, original_queries=True)
     real = recorded["inputs"]["text_masks"].bool()
-    for theirs, ours in (("text_transformer.encoder.layer", "text_layers"), ("cross_modal_text_layers", "fusion_layers")):
+    for theirs, ours in (("text_transformer.encoder.layer", "text_layers"),
+                         ("cross_modal_text_layers", "fusion_layers")):
         for i in range(2):
             for s, stream in enumerate(("fwd", "rev")):
-                torch.testing.assert_close(seen[f"{ours}.{i}"][:, s][real], recorded["layers"][f"{theirs}.{i}.{stream}"][real],
+                torch.testing.assert_close(seen[f"{ours}.{i}"][:, s][real],
+                                           recorded["layers"][f"{theirs}.{i}.{stream}"][real],
                                            atol=TOL, rtol=0)
-    for theirs, ours in (("fusion_layers_bottom", "text_reconstructor"), ("fusion_layers_top", "fusion_reconstructor")):
+    for theirs, ours in (("fusion_layers_bottom", "text_reconstructor"),
+                         ("fusion_layers_top", "fusion_reconstructor")):
         for i in range(2):
-            torch.testing.assert_close(seen[f"{ours}.{i}"][real], recorded["layers"][f"{theirs}.{i}"][real], atol=TOL, rtol=0)
+            torch.testing.assert_close(seen[f"{ours}.{i}"][real],
+                                       recorded["layers"][f"{theirs}.{i}"][real], atol=TOL, rtol=0)
 
 
 @torch.no_grad()
 def test_only_the_leaking_query_differs_from_the_original(original):
     """Our last query is <mask>, theirs is </s> itself; queries never see each other, so all other rows are the same."""
     model, recorded = original
-    real, fused = recorded["inputs"]["text_masks"].bool(), run(model, recorded, original_queries=False)
+    real, fused = recorded["inputs"]["text_masks"].bool(), run(model, recorded,
+                                                               original_queries=False)
     last = real & ~torch.roll(real, -1, 1)
     last[0, -1] = True
     difference = (fused.reconstructed - recorded["outputs"]["text_feats"]).abs().amax(-1)
@@ -167,7 +181,8 @@ def batch_of(recorded, leaks):
             if leaks and name == "right_to_left" and n < ids.shape[1]:
                 positions.append(n)                 # the first pad row predicts </s>, which it sees
             rows[name] += [b * ids.shape[1] + p for p in positions]
-    return {"image": recorded["inputs"]["image"][0], "ids": ids} | {f"{k}_rows": torch.tensor(v) for k, v in rows.items()}
+    return {"image": recorded["inputs"]["image"][0],
+            "ids": ids} | {f"{k}_rows": torch.tensor(v) for k, v in rows.items()}
 
 
 class OriginalQueries(flm.FLM):
@@ -180,13 +195,16 @@ class OriginalQueries(flm.FLM):
 
 
 def total(model, results, batch):
-    return sum(w * results[k][0] / len(batch[f"{k}_rows"]) for k, w in model.config.loss_weights.items())
+    return sum(w * results[k][0] / len(batch[f"{k}_rows"])
+               for k, w in model.config.loss_weights.items())
 
 
 def original_training_model(recorded):
     model = OriginalQueries(replace(TINY, pooler=False))
     state = ours(recorded["state_dict"])
-    weights.load_exactly(model, {k: v for k, v in state.items() if not k.startswith(("vit.blocks.2.", "pooler."))}, "fixture")
+    weights.load_exactly(model,
+                         {k: v for k, v in state.items()
+                          if not k.startswith(("vit.blocks.2.", "pooler."))}, "fixture")
     model.queries = recorded["inputs"]["text_all_masks_ids"]
     return model
 
@@ -197,8 +215,11 @@ def test_losses_equal_the_original_with_its_leaks(original):
     model, out = original_training_model(recorded), recorded["outputs"]
     batch = batch_of(recorded, leaks=True)
     results = with_pad_row_leak(model, batch)
-    assert [len(batch[f"{k}_rows"]) for k in ("reconstructed", "left_to_right", "right_to_left")] == out["n_targets"].tolist()
-    for name, theirs in (("reconstructed", "loss_reconstruction"), ("left_to_right", "loss_l2r"), ("right_to_left", "loss_r2l")):
+    assert [len(batch[f"{k}_rows"])
+            for k in ("reconstructed", "left_to_right",
+                      "right_to_left")] == out["n_targets"].tolist()
+    for name, theirs in (("reconstructed", "loss_reconstruction"), ("left_to_right", "loss_l2r"),
+                         ("right_to_left", "loss_r2l")):
         assert abs(results[name][0] / len(batch[f"{name}_rows"]) - out[theirs]) < TOL, name
     assert abs(total(model, results, batch) - out["loss_combined"]) < TOL
 
@@ -206,7 +227,8 @@ def test_losses_equal_the_original_with_its_leaks(original):
 def with_pad_row_leak(model, batch):
     """Runs the model with the original's view of pad rows in the reverse stream: they see every word."""
     reverse = flm.right_to_left_mask
-    flm.right_to_left_mask = lambda real: torch.where(real[:, :, None], reverse(real), masks.left_to_right_mask(real))
+    flm.right_to_left_mask = lambda real: torch.where(real[:, :, None], reverse(real),
+                                                      masks.left_to_right_mask(real))
     try:
         return model(batch)
     finally:
@@ -219,12 +241,14 @@ def test_losses_without_the_leaks_equal_those_of_the_recorded_logits(original):
     model = original_training_model(recorded)
     results, batch = model(batch_of(recorded, leaks=False)), batch_of(recorded, leaks=False)
     ids, lens = batch["ids"], recorded["inputs"]["lens"]
-    for name, logits, start in (("left_to_right", out["l2r_logits"], 1), ("right_to_left", out["r2l_logits"], 2)):
+    for name, logits, start in (("left_to_right", out["l2r_logits"], 1),
+                                ("right_to_left", out["r2l_logits"], 2)):
         loss = 0.0
         for b, n in enumerate(lens):
             for i in masks.predicting_rows("flm", n)[name]:
                 loss += F.cross_entropy(logits[b, i - start], ids[b, i + masks.SHIFT[name]])
-        assert abs(results[name][0] - loss) < 20 * TOL, name                            # sums of 19 terms
+        # sums of 19 terms
+        assert abs(results[name][0] - loss) < 20 * TOL, name
 
 
 def ours_for(name, state):
@@ -246,7 +270,8 @@ def test_gradients_equal_the_original(original):
     assert abs(loss.item() - recorded["train"]["loss_train"].item()) < TOL
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    gradients["embed.word.weight"][1] = 0       # the original freezes <pad>; without its leak nothing ever reaches it
+    # the original freezes <pad>; without its leak nothing ever reaches it
+    gradients["embed.word.weight"][1] = 0
     assert len(recorded["train"]["grads"]) == 10
     for name, theirs in recorded["train"]["grads"].items():
         torch.testing.assert_close(ours_for(name, gradients), theirs, atol=TOL, rtol=1e-4, msg=name)
@@ -254,7 +279,8 @@ def test_gradients_equal_the_original(original):
 
 def test_optimizer_steps_equal_the_original(original):
     recorded = original[1]
-    model, batch, t = original_training_model(recorded), batch_of(recorded, leaks=True), recorded["train"]
+    model, batch, t = original_training_model(recorded), batch_of(recorded,
+                                                                  leaks=True), recorded["train"]
     settings = Settings(lr=1e-3, steps=t["optim"]["max_steps"], warmup=2 / t["optim"]["max_steps"])
     groups = parameter_groups(model, settings)
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-8)
@@ -262,11 +288,13 @@ def test_optimizer_steps_equal_the_original(original):
     for step in range(3):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate_at(step, settings)
-        assert sorted({g["lr"] for g in optimizer.param_groups}) == pytest.approx(sorted(set(t["step_lrs"][step])))
+        assert sorted({g["lr"]
+                       for g in optimizer.param_groups}) == pytest.approx(sorted(set(t["step_lrs"][step])))
         optimizer.zero_grad()
         loss = total(model, with_pad_row_leak(model, batch), batch)
         loss.backward()
-        model.embed.word.weight.grad[1] = 0     # the original freezes <pad>; without its leak nothing ever reaches it
+        # the original freezes <pad>; without its leak nothing ever reaches it
+        model.embed.word.weight.grad[1] = 0
         first_grads = first_grads or {n: p.grad.clone() for n, p in model.named_parameters()}
         losses.append(loss.item())
         optimizer.step()
@@ -276,9 +304,12 @@ def test_optimizer_steps_equal_the_original(original):
     for name, theirs in t["params_after_steps"].items():
         clear = ours_for(name, first_grads).abs() > 1e-5        # elsewhere Adam's sign is rounding
         difference = (ours_for(name, state) - theirs).abs()[clear]
-        # A step moves a parameter by 0.5e-3 to 5e-3. Decay alone moves the largest values of a matrix by 4e-6 to 1.2e-5 at
-        # the base rate, and by five times that elsewhere: so this tolerance notices it. (None of the recorded parameters
-        # is one whose decay differs: the original also decays vit.cls, vit.position and CLIP's ln_*.)
+        # A step moves a parameter by 0.5e-3 to 5e-3. Decay alone moves the largest values of a
+        # matrix by 4e-6 to 1.2e-5 at
+        # the base rate, and by five times that elsewhere: so this tolerance notices it. (None of
+        # the recorded parameters
+        # is one whose decay differs: the original also decays vit.cls, vit.position and CLIP's
+        # ln_*.)
         at_base_rate = name.startswith(("vit_model", "text_transformer"))
         assert difference.max() < (3e-6 if at_base_rate else 1.2e-5), name
 
@@ -289,7 +320,9 @@ def test_single_stream_objectives_equal_the_original(objective):
     recorded = torch.load(FIXTURE3, weights_only=True)["tasks"][objective]
     state = ours(recorded["state_dict"])
     model = flm.FLM(replace(TINY, objective=objective, pooler=False))
-    weights.load_exactly(model, {k: v for k, v in state.items() if k != "stream_type" and not k.startswith("vit.blocks.2.")},
+    weights.load_exactly(model,
+                         {k: v for k, v in state.items() if k != "stream_type"
+                          and not k.startswith("vit.blocks.2.")},
                          "fixture")
     model.eval()
     I, out = recorded["inputs"], recorded["outputs"]
@@ -301,9 +334,11 @@ def test_single_stream_objectives_equal_the_original(objective):
     logits, theirs = model.vocab_logits(x), out[f"{objective}_logits"]
     if objective == "mlm":
         torch.testing.assert_close(logits[real], theirs[real], atol=TOL, rtol=0)
-        loss = F.cross_entropy(logits.flatten(0, 1), I["text_labels_mlm"].flatten(), ignore_index=-100)
+        loss = F.cross_entropy(logits.flatten(0, 1), I["text_labels_mlm"].flatten(),
+                               ignore_index=-100)
     else:
-        rows = [(b, i) for b, n in enumerate(real.sum(1).tolist()) for i in masks.predicting_rows("ar", n)["left_to_right"]]
+        rows = [(b, i) for b, n in enumerate(real.sum(1).tolist())
+                for i in masks.predicting_rows("ar", n)["left_to_right"]]
         loss = torch.stack([F.cross_entropy(logits[b, i], ids[b, i + 1]) for b, i in rows]).mean()
     assert abs(loss - out[f"{objective}_loss"]) < TOL
 
@@ -311,11 +346,13 @@ def test_single_stream_objectives_equal_the_original(objective):
 @pytest.mark.parametrize("side", [4, 2])
 def test_position_grid_resizes_as_the_original(side):
     recorded = torch.load(FIXTURE3, weights_only=True)["adapt_position_encoding"]
-    torch.testing.assert_close(layers.resize_positions(recorded["before_3x3"], (side, side)), recorded[f"after_{side}x{side}"],
+    torch.testing.assert_close(layers.resize_positions(recorded["before_3x3"], (side, side)),
+                               recorded[f"after_{side}x{side}"],
                                atol=TOL, rtol=0)
 
 
-# -- leaks and padding -------------------------------------------------------------------------------------------------
+# -- leaks and padding
+# -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.7, 1.0])
 @torch.no_grad()
@@ -324,12 +361,15 @@ def test_no_reconstructed_word_knows_itself(rate):
     visual = model.encode_image(torch.randn(1, 3, 24, 24))
     for seed, n in enumerate((3, 5, 9, 12)):
         ids = caption(n, 12, seed)
-        first, last = (torch.from_numpy(e)[None] for e in masks.draw_spans(n, 12, rate, np.random.default_rng(seed)))
+        first, last = (torch.from_numpy(e)[None]
+                       for e in masks.draw_spans(n, 12, rate, np.random.default_rng(seed)))
         base = model.fuse(visual, model.encode_text(ids, first, last)).reconstructed[0]
         for j in range(1, n):
             changed = ids.clone()
             changed[0, j] = 50 if ids[0, j] != 50 else 51
-            moved = (model.fuse(visual, model.encode_text(changed, first, last)).reconstructed[0] - base).abs().amax(-1)
+            moved = (model.fuse(visual,
+                                model.encode_text(changed, first,
+                                                  last)).reconstructed[0] - base).abs().amax(-1)
             for i in range(1, n):
                 hidden = first[0, i] <= j <= last[0, i]
                 assert (moved[i] == 0) if hidden else (moved[i] > 1e-6), (n, i, j)
@@ -337,7 +377,8 @@ def test_no_reconstructed_word_knows_itself(rate):
 
 
 @pytest.mark.parametrize("objective, output, sees", [
-    ("ar", "left_to_right", lambda i, j: j <= i), ("prefix", "left_to_right", lambda i, j: j <= max(i, 3)),
+    ("ar", "left_to_right", lambda i, j: j <= i), ("prefix", "left_to_right",
+                                                   lambda i, j: j <= max(i, 3)),
     ("mlm", "reconstructed", lambda i, j: True), ("flm", "left_to_right", lambda i, j: j <= i),
     ("flm", "right_to_left", lambda i, j: j >= i)])
 @torch.no_grad()
@@ -366,14 +407,18 @@ def test_padding_changes_nothing(objective):
     torch.testing.assert_close(batched.pooled[:1], alone.pooled, atol=TOL, rtol=0)
     for name in ("left_to_right", "right_to_left", "reconstructed"):
         if getattr(alone, name) is not None:
-            torch.testing.assert_close(getattr(batched, name)[:1, :5], getattr(alone, name)[:, :5], atol=TOL, rtol=0)
+            torch.testing.assert_close(getattr(batched, name)[:1, :5], getattr(alone, name)[:, :5],
+                                       atol=TOL, rtol=0)
 
 
 def test_rows_that_see_nothing_stay_finite_forwards_and_backwards():
     model = tiny().train()
-    ids = caption(2, 8)                                             # <s> </s>: a caption without a word
-    first, last = (torch.from_numpy(e)[None] for e in masks.draw_spans(2, 8, 1.0, np.random.default_rng(0)))
-    fused = model.fuse(model.encode_image(torch.randn(1, 3, 24, 24)), model.encode_text(ids, first, last))
+    # <s> </s>: a caption without a word
+    ids = caption(2, 8)
+    first, last = (torch.from_numpy(e)[None]
+                   for e in masks.draw_spans(2, 8, 1.0, np.random.default_rng(0)))
+    fused = model.fuse(model.encode_image(torch.randn(1, 3, 24, 24)),
+                       model.encode_text(ids, first, last))
     (fused.reconstructed.sum() + fused.left_to_right.sum() + fused.right_to_left.sum()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
@@ -382,13 +427,15 @@ def test_rows_that_see_nothing_stay_finite_forwards_and_backwards():
 def test_the_class_query_alone_is_exact():
     model, ids = tiny(), torch.cat([caption(7, 8), caption(4, 8)])
     visual, text = model.encode_image(torch.randn(2, 3, 24, 24)), model.encode_text(ids)
-    torch.testing.assert_close(model.fuse(visual, text.class_query()).pooled, model.fuse(visual, text).pooled, atol=TOL, rtol=0)
+    torch.testing.assert_close(model.fuse(visual, text.class_query()).pooled,
+                               model.fuse(visual, text).pooled, atol=TOL, rtol=0)
 
 
 @torch.no_grad()
 def test_masks_are_prepared_once_for_all_layers(monkeypatch):
     prepared, of = [], Mask.of
-    monkeypatch.setattr(flm.Mask, "of", lambda may_look: prepared.append(may_look.shape) or of(may_look))
+    monkeypatch.setattr(flm.Mask, "of",
+                        lambda may_look: prepared.append(may_look.shape) or of(may_look))
     model, ids = tiny(), torch.cat([caption(7, 8), caption(4, 8)])
     model.fuse(model.encode_image(torch.randn(2, 3, 24, 24)), model.encode_text(ids))
     assert prepared == [(2, 2, 8, 8), (2, 8, 16)]               # of the streams, and of the queries
@@ -399,7 +446,8 @@ def test_one_image_serves_many_captions():
     model, ids = tiny(), torch.cat([caption(7, 8), caption(4, 8)])
     visual, text = model.encode_image(torch.randn(1, 3, 24, 24)), model.encode_text(ids)
     torch.testing.assert_close(model.fuse(visual, text).reconstructed,
-                               model.fuse(visual.expand(2, -1, -1), text).reconstructed, atol=TOL, rtol=0)
+                               model.fuse(visual.expand(2, -1, -1), text).reconstructed, atol=TOL,
+                               rtol=0)
 
 
 @torch.no_grad()
@@ -428,10 +476,12 @@ def test_fewer_reconstructor_layers_stand_beside_the_last_ones():
 @pytest.mark.parametrize("side, width", [(4, 128), (9, 24)])
 def test_waves_tell_row_and_column_apart_and_left_from_right_is_one_direction(side, width):
     waves = layers.sine_waves(side, width)
-    place = torch.stack([torch.arange(side * side) // side, torch.arange(side * side) % side], dim=1).float()
+    place = torch.stack([torch.arange(side * side) // side, torch.arange(side * side) % side],
+                        dim=1).float()
     centred = place - place.mean(0)
     direction = torch.linalg.lstsq(waves - waves.mean(0), centred).solution
-    assert ((waves - waves.mean(0)) @ direction - centred).abs().max() < 0.5        # the nearest row and column are right
+    # the nearest row and column are right
+    assert ((waves - waves.mean(0)) @ direction - centred).abs().max() < 0.5
     assert torch.equal(waves[:side, :width // 2], waves[:1, :width // 2].expand(side, -1))   # row 0
     with pytest.raises(ValueError, match="image_positions needs a width"):
         replace(TINY, image_positions=1.0, width=6, heads=2)
@@ -441,27 +491,38 @@ def test_waves_tell_row_and_column_apart_and_left_from_right_is_one_direction(si
 def test_image_tokens_are_told_their_places_where_they_enter_the_fusion_layers():
     with_places, images = flm.FLM(replace(TINY, image_positions=2.0)), torch.randn(2, 3, 24, 24)
     without = flm.FLM(TINY)
-    without.load_state_dict({k: v for k, v in with_places.state_dict().items() if k != "image_position"})
+    without.load_state_dict({k: v for k, v in with_places.state_dict().items()
+                             if k != "image_position"})
     told = with_places.encode_image(images) - without.encode_image(images)
     waves = 2 * layers.sine_waves(with_places.vit.grid, TINY.width)
-    torch.testing.assert_close(told, torch.cat([torch.zeros(1, TINY.width), waves]).expand(2, -1, -1), atol=1e-5, rtol=0)
-    side = TINY.patch_size * (with_places.vit.grid + 1)             # another size: the same places, interpolated
+    torch.testing.assert_close(told,
+                               torch.cat([torch.zeros(1, TINY.width), waves]).expand(2, -1, -1),
+                               atol=1e-5, rtol=0)
+    # another size: the same places, interpolated
+    side = TINY.patch_size * (with_places.vit.grid + 1)
     larger = torch.randn(1, 3, side, side)
     told = with_places.encode_image(larger) - without.encode_image(larger)
-    torch.testing.assert_close(told[0], layers.resize_positions(with_places.image_position, (side // TINY.patch_size,) * 2),
+    torch.testing.assert_close(told[0],
+                               layers.resize_positions(with_places.image_position,
+                                                       (side // TINY.patch_size,) * 2),
                                atol=1e-5, rtol=0)
 
 
-# -- against transformers ----------------------------------------------------------------------------------------------
+# -- against transformers
+# ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("width, heads, layers, length", [(32, 4, 2, 11), (24, 3, 1, 7), (40, 5, 3, 17)])
+@pytest.mark.parametrize("width, heads, layers, length",
+                         [(32, 4, 2, 11), (24, 3, 1, 7), (40, 5, 3, 17)])
 @torch.no_grad()
 def test_text_layers_equal_transformers_roberta(width, heads, layers, length):
     from transformers import RobertaConfig, RobertaModel
     torch.manual_seed(0)
-    theirs = RobertaModel(RobertaConfig(vocab_size=97, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-                                        intermediate_size=4 * width, max_position_embeddings=40, type_vocab_size=1,
-                                        layer_norm_eps=1e-5, pad_token_id=1), add_pooling_layer=False).eval()
+    theirs = RobertaModel(RobertaConfig(vocab_size=97, hidden_size=width, num_hidden_layers=layers,
+                                        num_attention_heads=heads,
+                                        intermediate_size=4 * width, max_position_embeddings=40,
+                                        type_vocab_size=1,
+                                        layer_norm_eps=1e-5, pad_token_id=1),
+                          add_pooling_layer=False).eval()
     for p in theirs.parameters():
         p.add_(torch.randn_like(p) * 0.2)
     ids = torch.cat([caption(length, length + 3), caption(4, length + 3)])
@@ -479,13 +540,16 @@ def test_text_layers_equal_transformers_roberta(width, heads, layers, length):
     torch.testing.assert_close(x[real], expected[real], atol=TOL, rtol=0)
 
 
-@pytest.mark.parametrize("image, patch, width, heads, layers", [(24, 8, 32, 2, 2), (35, 7, 48, 3, 1), (64, 16, 24, 4, 3)])
+@pytest.mark.parametrize("image, patch, width, heads, layers",
+                         [(24, 8, 32, 2, 2), (35, 7, 48, 3, 1), (64, 16, 24, 4, 3)])
 @torch.no_grad()
 def test_vit_equals_transformers_clip(image, patch, width, heads, layers):
     from transformers import CLIPVisionConfig, CLIPVisionModel
     torch.manual_seed(0)
-    theirs = CLIPVisionModel(CLIPVisionConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-                                              num_attention_heads=heads, image_size=image, patch_size=patch)).eval()
+    theirs = CLIPVisionModel(CLIPVisionConfig(hidden_size=width, intermediate_size=4 * width,
+                                              num_hidden_layers=layers,
+                                              num_attention_heads=heads, image_size=image,
+                                              patch_size=patch)).eval()
     for p in theirs.parameters():
         p.add_(torch.randn_like(p) * 0.2)
     ours = ViT(image, patch, width, layers, heads).eval()
@@ -501,15 +565,21 @@ def clip_vision_state(state):
     ours = {}
     for key, tensor in state.items():
         key = key.removeprefix("vision_model.")
-        for theirs, name in (("embeddings.class_embedding", "cls"), ("embeddings.patch_embedding", "patch"),
-                             ("embeddings.position_embedding.weight", "position"), ("pre_layrnorm", "norm_pre"),
-                             ("post_layernorm", "norm_post"), ("encoder.layers", "blocks"), ("layer_norm", "norm"),
-                             ("self_attn.q_proj", "attention.q"), ("self_attn.out_proj", "attention.out"),
-                             ("self_attn", "attention"), ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.2")):
+        for theirs, name in (("embeddings.class_embedding", "cls"),
+                             ("embeddings.patch_embedding", "patch"),
+                             ("embeddings.position_embedding.weight", "position"),
+                             ("pre_layrnorm", "norm_pre"),
+                             ("post_layernorm", "norm_post"), ("encoder.layers", "blocks"),
+                             ("layer_norm", "norm"),
+                             ("self_attn.q_proj", "attention.q"),
+                             ("self_attn.out_proj", "attention.out"),
+                             ("self_attn", "attention"), ("mlp.fc1", "mlp.0"),
+                             ("mlp.fc2", "mlp.2")):
             key = key.replace(theirs, name)
         ours[key] = tensor
     for key in [k for k in ours if ".k_proj." in k]:
-        ours[key.replace("k_proj", "kv")] = torch.cat([ours.pop(key), ours.pop(key.replace("k_proj", "v_proj"))])
+        ours[key.replace("k_proj", "kv")] = torch.cat([ours.pop(key),
+                                                       ours.pop(key.replace("k_proj", "v_proj"))])
     return {k: v for k, v in ours.items() if not k.endswith("position_ids")}
 
 
@@ -522,7 +592,8 @@ def test_vocabulary_head_equals_transformers_lm_head():
     for p in theirs.parameters():
         p.add_(torch.randn_like(p) * 0.2)
     ours = VocabHead(24, 50)
-    ours.load_state_dict({k.replace("layer_norm", "norm"): v for k, v in theirs.state_dict().items() if k != "bias"})
+    ours.load_state_dict({k.replace("layer_norm", "norm"): v for k, v in theirs.state_dict().items()
+                          if k != "bias"})
     x = torch.randn(5, 24)
     torch.testing.assert_close(ours(x), theirs(x), atol=TOL, rtol=0)
 
@@ -540,7 +611,8 @@ def test_itm_labels_a_chance_match_as_a_match():
     model = tiny(itm=True)
     ids = torch.cat([caption(7, 8), caption(4, 8, 1)])
     batch = {"image": torch.randn(2, 3, 24, 24), "ids": ids, "other_image": torch.tensor([1, 0])}
-    batch |= {f"{k}_rows": torch.tensor([2]) for k in ("reconstructed", "left_to_right", "right_to_left")}
+    batch |= {f"{k}_rows": torch.tensor([2])
+              for k in ("reconstructed", "left_to_right", "right_to_left")}
     no, yes = (model(batch | {"same_image": torch.tensor([s, s])})["itm"][0] for s in (False, True))
     fused = model.fuse(model.encode_image(batch["image"])[[1, 0]], model.encode_text(ids))
     log_odds = model.itm_head(fused.pooled).diff(dim=-1).sum()
@@ -550,7 +622,9 @@ def test_itm_labels_a_chance_match_as_a_match():
 @pytest.mark.parametrize("change, message", [
     (dict(objective="blm"), "objective 'blm'"), (dict(width=30), "width 30 does not divide"),
     (dict(image_size=25), "image_size 25"), (dict(corruption_rate=1.5), "corruption_rate 1.5"),
-    (dict(reconstructor_text_layers=3), "at most as many layers"), (dict(itm=True, pooler=False), "itm needs the pooler")])
+    (dict(reconstructor_text_layers=3), "at most as many layers"),
+                                             (dict(itm=True, pooler=False),
+                                              "itm needs the pooler")])
 def test_impossible_configs_are_refused_in_a_sentence(change, message):
     with pytest.raises(ValueError, match=message):
         replace(TINY, **change)
@@ -564,5 +638,6 @@ def test_too_long_captions_are_refused_not_cut():
 def test_presets_have_the_published_sizes():
     with torch.device("meta"):
         count = sum(p.numel() for p in flm.FLM(flm.PRESETS["base-b32"]).parameters())
-    # 346,520,153 of the released file, less what never gets a gradient (REFERENCES: 2,404,352), plus one pooler
+    # 346,520,153 of the released file, less what never gets a gradient (REFERENCES: 2,404,352),
+    # plus one pooler
     assert count == 346_520_153 - 2_404_352 + (768 * 768 + 768)

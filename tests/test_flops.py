@@ -32,25 +32,32 @@ def test_utilization_is_the_work_over_what_the_device_could_have_done():
     assert str(replace(work, peak=2.5e12)) == "2.5 TFLOP/s (as --peak-tflops says)"
 
 
-@pytest.mark.parametrize("sizes, more", [(TRAIN_FLM, ()), (TRAIN_FLM, ("--objective", "ar")), (TRAIN_VILT, ("--no-itm", "--no-mpp"))],
+@pytest.mark.parametrize("sizes, more",
+                         [(TRAIN_FLM, ()), (TRAIN_FLM, ("--objective", "ar")),
+                          (TRAIN_VILT, ("--no-itm", "--no-mpp"))],
                          ids=["flm", "ar", "vilt"])
 def test_pairs_and_tokens_cost_what_their_captions_cost_one_by_one(world, tmp_path, sizes, more):
     """Alone in its batch, a caption has no padding: that is the work which reports count."""
     run = opened(train_command(world, tmp_path, *RUN, *more, sizes=sizes))
     per_pair, per_token = flops.flops_per_pair_and_token(run, step=0)
-    model, dataset = weights.outline_of(run.config), run.task.dataset(run.tables["train"], train=True)
+    model, dataset = weights.outline_of(run.config), run.task.dataset(run.tables["train"],
+                                                                      train=True)
     exact, texts = 0, range(0, 120, 8)
     for text in texts:
         batch, _ = run.task.collate(dataset.samples([(0, text)]))
-        exact += 3 * flops.count_flops(model, flops.to_device(batch, torch.device("cpu"), run.config))
+        exact += 3 * flops.count_flops(model,
+                                       flops.to_device(batch, torch.device("cpu"), run.config))
     tokens = token_lengths(run.tables["train"], run.task.tok, list(texts)).sum()
-    assert len(texts) * per_pair + tokens * per_token == pytest.approx(exact, rel=0.1)       # masked words are drawn
+    # masked words are drawn
+    assert len(texts) * per_pair + tokens * per_token == pytest.approx(exact, rel=0.1)
 
 
 @pytest.mark.parametrize("more", [("--itm",), ("--captions-per-image", 2)])
-def test_samples_of_the_end_of_an_epoch_and_beyond_the_last_step_are_counted_too(world, tmp_path, more):
+def test_samples_of_the_end_of_an_epoch_and_beyond_the_last_step_are_counted_too(world, tmp_path,
+                                                                                 more):
     run = opened(train_command(world, tmp_path, *RUN, *more))
-    costs = [flops.flops_per_pair_and_token(run, step) for step in (0, run.sampler.steps_per_epoch - 1, run.settings.steps)]
+    costs = [flops.flops_per_pair_and_token(run, step)
+             for step in (0, run.sampler.steps_per_epoch - 1, run.settings.steps)]
     assert all(per_pair + 10 * per_token > 0 for per_pair, per_token in costs)
 
 
@@ -58,7 +65,8 @@ def test_samples_of_the_end_of_an_epoch_and_beyond_the_last_step_are_counted_too
 def test_the_peak_is_that_of_a_product_in_the_runs_precision(precision, monkeypatch):
     monkeypatch.setitem(flops.SIDES, "cpu", 64)
     asked, product, state = [], torch.nn.functional.linear, torch.get_rng_state()
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda a, b: asked.append(a.dtype) or product(a, b))
+    monkeypatch.setattr(torch.nn.functional, "linear",
+                        lambda a, b: asked.append(a.dtype) or product(a, b))
     assert 0 < flops.measure_peak(machine.Machine(0, 1, torch.device("cpu"), precision)) < 1e15
     assert set(asked) == {machine.DTYPES[precision]} and torch.equal(torch.get_rng_state(), state)
 
@@ -68,7 +76,8 @@ def test_counting_and_measuring_change_no_number_of_training(world, tmp_path, mo
     train.main(train_command(world, tmp_path / "with", *more, "--peak-tflops", 0.5))
     printed = capsys.readouterr().out
     assert "0.5 TFLOP/s (as --peak-tflops says)" in printed.splitlines()[0] and "samples/s | MFU " in printed
-    lines = [json.loads(line) for line in (tmp_path / "with/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line)
+             for line in (tmp_path / "with/metrics.jsonl").read_text().splitlines()]
     for line in lines:
         if "lr" in line:
             assert 0 < line["mfu"] < 1 and line["pairs_per_second_per_device"] == line["samples_per_second"]

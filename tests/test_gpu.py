@@ -25,7 +25,8 @@ def test_every_row_runs_on_a_cpu_in_the_small_setting(tmp_path):
     try:
         for row in gpu_rows.table():
             found = row.function(place, **row.told)
-            assert found and all(number is None or number == number for number in found.values()), row.name
+            assert found and all(number is None or number == number
+                                 for number in found.values()), row.name
             if row.group == "step":
                 assert found["pairs_per_second"] > 0 and found["tflops"] > 0 and found["gigabytes"] > 0
     finally:
@@ -42,7 +43,8 @@ def rows(monkeypatch):
         raise ValueError("two\nlines")
 
     made = [gpu_rows.Row("good", "a good one", 1, lambda place: {"pairs_per_second": 7.0}),
-            gpu_rows.Row("large", "a large one", 1, too_large), gpu_rows.Row("wrong", "a wrong one", 1, wrong)]
+            gpu_rows.Row("large", "a large one", 1, too_large),
+            gpu_rows.Row("wrong", "a wrong one", 1, wrong)]
     monkeypatch.setattr(gpu_rows, "table", lambda: made)
     return made
 
@@ -61,14 +63,16 @@ def test_what_fails_is_a_row_and_the_next_one_goes_on(rows, tmp_path, monkeypatc
 
 
 def run(tmp_path, *more):
-    bench.main(["gpu", "--small", "--device", "cpu", "--out", str(tmp_path / "gpu.json"), "--scratch", str(tmp_path / "s"), *more])
+    bench.main(["gpu", "--small", "--device", "cpu", "--out", str(tmp_path / "gpu.json"),
+                "--scratch", str(tmp_path / "s"), *more])
     return json.loads((tmp_path / "gpu.json").read_text())["rows"]
 
 
 def test_a_second_call_goes_on_with_what_is_missing(tmp_path):
     first = run(tmp_path, "--rows", "copy")
     both = run(tmp_path, "--rows", "copy", "peak fp32")
-    assert list(first) == ["copy"] and set(both) == {"copy", "peak fp32"} and both["copy"] == first["copy"]
+    assert list(first) == ["copy"] and set(both) == {"copy",
+                                                     "peak fp32"} and both["copy"] == first["copy"]
     assert both["peak fp32"]["peak_tflops"] > 0
 
 
@@ -105,7 +109,8 @@ def test_a_row_that_crashes_and_one_that_hangs_are_written_down(tmp_path, monkey
     rows = [gpu_rows.Row("crashes", "", 1, None), gpu_rows.Row("hangs", "", 1, None)]
     found = {"rows": {}}
     gpu.measure(SimpleNamespace(out=tmp_path / "x.json"), "cpu", found, rows, float("inf"))
-    assert found["rows"] == {"crashes": {"failed": "the process ended with -11"}, "hangs": {"failed": "stopped after 64 s"}}
+    assert found["rows"] == {"crashes": {"failed": "the process ended with -11"},
+                             "hangs": {"failed": "stopped after 64 s"}}
     assert json.loads((tmp_path / "x.json").read_text()) == found and Crashing.started == [["crashes", "hangs"], ["hangs"]]
 
 
@@ -117,10 +122,12 @@ def test_results_of_another_card_are_not_mixed(tmp_path):
         run(tmp_path, "--rows", "copy")
 
 
-MEASURED = {"card": "NVIDIA H100 80GB HBM3", "small": False, "torch": "2.11.0", "python": "3.12", "gigabytes": 79.6, "cores": 16,
+MEASURED = {"card": "NVIDIA H100 80GB HBM3", "small": False, "torch": "2.11.0", "python": "3.12",
+            "gigabytes": 79.6, "cores": 16,
             "cuda": "13.0", "cudnn": 91000,
             "rows": {"peak bf16": {"peak_tflops": 800.0, "took": 3.0},
-                     "step 256": {"pairs_per_second": 4000.0, "tflops": 320.0, "gigabytes": 30.0, "took": 9.0},
+                     "step 256": {"pairs_per_second": 4000.0, "tflops": 320.0, "gigabytes": 30.0,
+                                  "took": 9.0},
                      "step 1024": {"failed": "out of memory", "took": 2.0}}}
 
 
@@ -150,5 +157,6 @@ def test_a_machine_that_lacks_a_library_is_told_before_anything_is_measured(tmp_
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 def test_the_slurm_script_is_sound():
-    done = subprocess.run(["shellcheck", str(ROOT / "docs/train.slurm")], capture_output=True, text=True)
+    done = subprocess.run(["shellcheck", str(ROOT / "docs/train.slurm")], capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stdout

@@ -37,7 +37,8 @@ def imported(path):
     return names & set(ORDER)
 
 
-@pytest.mark.parametrize("name, path", modules(), ids=lambda value: value if isinstance(value, str) else value.name)
+@pytest.mark.parametrize("name, path", modules(),
+                         ids=lambda value: value if isinstance(value, str) else value.name)
 def test_imports_run_one_way(name, path):
     assert name in ORDER, f"{path.name} has no place in the house yet"
     allowed = set(ORDER[:ORDER.index(name)]) | ({name} if path.parent != ROOT else set())
@@ -51,7 +52,8 @@ def test_the_core_knows_neither_its_tools_nor_its_toy():
             assert not re.search(r"^\s*(from|import) tools\b", text, re.M), path
 
 
-@pytest.mark.parametrize("name, path", modules(), ids=lambda value: value if isinstance(value, str) else value.name)
+@pytest.mark.parametrize("name, path", modules(),
+                         ids=lambda value: value if isinstance(value, str) else value.name)
 def test_a_file_is_read_in_one_sitting(name, path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 560
 
@@ -61,18 +63,23 @@ def public_functions(node, prefix=""):
     for child in node.body:
         if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
             yield from public_functions(child, f"{child.name}.")
-        elif isinstance(child, ast.FunctionDef) and (child.name == "__init__" or not child.name.startswith("_")):
-            static = any(ast.unparse(decorator) == "staticmethod" for decorator in child.decorator_list)
+        elif isinstance(child,
+                        ast.FunctionDef) and (child.name == "__init__"
+                                              or not child.name.startswith("_")):
+            static = any(ast.unparse(decorator) == "staticmethod"
+                         for decorator in child.decorator_list)
             yield prefix + child.name, child, bool(prefix) and not static
 
 
-@pytest.mark.parametrize("name, path", [(name, path) for name, path in modules() if name != "tools"],
+@pytest.mark.parametrize("name, path",
+                         [(name, path) for name, path in modules() if name != "tools"],
                          ids=lambda value: value if isinstance(value, str) else value.name)
 def test_public_functions_say_what_they_take_and_return(name, path):
     untyped = []
     for name, function, is_method in public_functions(ast.parse(path.read_text(encoding="utf-8"))):
         a = function.args
-        taken = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))][is_method:]
+        taken = [*a.posonlyargs, *a.args, *a.kwonlyargs,
+                 *filter(None, (a.vararg, a.kwarg))][is_method:]
         untyped += [f"{name}: {argument.arg}" for argument in taken if argument.annotation is None]
         if function.returns is None and function.name != "__init__":
             untyped.append(f"{name}: what it returns")
@@ -112,8 +119,11 @@ class Parser(Exception):
     """Carries a command's parser out of its main function."""
 
 
-@pytest.mark.parametrize("module", ["tokenizer", "train", "eval", "weights", "prepare", "tools.toy", "tools.plot", "tools.probe",
-                                    "tools.bench", "tools.compare", "tools.gpu", "tools.gpu_page", "tools.cards", "tools.demo", "tools.notebook"])
+@pytest.mark.parametrize("module",
+                         ["tokenizer", "train", "eval", "weights", "prepare", "tools.toy",
+                          "tools.plot", "tools.probe",
+                          "tools.bench", "tools.compare", "tools.gpu", "tools.gpu_page",
+                          "tools.cards", "tools.demo", "tools.notebook"])
 def test_every_flag_of_every_command_says_what_it_does(module, monkeypatch):
     def carry(self, *_, **__):
         raise Parser(self)

@@ -66,7 +66,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def repository(self, name):
         """A repository that the asker may see, or None after a refusal."""
         found = self.server.repositories.get(name)
-        if not found or (found["private"] and self.headers.get("Authorization") != f"Bearer {TOKEN}"):
+        if not found or (found["private"]
+                         and self.headers.get("Authorization") != f"Bearer {TOKEN}"):
             self.refuse(404, "RepoNotFound")
             return None
         return found
@@ -97,13 +98,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def info(self, name, revision):
         sha = self.commit(name, revision)
         if sha:
-            self.answer({"id": name, "modelId": name, "sha": sha, "private": self.server.repositories[name]["private"],
-                         "tags": [], "siblings": [{"rfilename": path} for path in self.server.commits[sha]]})
+            self.answer({"id": name, "modelId": name, "sha": sha,
+                         "private": self.server.repositories[name]["private"],
+                         "tags": [],
+                         "siblings": [{"rfilename": path} for path in self.server.commits[sha]]})
 
     def tree(self, name, revision):
         sha = self.commit(name, revision)
         if sha:
-            self.answer([{"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            self.answer([{"type": "file", "path": path, "size": len(data),
+                          "oid": hashlib.sha1(data).hexdigest()}
                          for path, data in self.server.commits[sha].items()])
 
     def file(self, name, revision, path):
@@ -126,16 +130,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
             if name in self.server.repositories:
                 return self.answer({"error": "exists", "url": f"{self.server.address}/{name}"}, 409)
-            self.server.put(name, {}, bool(asked.get("private")) or asked.get("visibility") == "private")
+            self.server.put(name, {},
+                            bool(asked.get("private")) or asked.get("visibility") == "private")
             return self.answer({"url": f"{self.server.address}/{name}"})
         name = re.match(r"/api/models/([^/]+/[^/]+)/", self.path)[1]
         if "/preupload/" in self.path:
-            return self.answer({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+            return self.answer({"files": [{"path": file["path"], "uploadMode": "regular",
+                                           "shouldIgnore": False}
                                           for file in json.loads(body)["files"]]})
         lines, repository = map(json.loads, body.splitlines()), self.server.repositories[name]
-        new = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
-        sha = self.server.put(name, self.server.commits[repository["main"]] | new, repository["private"])
-        self.answer({"commitUrl": f"{self.server.address}/{name}/commit/{sha}", "commitOid": sha, "pullRequestUrl": None})
+        new = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines
+               if line["key"] == "file"}
+        sha = self.server.put(name, self.server.commits[repository["main"]] | new,
+                              repository["private"])
+        self.answer({"commitUrl": f"{self.server.address}/{name}/commit/{sha}", "commitOid": sha,
+                     "pullRequestUrl": None})
 
 
 @pytest.fixture
@@ -143,15 +152,19 @@ def server(tmp_path, monkeypatch):
     """A Hub without repositories, which huggingface_hub asks; an empty cache; no token; tmp_path as the working directory."""
     from huggingface_hub import constants
     monkeypatch.chdir(tmp_path)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "HF_TOKEN",
+                 "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     server = Server()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     # What the package reads from HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE when it is imported.
-    for name, value in (("ENDPOINT", server.address), ("HF_HUB_CACHE", str(tmp_path / "cache")), ("HF_HUB_OFFLINE", False),
-                        ("HF_TOKEN_PATH", str(tmp_path / "token")), ("HF_STORED_TOKENS_PATH", str(tmp_path / "tokens")),
-                        ("HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}")):
+    for name, value in (("ENDPOINT", server.address), ("HF_HUB_CACHE", str(tmp_path / "cache")),
+                        ("HF_HUB_OFFLINE", False),
+                        ("HF_TOKEN_PATH", str(tmp_path / "token")),
+                        ("HF_STORED_TOKENS_PATH", str(tmp_path / "tokens")),
+                        ("HUGGINGFACE_CO_URL_TEMPLATE",
+                         server.address + "/{repo_id}/resolve/{revision}/{filename}")):
         monkeypatch.setattr(constants, name, value)
     hub.fetch_model.cache_clear()
     yield server
@@ -165,7 +178,8 @@ def checkpoint_bytes(seed=0):
     """A tiny model of ours, as the bytes of a safetensors file."""
     tok = BPE.train([" ".join(WORDS)] * 3, 300)
     model = tiny(seed, vocab_size=len(tok), mask_id=tok.mask_id, pooler=False)
-    weights.save("made.safetensors", model.state_dict(), model.config, "pretrain", weights.pack_tokenizer(tok))
+    weights.save("made.safetensors", model.state_dict(), model.config, "pretrain",
+                 weights.pack_tokenizer(tok))
     return Path("made.safetensors").read_bytes()
 
 
@@ -182,10 +196,13 @@ def word(address):
 # -- opening ---------------------------------------------------------------------------------------
 
 def test_a_model_of_the_hub_opens_and_nothing_else_of_it_is_fetched(server):
-    server.put("owner/small", {"model.safetensors": checkpoint_bytes(), "README.md": b"#", "pytorch_model.bin": b"0" * 99})
+    server.put("owner/small",
+               {"model.safetensors": checkpoint_bytes(), "README.md": b"#",
+                "pytorch_model.bin": b"0" * 99})
     assert torch.equal(word("hf:owner/small"), word("made.safetensors"))
     fetched = [line for line in server.asked if line.startswith("GET") and "/resolve/" in line]
-    assert [line.rsplit("/")[-1] for line in fetched] == ["model.safetensors"]      # and nothing else
+    # and nothing else
+    assert [line.rsplit("/")[-1] for line in fetched] == ["model.safetensors"]
     asked = len(server.asked)
     weights.load("hf:owner/small")
     assert len(server.asked) == asked               # one process sees one version, and asks once
@@ -196,19 +213,25 @@ def test_a_revision_is_another_version_of_the_same_repository(server):
     before = word("made.safetensors")
     server.put("owner/small", {"model.safetensors": checkpoint_bytes(1)})
     assert torch.equal(word(f"hf:owner/small@{old}"), before)
-    assert torch.equal(word("hf:owner/small"), word("made.safetensors")) and not torch.equal(word("hf:owner/small"), before)
+    assert torch.equal(word("hf:owner/small"),
+                       word("made.safetensors")) and not torch.equal(word("hf:owner/small"), before)
 
 
 def test_a_folder_of_transformers_opens_with_its_vocabulary_and_older_weights(server):
     """A repository with pytorch_model.bin alone, as transformers' ViLTs are."""
     config = replace(vilt.PRESETS["vilt-toy"], layers=1, vocab_size=9, pad_id=0, cls_id=2, sep_id=3)
     model = weights.model_of(config)
-    model.tokenizer = tokenizer.WordPiece({piece: i for i, piece in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog"])})
+    model.tokenizer = tokenizer.WordPiece({piece: i
+                                           for i, piece in enumerate(["[PAD]", "[UNK]", "[CLS]",
+                                                                      "[SEP]", "[MASK]", "dog"])})
     weights.export(model, "out")
     torch.save(safetensors.torch.load_file("out/model.safetensors"), "out/pytorch_model.bin")
-    server.put("dandelin/tiny", {name: Path("out", name).read_bytes() for name in ("pytorch_model.bin", "config.json", "vocab.txt")})
+    server.put("dandelin/tiny",
+               {name: Path("out", name).read_bytes()
+                for name in ("pytorch_model.bin", "config.json", "vocab.txt")})
     found = weights.load("hf:dandelin/tiny")
-    assert found.tokenizer.encode("dog") == [5] and torch.equal(found.patch.weight, model.patch.weight)
+    assert found.tokenizer.encode("dog") == [5] and torch.equal(found.patch.weight,
+                                                                model.patch.weight)
 
 
 def test_commands_take_an_address_of_the_hub(server, capsys):
@@ -217,7 +240,8 @@ def test_commands_take_an_address_of_the_hub(server, capsys):
     write_captions(Path("mine_caption_train.arrow"), 8)
     eval.main(["fill", "hf:owner/small", "x.jpg", "a <mask> cat"])
     weights.main(["info", "hf:owner/small"])
-    train.main(["--task", "caption", "--load", "hf:owner/small", "--data", ".", "--out", "tuned", "--steps", "1", "--global-batch", "2",
+    train.main(["--task", "caption", "--load", "hf:owner/small", "--data", ".", "--out", "tuned",
+                "--steps", "1", "--global-batch", "2",
                 "--device", "cpu", "--workers", "0", "--eval-every", "0"])
     assert "hf:owner/small" in Path("tuned/config.json").read_text()
 
@@ -226,7 +250,8 @@ def test_commands_take_an_address_of_the_hub(server, capsys):
     ("hf:small", "'small' is no repository of the Hub: OWNER/NAME is expected"),
     ("hf:owner/../x", "is no repository of the Hub"),
     ("hf:owner/none", "hf:owner/none: the Hub has no such repository, or it is private"),
-    ("hf:owner/secret", "hf:owner/secret: the Hub has no such repository, or it is private and your token does not open it"),
+    ("hf:owner/secret",
+     "hf:owner/secret: the Hub has no such repository, or it is private and your token does not open it"),
     ("hf:owner/empty", "hf:owner/empty: it has none of model.safetensors"),
     ("hf:owner/small@v9", "hf:owner/small@v9: the repository has no such revision")])
 def test_what_is_not_there_is_one_sentence(address, message, server):
@@ -245,7 +270,9 @@ def test_a_private_repository_opens_with_its_token(server, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["offline", "gone"])
-def test_of_a_hub_that_is_not_reached_what_was_fetched_opens_and_all_else_is_one_sentence(how, server, monkeypatch):
+def test_of_a_hub_that_is_not_reached_what_was_fetched_opens_and_all_else_is_one_sentence(how,
+                                                                                          server,
+                                                                                          monkeypatch):
     from huggingface_hub import constants
     server.put("owner/small", {"model.safetensors": checkpoint_bytes()})
     weights.load("hf:owner/small")
@@ -254,14 +281,17 @@ def test_of_a_hub_that_is_not_reached_what_was_fetched_opens_and_all_else_is_one
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
     assert torch.equal(word("hf:owner/small"), word("made.safetensors"))
-    with pytest.raises(ValueError, match="^hf:owner/other: the Hub is not reached .*was not fetched before$"):
+    with pytest.raises(ValueError,
+                       match="^hf:owner/other: the Hub is not reached .*was not fetched before$"):
         weights.load("hf:owner/other")
 
 
 def test_without_the_package_the_sentence_says_what_to_install(server, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    for load in (lambda: weights.load("hf:owner/small"), lambda: hub.push(Path("."), "owner/small", False)):
-        with pytest.raises(ValueError, match=r"^owner/small is on the Hugging Face Hub, which needs a package: pip install '.\[hub\]'$"):
+    for load in (lambda: weights.load("hf:owner/small"),
+                 lambda: hub.push(Path("."), "owner/small", False)):
+        with pytest.raises(ValueError,
+                           match=r"^owner/small is on the Hugging Face Hub, which needs a package: pip install '.\[hub\]'$"):
             load()
 
 
@@ -274,8 +304,10 @@ def run(server):
     write_captions(Path("secret/data/mine_caption_train.arrow"), 12)
     write_captions(Path("secret/data/mine_caption_val.arrow"), 4, seed=1)
     BPE.train([" ".join(WORDS)] * 3, 330).save(Path("secret/tok"))
-    train.main([*TRAIN_FLM, "--task", "pretrain", "--data", str(Path("secret/data").absolute()), "--tokenizer", "secret/tok",
-                "--out", "secret/run", "--steps", "2", "--global-batch", "4", "--eval-every", "2", "--log-every", "1"])
+    train.main([*TRAIN_FLM, "--task", "pretrain", "--data", str(Path("secret/data").absolute()),
+                "--tokenizer", "secret/tok",
+                "--out", "secret/run", "--steps", "2", "--global-batch", "4", "--eval-every", "2",
+                "--log-every", "1"])
     return Path("secret/run")
 
 
@@ -283,15 +315,18 @@ def push(*arguments):
     weights.main(["push", *map(str, arguments)])
 
 
-def test_what_is_pushed_opens_as_it_was_with_a_card_that_tells_no_paths(server, run, monkeypatch, capsys):
+def test_what_is_pushed_opens_as_it_was_with_a_card_that_tells_no_paths(server, run, monkeypatch,
+                                                                        capsys):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     push(run, "owner/mine")
     assert f"wrote {server.address}/owner/mine (private)" in capsys.readouterr().out
     assert server.repositories["owner/mine"]["private"]
     files = server.commits[server.repositories["owner/mine"]["main"]]
-    assert set(files) >= {"model.safetensors", "config.json", "README.md", "vocab.json", "merges.txt"}
+    assert set(files) >= {"model.safetensors", "config.json", "README.md", "vocab.json",
+                          "merges.txt"}
     assert not any(b"secret" in data for data in files.values())
-    text, reports = files["README.md"].decode(), [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    text, reports = files["README.md"].decode(), [json.loads(line)
+                                                  for line in (run / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in reports if "seconds" in line][-1]
     validated = [line for line in reports if "val_loss" in line][-1]
     assert f"| loss | {trained['loss']:.4f} | {validated['val_loss']:.4f} |" in text
@@ -299,7 +334,8 @@ def test_what_is_pushed_opens_as_it_was_with_a_card_that_tells_no_paths(server, 
     assert json.loads(files["config.json"])["config"]["width"] == 16
     whole, found = weights.load(run / "last.pt"), weights.load("hf:owner/mine")
     assert found.config == whole.config and found.tokenizer.encode("red cat") == whole.tokenizer.encode("red cat")
-    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    assert all(torch.equal(tensor, found.state_dict()[name])
+               for name, tensor in whole.state_dict().items())
     push(run / "last.pt", "owner/mine")             # again, by its checkpoint
 
 
@@ -308,26 +344,32 @@ def test_a_public_repository_is_made_and_written_only_when_that_is_said(server, 
     push(run, "owner/open", "--public")
     assert not server.repositories["owner/open"]["private"]
     before = server.repositories["owner/open"]["main"]
-    with pytest.raises(SystemExit, match="owner/open: it exists and is public; --public says that this is meant"):
+    with pytest.raises(SystemExit,
+                       match="owner/open: it exists and is public; --public says that this is meant"):
         push(run, "owner/open")
     assert server.repositories["owner/open"]["main"] == before
 
 
 def test_a_push_that_cannot_be_is_one_sentence_and_makes_no_repository(server, run, monkeypatch):
     for token, arguments, message in (
-            ("", (run, "owner/mine"), "owner/mine: the Hub wants to know who pushes, by a token that may write"),
-            ("hf_other", (run, "owner/mine"), "owner/mine: the token may not do this; one that may write is needed"),
+            ("", (run, "owner/mine"),
+             "owner/mine: the Hub wants to know who pushes, by a token that may write"),
+            ("hf_other", (run, "owner/mine"),
+             "owner/mine: the token may not do this; one that may write is needed"),
             (TOKEN, (run, "mine"), "'mine' is no repository of the Hub"),
-            (TOKEN, ("made", "owner/mine"), "made: not the folder of a run, which has config.json and metrics.jsonl")):
+            (TOKEN, ("made", "owner/mine"),
+             "made: not the folder of a run, which has config.json and metrics.jsonl")):
         Path("made").mkdir(exist_ok=True)
-        monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setenv("HF_TOKEN",
+                           token) if token else monkeypatch.delenv("HF_TOKEN", raising=False)
         with pytest.raises(SystemExit) as stop:
             push(*arguments)
         assert message in stop.value.code and "\n" not in stop.value.code
     assert not server.repositories
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     go_offline(monkeypatch)
-    with pytest.raises(SystemExit, match="owner/mine: the Hub is not asked, because HF_HUB_OFFLINE is set$"):
+    with pytest.raises(SystemExit,
+                       match="owner/mine: the Hub is not asked, because HF_HUB_OFFLINE is set$"):
         push(run, "owner/mine")
 
 
@@ -335,10 +377,12 @@ def test_a_push_that_cannot_be_is_one_sentence_and_makes_no_repository(server, r
 def test_the_variables_of_the_environment_lead_to_the_same(server):
     """Another process, with HF_ENDPOINT; and one with HF_HUB_OFFLINE=1 after the server is gone."""
     server.put("owner/small", {"model.safetensors": checkpoint_bytes()})
-    environment = {**os.environ, "HF_ENDPOINT": server.address, "HF_HOME": str(Path("home").absolute()), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_ENDPOINT": server.address,
+                   "HF_HOME": str(Path("home").absolute()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "weights.py"), "info", "hf:owner/small"]
     first = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert first.returncode == 0 and "hf:owner/small" in first.stdout, first.stderr
     asked = len(server.asked)
-    offline = subprocess.run(command, env={**environment, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    offline = subprocess.run(command, env={**environment, "HF_HUB_OFFLINE": "1"},
+                             capture_output=True, text=True)
     assert offline.stdout == first.stdout and len(server.asked) == asked

@@ -23,7 +23,8 @@ def world(tmp_path_factory):
 def at_home(tmp_path, monkeypatch):
     """What packages write beside the run lands in the test's folder, and nothing is sent."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR", "TRACKIO_PROJECT", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR", "TRACKIO_PROJECT", "TRACKIO_SPACE_ID",
+                 "TRACKIO_SERVER_URL"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -46,7 +47,8 @@ def interrupted(world, out, *names):
     return lines_of(out)
 
 
-# -- with a stand-in ------------------------------------------------------------------------------------
+# -- with a stand-in
+# ------------------------------------------------------------------------------------
 
 class StandIn:
     PURGES = False
@@ -67,7 +69,8 @@ class StandIn:
 def made(monkeypatch):
     """The stand-ins that a test makes. They have the names of modules that are always there."""
     monkeypatch.setattr(StandIn, "made", [])
-    monkeypatch.setattr(loggers, "WRITERS", {"json": StandIn, "csv": type("Purging", (StandIn,), {"PURGES": True})})
+    monkeypatch.setattr(loggers, "WRITERS",
+                        {"json": StandIn, "csv": type("Purging", (StandIn,), {"PURGES": True})})
     return StandIn.made
 
 
@@ -87,12 +90,14 @@ def test_a_resumed_run_goes_on_in_the_same_run_and_repeats_no_line(world, tmp_pa
     assert purging_again.lines == [line for line in lines if line["step"] > 4] != []
 
 
-def test_lines_are_not_repeated_either_where_a_resumed_run_is_killed_before_it_wrote_them(tmp_path, made):
+def test_lines_are_not_repeated_either_where_a_resumed_run_is_killed_before_it_wrote_them(tmp_path,
+                                                                                          made):
     line = {"step": 5, "loss": 1.0}
     (tmp_path / "loggers.json").write_text(json.dumps({"json": {"run": "a", "sent": []}}))
     loggers.Loggers(("json",), tmp_path, 4, [], [line, {"step": 5, "val_loss": 1.0}])
     third = loggers.Loggers(("json",), tmp_path, 4, [], [])
-    for one in (line, {"step": 5, "val_loss": 2.0}, {"step": 6, "loss": 1.0}, {"step": 6, "val_loss": 1.0}):
+    for one in (line, {"step": 5, "val_loss": 2.0}, {"step": 6, "loss": 1.0},
+                {"step": 6, "val_loss": 1.0}):
         third.write(one)
     assert [(one["step"], "val_loss" in one) for one in made[1].lines] == [(6, False), (6, True)]
 
@@ -104,14 +109,17 @@ def test_a_logger_that_is_new_to_a_resumed_run_gets_the_lines_so_far(world, tmp_
     assert made[0].is_new and made[0].lines == lines_of(tmp_path / "run") and made[0].lines[0]["step"] == 1
 
 
-@pytest.mark.parametrize("damaged", ["[]", '{"json": {"run": 3}}', '{"json": []}', '{"json": {"run": "a", "sent": 3}}'])
+@pytest.mark.parametrize("damaged",
+                         ["[]", '{"json": {"run": 3}}', '{"json": []}',
+                          '{"json": {"run": "a", "sent": 3}}'])
 def test_a_damaged_list_of_runs_begins_a_new_one(tmp_path, made, damaged):
     (tmp_path / "loggers.json").write_text(damaged)
     loggers.Loggers(("json",), tmp_path, 4)
     assert made[0].is_new
 
 
-def test_a_logger_that_fails_is_left_out_and_training_goes_on(world, tmp_path, made, monkeypatch, capsys):
+def test_a_logger_that_fails_is_left_out_and_training_goes_on(world, tmp_path, made, monkeypatch,
+                                                              capsys):
     def fail(self, line):
         raise RuntimeError("the server is gone")
 
@@ -134,7 +142,8 @@ def test_a_logger_that_cannot_start_stops_the_run_in_a_sentence(world, tmp_path,
 @pytest.mark.parametrize("rank, expected", [(0, 1), (1, 0)])
 def test_only_the_first_process_has_loggers(tmp_path, made, rank, expected):
     place = SimpleNamespace(rank=rank, device=torch.device("cpu"), union=lambda part: {"lines": []})
-    run = SimpleNamespace(machine=place, out=tmp_path, saved=None, config=SimpleNamespace(loss_weights={"mlm": 1.0}),
+    run = SimpleNamespace(machine=place, out=tmp_path, saved=None,
+                          config=SimpleNamespace(loss_weights={"mlm": 1.0}),
                           settings=SimpleNamespace(log=("json",)))
     report.Log(run, SimpleNamespace(step=0, counters=dict(report.COUNTERS)))
     assert len(made) == expected
@@ -158,11 +167,13 @@ def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
 
 
 def test_an_unknown_logger_is_refused(world, tmp_path):
-    with pytest.raises(SystemExit, match="--log tensorbord: one of tensorboard, wandb, trackio is expected"):
+    with pytest.raises(SystemExit,
+                       match="--log tensorbord: one of tensorboard, wandb, trackio is expected"):
         train.main(train_command(world, tmp_path / "run", *RUN, "--log", "tensorbord"))
 
 
-# -- with the packages themselves -----------------------------------------------------------------------
+# -- with the packages themselves
+# -----------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_tensorboards_reader_reads_each_number_once(world, tmp_path):
@@ -175,7 +186,9 @@ def test_tensorboards_reader_reads_each_number_once(world, tmp_path):
     assert set(found.Tags()["scalars"]) == names
     for name in names:
         expected = [(line["step"], line[name]) for line in lines if name in line]
-        assert [(event.step, event.value) for event in found.Scalars(name)] == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
+        assert [(event.step, event.value)
+                for event in found.Scalars(name)] == [(step, pytest.approx(value, rel=1e-6))
+                                                      for step, value in expected]
     assert "global_batch" in str(found.Tensors("config/text_summary"))
 
 
@@ -205,7 +218,8 @@ def test_wandb_writes_files_of_one_run_and_each_line_once(world, tmp_path):
             if record.WhichOneof("record_type") == "run":
                 runs.add((record.run.run_id, record.run.display_name, record.run.project))
             if record.WhichOneof("record_type") == "history":
-                items = {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
+                items = {(item.key or "/".join(item.nested_key)): json.loads(item.value_json)
+                         for item in record.history.item}
                 found.append(items)
     known = json.loads((tmp_path / "run/loggers.json").read_text())["wandb"]["run"]
     assert runs == {(known, "run", "flm-vilt")}

@@ -23,7 +23,8 @@ def tok():
 
 
 def special_ids():
-    return dict(vocab_size=len(tok()), cls_id=tok().cls_id, pad_id=tok().pad_id, sep_id=tok().sep_id, mask_id=tok().mask_id)
+    return dict(vocab_size=len(tok()), cls_id=tok().cls_id, pad_id=tok().pad_id,
+                sep_id=tok().sep_id, mask_id=tok().mask_id)
 
 
 def model_of(name):
@@ -58,7 +59,8 @@ def test_attention_by_hand_times_values_is_what_each_layer_outputs(name, photo):
     with looking.watched(model) as found, torch.no_grad():
         batch = looking.picture_batch(model.config, [image], ids.device)
         model.fuse(looking.encode_batch_images(model, batch), model.encode_text(ids))
-    layers = {layer: module for layer, module in model.named_modules() if isinstance(module, Attention)}
+    layers = {layer: module for layer, module in model.named_modules()
+              if isinstance(module, Attention)}
     assert found.keys() == outputs.keys() == layers.keys()
     for layer, module in layers.items():
         _, v = module.keys_and_values(inputs[layer][1])                         # (B, heads, K, d)
@@ -70,7 +72,8 @@ def test_a_fully_masked_row_has_no_weights_and_all_others_add_up_to_one():
     attention = Attention(8, 2)
     may_look = torch.tensor([[[True, False, True], [False, False, False]]])
     x = torch.randn(1, 2, 8)
-    weights_ = looking.attention_weights(attention, x, torch.randn(1, 3, 8), looking.Mask.of(may_look))
+    weights_ = looking.attention_weights(attention, x, torch.randn(1, 3, 8),
+                                         looking.Mask.of(may_look))
     assert not weights_[:, :, 1].any() and not weights_[:, :, 0, 1].any()
     torch.testing.assert_close(weights_[:, :, 0].sum(-1), torch.ones(1, 2))
 
@@ -87,7 +90,8 @@ def test_a_model_is_watched_during_the_block_alone(photo):
 
 @pytest.mark.parametrize("name, layers, grid", [
     ("flm", {"reconstructed": 1, "left_to_right": 2, "right_to_left": 2}, (4, 4)),
-    ("mlm", {"reconstructed": 2}, (4, 4)), ("ar", {"left_to_right": 2}, (4, 4)), ("prefix", {"left_to_right": 2}, (4, 4)),
+    ("mlm", {"reconstructed": 2}, (4, 4)), ("ar", {"left_to_right": 2}, (4, 4)),
+                                                ("prefix", {"left_to_right": 2}, (4, 4)),
     ("vilt", {"reconstructed": 2}, (3, 4))])
 def test_each_output_has_a_map_for_every_layer_and_token(name, layers, grid, photo):
     model = model_of(name)
@@ -98,7 +102,9 @@ def test_each_output_has_a_map_for_every_layer_and_token(name, layers, grid, pho
     for map_of in found.named_maps().values():
         assert map_of.shape == (n, *grid) and (map_of >= 0).all()
         assert (map_of.flatten(1).sum(1) <= 1 + 1e-5).all() and map_of.sum() > 0
-    assert (found.may_read is not None) == (name == "flm") and (found.transport is not None) == (name == "vilt")
+    assert (found.may_read is not None) == (name
+                                            == "flm") and (found.transport is not None) == (name
+                                                                                            == "vilt")
     if name == "vilt":
         torch.testing.assert_close(found.transport[1:-1].sum((1, 2)), torch.ones(n - 2))
         assert not found.transport[[0, -1]].any()
@@ -121,7 +127,8 @@ def test_a_query_looks_where_the_rows_that_it_reads_look(photo):
     for query, stream in ((1, "right_to_left"), (-1, "left_to_right")):
         read = last[stream][2:] if query == 1 else last[stream][1:-1]
         low, high = read.amin(0), read.amax(0)                  # a mean of these rows lies between
-        assert ((low - 1e-6 <= last["reconstructed"][query]) & (last["reconstructed"][query] <= high + 1e-6)).all()
+        assert ((low - 1e-6 <= last["reconstructed"][query]) & (last["reconstructed"][query] <= high
+                                                                + 1e-6)).all()
 
 
 @pytest.mark.parametrize("name", ["flm", "vilt"])
@@ -132,7 +139,8 @@ def test_rollout_of_a_model_that_looks_at_one_patch_alone_arrives_there(name, ph
 
     def to_patch_6(attention, x, memory, mask=None):
         K = memory.shape[1]
-        patches = {17: 0, 13 + n: n}.get(K)             # FLM: 1 + 4 x 4 tokens; ViLT: text, 1 + 3 x 4
+        # FLM: 1 + 4 x 4 tokens; ViLT: text, 1 + 3 x 4
+        patches = {17: 0, 13 + n: n}.get(K)
         shares = torch.full((x.shape[0], 1, x.shape[1], K), 1 / K)
         if patches is not None:
             shares = torch.eye(K)[[patches + 1 + 6]].expand(x.shape[0], 1, x.shape[1], K)
@@ -155,14 +163,18 @@ def test_roll_out_is_the_product_of_the_halves_that_stay_and_the_halves_that_are
 # -- commands --------------------------------------------------------------------------------------
 
 def save(path, model):
-    weights.save(path, model.state_dict(), model.config, "pretrain", weights.pack_tokenizer(model.tokenizer))
+    weights.save(path, model.state_dict(), model.config, "pretrain",
+                 weights.pack_tokenizer(model.tokenizer))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, output", [("flm", "reconstructed"), ("flm", "left_to_right"), ("vilt", "reconstructed")])
+@pytest.mark.parametrize("name, output",
+                         [("flm", "reconstructed"), ("flm", "left_to_right"),
+                          ("vilt", "reconstructed")])
 def test_plot_look_writes_a_picture(name, output, photo, tmp_path):
     save(tmp_path / "x.pt", model_of(name))
-    plot.main(["look", str(tmp_path / "x.pt"), str(photo), TEXT, "--of", output, "--out", str(tmp_path / "x.png")])
+    plot.main(["look", str(tmp_path / "x.pt"), str(photo), TEXT, "--of", output, "--out",
+               str(tmp_path / "x.png")])
     with Image.open(tmp_path / "x.png") as image:
         assert image.format == "PNG" and image.width == 1500
 
@@ -170,11 +182,14 @@ def test_plot_look_writes_a_picture(name, output, photo, tmp_path):
 def test_plot_look_refuses_in_one_sentence(photo, tmp_path):
     save(tmp_path / "x.pt", model_of("ar"))
     for part, *arguments in (
-            ("--of reconstructed: this model has left_to_right", photo, TEXT, "--of", "reconstructed"),
+            ("--of reconstructed: this model has left_to_right", photo, TEXT, "--of",
+             "reconstructed"),
             ("at least one word", photo, ""), ("this model reads at most", photo, "dog " * 500),
-            ("x.pt: not a picture", tmp_path / "x.pt", TEXT), ("no such picture", tmp_path / "y.jpg", TEXT)):
+            ("x.pt: not a picture", tmp_path / "x.pt", TEXT),
+                             ("no such picture", tmp_path / "y.jpg", TEXT)):
         with pytest.raises(SystemExit) as error:
-            plot.main(["look", str(tmp_path / "x.pt"), *map(str, arguments), "--out", str(tmp_path / "x.png")])
+            plot.main(["look", str(tmp_path / "x.pt"), *map(str, arguments), "--out",
+                       str(tmp_path / "x.png")])
         message = str(error.value)
         assert message.startswith("plot.py: ") and part in message and "\n" not in message
     assert not (tmp_path / "x.png").exists()
@@ -185,7 +200,8 @@ def test_a_trained_model_looks_at_the_shape_that_a_word_names(tmp_path):
     """Chance is the share of the patches that would have been right, about 7 %. A query does not read its own word."""
     checkpoint = trained_toy()
     toy.make(tmp_path, images=1, eval_images=60, workers=1)
-    probe.main(["look", str(checkpoint), "--data", str(tmp_path), "--captions", "60", "--device", "cpu",
+    probe.main(["look", str(checkpoint), "--data", str(tmp_path), "--captions", "60", "--device",
+                "cpu",
                 "--out", str(tmp_path / "look.json")])
     names = list(json.loads((tmp_path / "look.json").read_text())[0]["maps"])
     last = [name for name in names if name.startswith("reconstructed, layer")][-1]

@@ -26,7 +26,8 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(named, "MODELS", tmp_path / "models")
     tok = BPE.train([" ".join(WORDS)] * 3, 300)
     model = tiny(vocab_size=len(tok), mask_id=tok.mask_id, pooler=False)
-    weights.save("small.pt", model.state_dict(), model.config, "pretrain", weights.pack_tokenizer(tok))
+    weights.save("small.pt", model.state_dict(), model.config, "pretrain",
+                 weights.pack_tokenizer(tok))
     weights.save_model(named.MODELS / "small.safetensors", weights.load("small.pt"), half=True)
     return tmp_path
 
@@ -38,7 +39,8 @@ def test_a_name_opens_the_model_of_models_in_float32_equal_to_its_halves(here):
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, whole[name].half().float())
-    assert not torch.equal(model.embed.word.weight, whole["embed.word.weight"])     # they were rounded
+    # they were rounded
+    assert not torch.equal(model.embed.word.weight, whole["embed.word.weight"])
     assert model.tokenizer.encode("a red cat") == weights.load("small.pt").tokenizer.encode("a red cat")
 
 
@@ -50,7 +52,8 @@ def test_a_path_that_exists_wins_over_a_name(here):
 
 def test_an_unknown_name_is_told_those_that_there_are(here, monkeypatch):
     weights.save_model(named.MODELS / "other.safetensors", weights.load("small"))
-    with pytest.raises(FileNotFoundError, match=r"smal: there is no such checkpoint, and no model of this name \(models/ has other, small\)"):
+    with pytest.raises(FileNotFoundError,
+                       match=r"smal: there is no such checkpoint, and no model of this name \(models/ has other, small\)"):
         weights.load("smal")
     with pytest.raises(FileNotFoundError, match="^x/smal: there is no such checkpoint$"):
         weights.load("x/smal")
@@ -67,16 +70,22 @@ def test_every_command_takes_a_name_and_writes_into_runs(here, capsys):
     weights.main(["info", "small"])
     weights.main(["convert", "small", "again.pt"])
     eval.main(["fill", "small", "x.jpg", "a <mask> cat"])
-    probe.main(["words", "small", "--data", str(here), "--splits", "test", "--groups", "groups.json"])
+    probe.main(["words", "small", "--data", str(here), "--splits", "test", "--groups",
+                "groups.json"])
     assert (here / "runs/models/small/words.json").is_file()
-    train.main(["--task", "caption", "--load", "small", "--data", str(here), "--out", "tuned", "--steps", "1", "--global-batch", "2",
+    train.main(["--task", "caption", "--load", "small", "--data", str(here), "--out", "tuned",
+                "--steps", "1", "--global-batch", "2",
                 "--device", "cpu", "--workers", "0", "--eval-every", "0"])
     eval.main(["caption", "tuned/last.pt", "--data", str(here)])
     assert (here / "tuned/caption").is_dir()            # of a path: beside it, as ever
     capsys.readouterr()
-    for main, command in ((eval.main, ["fill", "smal", "x.jpg", "a"]), (weights.main, ["info", "smal"]),
-                          (train.main, ["--task", "caption", "--load", "smal", "--data", str(here), "--out", "y"])):
-        with pytest.raises(SystemExit, match="smal: there is no such checkpoint, and no model of this name"):
+    for main, command in ((eval.main, ["fill", "smal", "x.jpg", "a"]),
+                          (weights.main, ["info", "smal"]),
+                          (train.main,
+                           ["--task", "caption", "--load", "smal", "--data", str(here), "--out",
+                            "y"])):
+        with pytest.raises(SystemExit,
+                           match="smal: there is no such checkpoint, and no model of this name"):
             main(command)
 
 
@@ -84,7 +93,8 @@ def test_weights_beyond_half_precision_are_refused(here):
     model = weights.load("small.pt")
     with torch.no_grad():
         model.embed.word.weight[3, 3] = 70_000.0
-    with pytest.raises(ValueError, match="x.safetensors: in half precision: embed.word.weight holds NaN or infinite"):
+    with pytest.raises(ValueError,
+                       match="x.safetensors: in half precision: embed.word.weight holds NaN or infinite"):
         weights.save_model("x.safetensors", model, half=True)
     assert not Path("x.safetensors").exists()
 
@@ -100,7 +110,8 @@ def world(tmp_path_factory):
 
 
 def common_flags(world):
-    return ["--data", str(world), "--steps", "2", "--global-batch", "8", "--device", "cpu", "--workers", "0",
+    return ["--data", str(world), "--steps", "2", "--global-batch", "8", "--device", "cpu",
+            "--workers", "0",
             "--eval-every", "0", "--max-tokens", "40"]
 
 
@@ -111,14 +122,16 @@ def run(world, tmp_path, monkeypatch):
     monkeypatch.setattr(named, "MODELS", tmp_path / "models")
     common = common_flags(world)
     for command in (["--task", "pretrain", *TRAIN_FLM, *common, "--out", "runs/toy"],
-                    ["--task", "vqa", "--load", "runs/toy/last.pt", *common, "--out", "runs/toy-vqa"]):
+                    ["--task", "vqa", "--load", "runs/toy/last.pt", *common, "--out",
+                     "runs/toy-vqa"]):
         monkeypatch.setattr(sys, "argv", ["train.py", *command])        # config.json keeps it
         train.main(command)
     return tmp_path / "runs"
 
 
 @pytest.mark.slow
-def test_a_card_has_what_was_measured_and_is_refused_when_it_lies_by_four_points(run, world, capsys):
+def test_a_card_has_what_was_measured_and_is_refused_when_it_lies_by_four_points(run, world,
+                                                                                 capsys):
     for name in ("toy", "toy-vqa"):
         cards.main(["make", f"runs/{name}", name, "--data", str(world)])
         file = named.MODELS / f"{name}.safetensors"
@@ -138,19 +151,24 @@ def test_a_card_has_what_was_measured_and_is_refused_when_it_lies_by_four_points
 @pytest.mark.slow
 @pytest.mark.parametrize("task, asked, pictures, more", [
     ("nlvr2", {"statements": 50}, 2, []), ("caption", {"captions that are true": 100}, 2, []),
-    ("retrieval", {"the picture of a text of 100": 100, "the text of a picture of 100": 100}, 1, ["--false-captions", "2"])])
-def test_every_task_has_scores_for_its_card(task, asked, pictures, more, world, tmp_path, monkeypatch):
+    ("retrieval", {"the picture of a text of 100": 100, "the text of a picture of 100": 100}, 1,
+     ["--false-captions", "2"])])
+def test_every_task_has_scores_for_its_card(task, asked, pictures, more, world, tmp_path,
+                                            monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main(["--task", "pretrain", *TRAIN_FLM, *common_flags(world), "--out", "toy"])
-    train.main(["--task", task, "--load", "toy/last.pt", *common_flags(world), "--out", "tuned", *more])
+    train.main(["--task", task, "--load", "toy/last.pt", *common_flags(world), "--out", "tuned",
+                *more])
     found = cards.measure("tuned/last.pt", world, ("test",))
     assert {row["score"]: row["asked"] for row in found} == asked
-    assert all(len(row["shares"]) == pictures and 0 <= min(row["shares"].values()) <= 1 for row in found)
+    assert all(len(row["shares"]) == pictures and 0 <= min(row["shares"].values()) <= 1
+               for row in found)
     assert cards.score_table(found).count("\n") == 1 + len(asked)
 
 
 def test_what_no_card_can_be_made_of_is_a_sentence(here, run, world):
-    for message, arguments in (("a name of letters", ["runs/toy", "../x"]), ("no such checkpoint", ["runs/none", "x"]),
+    for message, arguments in (("a name of letters", ["runs/toy", "../x"]),
+                               ("no such checkpoint", ["runs/none", "x"]),
                                ("config.json", ["loose", "x"])):
         Path("loose").mkdir(exist_ok=True)
         os.replace("small.pt", "loose/last.pt") if Path("small.pt").exists() else None

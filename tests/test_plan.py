@@ -37,7 +37,8 @@ def allocated(run, batch):
     state.model.train()
     train.train_step(run, state, [batch] * run.accumulation, NoLog())
     before = sum(tensor.nbytes for tensor in [*state.bare.parameters(), *batch[0].values()])
-    before += sum(tensor.nbytes for kept in state.optimizer.state.values() for tensor in kept.values())
+    before += sum(tensor.nbytes for kept in state.optimizer.state.values()
+                  for tensor in kept.values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train.train_step(run, state, [batch] * run.accumulation, NoLog())
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -49,13 +50,18 @@ def allocated(run, batch):
 
 
 @pytest.mark.parametrize("sizes, precision, more", [
-    (TRAIN_FLM, "fp32", ()), (TRAIN_FLM, "bf16", ("--itm",)), (TRAIN_FLM, "fp32", ("--muon-lr", 0.01)),
-    (TRAIN_VILT, "fp32", ("--no-mpp",)), (TRAIN_FLM, "fp32", ("--objective", "mlm", "--micro-batch", 16))],
+    (TRAIN_FLM, "fp32", ()), (TRAIN_FLM, "bf16", ("--itm",)),
+                                                    (TRAIN_FLM, "fp32", ("--muon-lr", 0.01)),
+    (TRAIN_VILT, "fp32", ("--no-mpp",)), (TRAIN_FLM, "fp32",
+                                          ("--objective", "mlm", "--micro-batch", 16))],
     ids=["flm", "bf16 itm", "muon", "vilt", "mlm, no accumulation"])
-def test_the_memory_of_a_plan_is_what_torch_allocates_in_a_real_step(world, tmp_path, sizes, precision, more):
+def test_the_memory_of_a_plan_is_what_torch_allocates_in_a_real_step(world, tmp_path, sizes,
+                                                                     precision, more):
     """Larger than the tests' models, so that a kilobyte more or less is no percent."""
-    wide = ["--width", 64, "--precision", precision] + (["--text-width", 64, "--vit-width", 64] if sizes is TRAIN_FLM else [])
-    given, flags = train_settings.parse(train_command(world, tmp_path, *STEP, *wide, *more, sizes=sizes))
+    wide = ["--width", 64, "--precision",
+            precision] + (["--text-width", 64, "--vit-width", 64] if sizes is TRAIN_FLM else [])
+    given, flags = train_settings.parse(train_command(world, tmp_path, *STEP, *wide, *more,
+                                                      sizes=sizes))
     run = open_run(given, flags, machine.set_up("cpu", precision))
     dataset = run.task.dataset(run.tables["train"], train=True)
     longest = list(run.sampler.micro_batches(0, 1, run.micro_batch))[-1]
@@ -95,14 +101,17 @@ def test_speed_and_hours_are_the_peak_times_the_share_over_the_cost():
     cost = plan.Cost(flops_per_pair=1e11, tokens=13, pairs=3_600_000, processes=2)
     [line] = [line for line in plan.card_lines(cost, 90 * 2 ** 30) if line.startswith("H200")]
     speed = 2 * 989e12 * plan.ASSUMED / 1e11
-    assert line.split() == ["H200", "989", "141", "GB", "yes", f"{speed:,.0f}", f"{3.6e6 / speed / 3600:,.1f}", "0.0"]
-    assert "no" in [line for line in plan.card_lines(cost, 90 * 2 ** 30) if line.startswith("A100 80GB")][0].split()
+    assert line.split() == ["H200", "989", "141", "GB", "yes", f"{speed:,.0f}",
+                            f"{3.6e6 / speed / 3600:,.1f}", "0.0"]
+    assert "no" in [line for line in plan.card_lines(cost, 90 * 2 ** 30)
+                    if line.startswith("A100 80GB")][0].split()
 
 
 def test_a_measured_utilization_takes_the_place_of_the_assumed_one(tmp_path):
     path = tmp_path / "gpu.json"
     assert plan.measured_utilization(path) is None
-    path.write_text(json.dumps({"card": "NVIDIA H100 80GB HBM3", "rows": {"a": {"tflops": 300.0}, "b": {"tflops": 494.5}, "c": {}}}))
+    path.write_text(json.dumps({"card": "NVIDIA H100 80GB HBM3",
+                                "rows": {"a": {"tflops": 300.0}, "b": {"tflops": 494.5}, "c": {}}}))
     share, card = plan.measured_utilization(path)
     assert share == pytest.approx(0.5) and card == "NVIDIA H100 80GB HBM3"
 
@@ -115,7 +124,9 @@ def test_larger_micro_batches_take_more_activations_and_no_more_weights(planned)
 
 @pytest.mark.parametrize("flags, sentence", [
     (("--task", "vqa", "--recipe", "toy", "--epochs", "2"), "--texts says of how many"),
-    ((*TOY, "--tokens", "1"), "--tokens: at least 3"), ((*TOY, "--load", "x.pt"), "no weights are needed here")])
+    ((*TOY, "--tokens", "1"), "--tokens: at least 3"),
+                                             ((*TOY, "--load", "x.pt"),
+                                              "no weights are needed here")])
 def test_a_plan_that_lacks_something_is_refused_in_a_sentence(flags, sentence):
     with pytest.raises(SystemExit, match=sentence):
         plan_tool.main(list(flags))
@@ -123,12 +134,14 @@ def test_a_plan_that_lacks_something_is_refused_in_a_sentence(flags, sentence):
 
 @pytest.mark.parametrize("task", ["vqa", "nlvr2", "caption", "retrieval"])
 def test_every_task_can_be_planned(planned, task):
-    printed = planned("--task", task, "--recipe", "toy", "--vocab-size", 400, "--global-batch", 8, "--micro-batch", 4, "--steps", 10)
+    printed = planned("--task", task, "--recipe", "toy", "--vocab-size", 400, "--global-batch", 8,
+                      "--micro-batch", 4, "--steps", 10)
     assert "about" in printed and part(printed, "activations") >= 0
 
 
 def test_shards_hold_their_part_of_weights_gradients_and_moments(planned):
-    alone, shared = planned(*TOY, "--muon-lr", 0), planned(*TOY, "--muon-lr", 0, "--shard", "--processes", 4)
+    alone, shared = planned(*TOY, "--muon-lr", 0), planned(*TOY, "--muon-lr", 0, "--shard",
+                                                           "--processes", 4)
     for name in ("weights", "moments"):
         assert part(shared, name) == pytest.approx(part(alone, name) / 4, rel=0.03)
     assert "DDP holds" not in shared

@@ -88,7 +88,8 @@ def test_search_orders_pictures_by_the_score_of_the_pair(world, photo):
 
 @pytest.mark.parametrize("kind", ["flm", "vilt"])
 def test_rank_orders_texts_by_the_same_score_as_search(world, photo, kind):
-    model, texts = weights.load(world / f"{kind}.pt"), ["a red dog", "two", "a big house near a tree"]
+    model, texts = weights.load(world / f"{kind}.pt"), ["a red dog", "two",
+                                                        "a big house near a tree"]
     ranked = predict.rank(model, photo, texts)
     scores = {text: predict.search(model, text, [photo])[0][1] for text in texts}
     assert dict(ranked) == scores and len(set(scores.values())) == 3
@@ -104,11 +105,14 @@ def test_a_picture_in_memory_is_seen_as_its_file_is(world, photo, tmp_path):
     for kind in ("flm", "vilt"):
         config = weights.load(world / f"{kind}.pt").config
         for path in (photo, tmp_path / "turned.png", tmp_path / "grey.png"):
-            assert torch.equal(predict.open_picture(Image.open(path), config), predict.open_picture(str(path), config))
-        with pytest.raises(ValueError, match="the picture: not a picture that can be read .3000 x 2 pixels"):
+            assert torch.equal(predict.open_picture(Image.open(path), config),
+                               predict.open_picture(str(path), config))
+        with pytest.raises(ValueError,
+                           match="the picture: not a picture that can be read .3000 x 2 pixels"):
             predict.open_picture(Image.new("RGB", (3000, 2)), config)
     model = weights.load(world / "vqa/last.pt")
-    assert predict.ask(model, Image.open(photo), "is it red?") == predict.ask(model, photo, "is it red?")
+    assert predict.ask(model, Image.open(photo),
+                       "is it red?") == predict.ask(model, photo, "is it red?")
 
 
 @torch.no_grad()
@@ -185,9 +189,11 @@ def test_captions_kept_in_halves_are_fused_as_autocast_fuses_them(objective):
     with torch.autocast("cpu", torch.bfloat16):
         visual = model.encode_image(torch.rand(1, 3, 24, 24))
         text = model.encode_text(ids, class_only=True)
-        kept = retrieval.Gallery.encode_texts(SimpleNamespace(model=model), [row[row != 1].tolist() for row in ids])
+        kept = retrieval.Gallery.encode_texts(SimpleNamespace(model=model),
+                                              [row[row != 1].tolist() for row in ids])
         assert kept.streams.dtype == torch.bfloat16 and text.streams.dtype == torch.float32
-        assert torch.equal(predict.match_score(model, visual, kept), predict.match_score(model, visual, text))
+        assert torch.equal(predict.match_score(model, visual, kept),
+                           predict.match_score(model, visual, text))
     whole = retrieval.Gallery.encode_texts(SimpleNamespace(model=model), [ids[1].tolist()])
     assert whole.streams.dtype == torch.float32             # nothing is rounded in float32
 

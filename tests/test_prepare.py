@@ -162,12 +162,16 @@ def test_a_hash_splits_pictures_in_ninety_five_and_five_percent():
 
 
 @pytest.mark.parametrize("table, part", [
-    ("", "first line"), ("picture,caption\n", "first line"), ("image,caption,caption\n", "first line"),
+    ("", "first line"), ("picture,caption\n", "first line"),
+                                         ("image,caption,caption\n", "first line"),
     ("image,caption\n1.jpg,one\n1.jpg,a dog, running\n", "line 3: 3 columns"),
     ("image,caption\n1.jpg\n", "line 2: 1 columns"), ("image,caption\n../1.jpg,x\n", "line 2"),
-    ('image,caption\n1.jpg,"open\n1.jpg,one\n', "line 2: not a row"), ("image,caption\n,x\n", "line 2"),
-    ('image,caption\n1.jpg,"a" b\n', "line 2: not a row"), ("image,caption\n1.jpg," + "x" * 200_000, "line 2"),
-    ("image,caption,split\n1.jpg,x,train\n1.jpg,y,val\n", "line 3: the picture 1.jpg is of split val"),
+    ('image,caption\n1.jpg,"open\n1.jpg,one\n', "line 2: not a row"),
+                                         ("image,caption\n,x\n", "line 2"),
+    ('image,caption\n1.jpg,"a" b\n', "line 2: not a row"),
+                                         ("image,caption\n1.jpg," + "x" * 200_000, "line 2"),
+    ("image,caption,split\n1.jpg,x,train\n1.jpg,y,val\n",
+     "line 3: the picture 1.jpg is of split val"),
     ("image,caption,split\n1.jpg,x,a/b\n", "line 2")])
 def test_wrong_tables_are_named_with_their_line(tmp_path, capsys, table, part):
     put(tmp_path / "captions.csv", table)
@@ -178,9 +182,11 @@ def test_wrong_tables_are_named_with_their_line(tmp_path, capsys, table, part):
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.sampled_from(['"', '""', ",", ";", "\t", "\n", "\r\n", "1.jpg", "a dog", "split", "image", "caption",
-                                 "\0", "é", "\udcff", "/x", "..", " "]), max_size=20), st.sampled_from(["", "image,caption\n",
-                                 "image\tcaption\tsplit\n", "\ufeff"]))
+@given(st.lists(st.sampled_from(['"', '""', ",", ";", "\t", "\n", "\r\n", "1.jpg", "a dog", "split",
+                                 "image", "caption",
+                                 "\0", "é", "\udcff", "/x", "..", " "]), max_size=20),
+       st.sampled_from(["", "image,caption\n",
+"image\tcaption\tsplit\n", "\ufeff"]))
 def test_any_table_is_prepared_or_refused_in_one_sentence(tmp_path, parts, header):
     put(tmp_path / "1.jpg", noise_picture())
     put(tmp_path / "captions.txt", (header + "".join(parts)).encode("utf-8", "surrogateescape"))
@@ -210,7 +216,8 @@ def test_vg_takes_region_phrases_and_their_boxes_from_both_folders(tmp_path, cap
         "images/VG_100K_2/3.jpg": "no caption", "images/VG_100K/4.jpg": "missing file",
         "images/VG_100K/10.jpg": "empty caption (image kept)"}
     for wrong in ({"phrase": "no box"}, {"phrase": None}, {}, 5, "abcde", ["abc"],
-                  {**regions[0]["regions"][0], "x": 0.5}, {**regions[0]["regions"][0], "y": 2 ** 70}):
+                  {**regions[0]["regions"][0], "x": 0.5},
+                  {**regions[0]["regions"][0], "y": 2 ** 70}):
         regions[1]["regions"] = [wrong]
         put(tmp_path / "annotations/region_descriptions.json", regions)
         message = sentence(capsys, "vg", tmp_path, "--out", tmp_path / "o")
@@ -373,7 +380,8 @@ def test_broken_pictures_and_empty_captions_are_left_out_counted_and_named(tmp_p
         "empty.jpg": "undecodable", "bomb.png": "undecodable", "blank.jpg": "empty caption",
         "half.jpg": "empty caption (image kept)", "odd.jpg": "caption is not Unicode",
         "folder.jpg": "unreadable file", "pipe.jpg": "unreadable file",
-        "endless.jpg": "unreadable file", long: "unreadable file", "gone.jpg": "missing file", "nul\0.jpg": "unreadable file"}
+        "endless.jpg": "unreadable file", long: "unreadable file", "gone.jpg": "missing file",
+                                                                           "nul\0.jpg": "unreadable file"}
     assert "bomb" in left["bomb.png"]
     printed = capsys.readouterr().out
     assert "2 images, 2 captions" in printed and "3 undecodable, 2 truncated" in printed
@@ -510,7 +518,8 @@ def test_a_running_and_a_killed_run_are_in_nobodys_way(tmp_path, capsys):
     lines = source.read_text()
     put(source, lines + json.dumps({"image": "stuck.jpg", "caption": "never"}))
     process = subprocess.Popen([sys.executable, "-c", STUCK, "jsonl", source, "--out", out],
-                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               text=True)
     try:
         assert "stuck\n" in process.stdout         # reads on until then
         put(source, lines)
@@ -621,8 +630,10 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path, capsys, path):
      '{"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"tokens": []}]}]}',
      "images[0]"),
     ("sbu", "annot.json", '{"a": 1}', "[...]"), ("sbu", "annot.json", '[["a", "b"], ["c"', "JSON"),
-    ("sbu", "annot.json", '[["a", "b"], 5]', "entry 1"), ("sbu", "annot.json", '[["a"]]', "entry 0"),
-    ("jsonl", "", '{"image": "a.jpg", "caption": "x"}\n\n{', "line 3"), ("jsonl", "", "[]", "line 1"),
+    ("sbu", "annot.json", '[["a", "b"], 5]', "entry 1"), ("sbu", "annot.json", '[["a"]]',
+                                                          "entry 0"),
+    ("jsonl", "", '{"image": "a.jpg", "caption": "x"}\n\n{', "line 3"),
+                                                          ("jsonl", "", "[]", "line 1"),
     ("jsonl", "", '{"image": 5, "caption": "x"}', "line 1"),
     ("jsonl", "", '{"image": "a.jpg", "captions": "not a list"}', "line 1"),
     ("jsonl", "", '{"image": "a.jpg", "caption": "x", "image_id": {}}', "line 1"),
@@ -638,7 +649,8 @@ def test_wrong_annotations_are_named(tmp_path, capsys, command, name, content, p
 
 STRANGE = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
 STRANGE |= st.sampled_from(
-    ["x" * 5000, "\ud800", "\0", "/etc/passwd", "../x", [], {}, [[]], {"raw": 1}, ["x" * 1000] * 99])
+    ["x" * 5000, "\ud800", "\0", "/etc/passwd", "../x", [], {}, [[]], {"raw": 1},
+     ["x" * 1000] * 99])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None,
@@ -697,7 +709,8 @@ def number_of_tar(value):
 @settings(max_examples=80, deadline=2000, derandomize=True, database=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from([b"0", b"x", b"g", b"L", b"K", b"S", b"5", b"V"]),
-       st.sampled_from([-2 ** 62, -1024, -512, -1, 2 ** 31, 2 ** 62, 2 ** 80]) | st.integers(0, 3000))
+       st.sampled_from([-2 ** 62, -1024, -512, -1, 2 ** 31, 2 ** 62, 2 ** 80])
+       | st.integers(0, 3000))
 def test_a_tar_with_a_false_size_is_read_once_at_most_and_takes_no_memory(tmp_path, kind, size):
     text = tarfile.TarInfo("b.txt")
     text.size = 3

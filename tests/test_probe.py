@@ -124,7 +124,8 @@ def test_the_align_command_writes_a_plan_for_every_token(run, tmp_path, capsys):
     ("last", {"reconstructed, layer 1", "left_to_right, rolled out", "right_to_left, layer 2"}),
     ("vilt", {"reconstructed, layer 1", "reconstructed, rolled out", "transport"})])
 def test_the_look_command_writes_every_map_of_every_token(run, tmp_path, capsys, name, maps):
-    main("look", run / f"{name}.pt", "--data", run, "--captions", 3, "--out", tmp_path / "look.json")
+    main("look", run / f"{name}.pt", "--data", run, "--captions", 3, "--out",
+         tmp_path / "look.json")
     found = json.loads((tmp_path / "look.json").read_text())
     assert len(found) == 3 and "3 captions" in capsys.readouterr().out
     for one in found:

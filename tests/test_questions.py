@@ -556,4 +556,5 @@ def test_the_official_score_of_soft_targets_is_their_score(shared):
         answer = listed[labels[-1]] if labels else normalize_answer(answers[0])
         predictions.append({"question_id": question_id, "answer": answer})
         scores[question_id] = 100 * soft[-1] if labels else 0
-    assert vqa_accuracy(predictions, {"annotations": content})["per_question"] == pytest.approx(scores)
+    assert vqa_accuracy(predictions,
+                        {"annotations": content})["per_question"] == pytest.approx(scores)

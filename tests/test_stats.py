@@ -61,7 +61,8 @@ def test_what_is_in_two_files_and_what_comes_twice_in_one(two_files, tmp_path, c
                                            "across": {pair: 1}}
     assert twice["pictures that look alike"]["across"] == {pair: 2}
     assert report["examples that look alike"] == [
-        "a_caption_train row 1, a_caption_train row 6", "a_caption_train row 0, a_caption_val row 0"]
+        "a_caption_train row 1, a_caption_train row 6",
+                                                  "a_caption_train row 0, a_caption_val row 0"]
     assert f"copies of pictures, in two files: {pair} 1" in printed
 
 
@@ -101,7 +102,8 @@ def test_answers_are_counted_by_their_scores_and_statements_by_their_truth(tmp_p
     arrow(tmp_path / "test.arrow", {
         "image": [noise_picture()], "questions": [["a", "b"]], "question_id": [[1, 2]],
         "answers": [[]], "answer_labels": [[]], "answer_scores": [[]], "image_id": [1]})
-    assert "commonest answers" not in found(capsys, tmp_path, tmp_path / "test.arrow")[0]["files"]["test"]
+    assert "commonest answers" not in found(capsys, tmp_path,
+                                            tmp_path / "test.arrow")[0]["files"]["test"]
 
 
 def test_fast_looks_at_some_pictures_of_all(tmp_path, capsys, monkeypatch):
@@ -109,7 +111,8 @@ def test_fast_looks_at_some_pictures_of_all(tmp_path, capsys, monkeypatch):
     write_captions(tmp_path / "x_caption_train.arrow", 20)
     whole, _ = found(capsys, tmp_path, tmp_path)
     some, _ = found(capsys, tmp_path, tmp_path, "--fast")
-    looks = [report["files"]["x_caption_train"]["pictures"]["looked at"] for report in (whole, some)]
+    looks = [report["files"]["x_caption_train"]["pictures"]["looked at"]
+             for report in (whole, some)]
     assert looks == [20, 5]
 
 
@@ -129,7 +132,8 @@ def test_most_changed_copies_look_alike_and_other_pictures_never_do(shared, chan
     for path in paths:
         with Image.open(path) as image:
             image = image.convert("RGB")
-        other = {"size": lambda: encoded(image.resize((image.width * 3 // 4, image.height * 3 // 4))),
+        other = {"size": lambda: encoded(image.resize((image.width * 3 // 4,
+                                                       image.height * 3 // 4))),
                  "quality": lambda: encoded(image, quality=50),
                  "brightness": lambda: encoded(image.point(lambda value: int(value * 0.9))),
                  "format": lambda: encoded(image, "PNG")}[change]()

@@ -27,7 +27,8 @@ def head_gradients(function, rows=150, width=24, words=211):
     bias = torch.randn(words, generator=draw).requires_grad_()
     targets = torch.randint(0, words, (rows,), generator=draw)
     found, hits = function(x, weight, bias, targets)
-    shares = torch.linspace(0.5, 2.0, rows) / rows                  # losses have weights of their own
+    # losses have weights of their own
+    shares = torch.linspace(0.5, 2.0, rows) / rows
     (found * shares).sum().backward()
     return found.detach(), hits, x.grad, weight.grad, bias.grad
 
@@ -51,7 +52,8 @@ def test_the_loss_in_chunks_is_the_plain_one_and_so_are_its_gradients(way, smoot
     def chunked(x, weight, bias, targets):
         return losses.losses_in_chunks(x, weight, bias, targets, smoothing, count_hits)
 
-    (expected, hits, *gradients), (found, counted, *ours) = head_gradients(plain), head_gradients(chunked)
+    (expected, hits, *gradients), (found, counted,
+                                   *ours) = head_gradients(plain), head_gradients(chunked)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     for theirs, mine in zip(gradients, ours, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=0)
@@ -77,7 +79,8 @@ def test_the_loss_in_chunks_is_as_exact_in_bfloat16_as_the_plain_one(way):
         chunked = head_gradients(lambda *given: losses.losses_in_chunks(*given, count_hits=False))
     for k in (0, 2, 3, 4):
         error, ours = ((some[k] - exact[k]).norm() / exact[k].norm() for some in (plain, chunked))
-        assert chunked[k].dtype == torch.float32 and ours < 2 * error + 2 ** -9     # half a digit of bfloat16
+        # half a digit of bfloat16
+        assert chunked[k].dtype == torch.float32 and ours < 2 * error + 2 ** -9
 
 
 def test_the_switch_of_one_model_leaves_another_alone():
@@ -95,7 +98,8 @@ def world(tmp_path_factory):
 
 def outcome(world, out, *flags, sizes=TRAIN_FLM):
     """What a run of six steps with dropout comes to."""
-    train.main(train_command(world, out, *TRAIN, "--micro-batch", 8, "--dropout", 0.1, *flags, sizes=sizes))
+    train.main(train_command(world, out, *TRAIN, "--micro-batch", 8, "--dropout", 0.1, *flags,
+                             sizes=sizes))
     return train_outcome(out)
 
 
@@ -111,20 +115,25 @@ def test_a_run_with_chunks_learns_the_same_and_counts_hits_where_it_reports(worl
                                     for name, more in (("plain", ()), ("chunks", ["--chunk-loss"])))
     name = "mlm" if sizes is TRAIN_VILT else "left_to_right"
     for line, mine in zip(lines, ours, strict=True):
-        assert line.keys() == mine.keys() and (f"{name}_accuracy" in line or f"val_{name}_accuracy" in line)
-        words = {key: value for key, value in line.items() if not (key.endswith("accuracy") and "val" not in key)}
+        assert line.keys() == mine.keys() and (f"{name}_accuracy" in line
+                                               or f"val_{name}_accuracy" in line)
+        words = {key: value for key, value in line.items()
+                 if not (key.endswith("accuracy") and "val" not in key)}
         assert {key: mine[key] for key in words} == pytest.approx(words, abs=2e-5)
         assert mine.get("itm_accuracy") == line.get("itm_accuracy")             # always counted
     assert lines[0] == pytest.approx(ours[0], abs=2e-5)                         # of step 1 alone
     assert_same(([], model), ([], same), 2e-5)
 
 
-# -- Layers that are computed again, weights that are cast once -------------------------------------
+# -- Layers that are computed again, weights that are cast once
+# -------------------------------------
 
 @pytest.mark.parametrize("sizes", [TRAIN_FLM, TRAIN_VILT], ids=["flm", "vilt"])
-def test_layers_computed_again_draw_the_same_dropout_and_learn_the_same(world, tmp_path, plain, sizes):
+def test_layers_computed_again_draw_the_same_dropout_and_learn_the_same(world, tmp_path, plain,
+                                                                        sizes):
     expected = plain if sizes is TRAIN_FLM else outcome(world, tmp_path / "plain", sizes=sizes)
-    assert_same(expected, outcome(world, tmp_path / "again", "--checkpoint-activations", sizes=sizes), 0)
+    assert_same(expected,
+                outcome(world, tmp_path / "again", "--checkpoint-activations", sizes=sizes), 0)
 
 
 @pytest.mark.parametrize("preset", ["toy", "vilt-toy"])
@@ -138,10 +147,12 @@ def test_layers_computed_again_keep_less_for_the_backward_pass(preset):
         pack = lambda tensor: kept.update({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()}) or tensor
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model.fuse(model.encode_image(images), model.encode_text(ids)).reconstructed.sum()
-        return sum(kept.values()) - sum(4 * p.numel() for p in model.parameters() if p.data_ptr() in kept)
+        return sum(kept.values()) - sum(4 * p.numel() for p in model.parameters()
+                                        if p.data_ptr() in kept)
 
     before = kept_bytes()
-    layers = [m for m in model.modules() if type(m).__name__ in ("ViTBlock", "StreamLayer", "ReconstructorLayer")]
+    layers = [m for m in model.modules()
+              if type(m).__name__ in ("ViTBlock", "StreamLayer", "ReconstructorLayer")]
     switches.checkpoint_layers(model)
     recomputed = [layer for layer in layers if "forward" in vars(layer)]
     if preset == "vilt-toy":
@@ -151,7 +162,8 @@ def test_layers_computed_again_keep_less_for_the_backward_pass(preset):
     assert kept_bytes() < 0.6 * before
 
 
-def test_weights_cast_once_a_step_give_the_same_gradients_with_fewer_casts(world, tmp_path, monkeypatch):
+def test_weights_cast_once_a_step_give_the_same_gradients_with_fewer_casts(world, tmp_path,
+                                                                           monkeypatch):
     bf16 = ("--precision", "bf16", "--micro-batch", 4, "--steps", 2, "--itm")
 
     class Casts(TorchDispatchMode):
@@ -193,23 +205,28 @@ def test_two_processes_learn_the_same_with_bucket_views_and_a_static_graph(world
 
 
 def test_a_static_graph_with_several_micro_batches_is_refused(world, tmp_path):
-    settings, _ = train.parse(train_command(world, tmp_path, *TRAIN, "--micro-batch", 8, "--static-graph"))
-    with pytest.raises(ValueError, match="--static-graph: DDP sends the gradients of each micro-batch"):
+    settings, _ = train.parse(train_command(world, tmp_path, *TRAIN, "--micro-batch", 8,
+                                            "--static-graph"))
+    with pytest.raises(ValueError,
+                       match="--static-graph: DDP sends the gradients of each micro-batch"):
         train.check(settings, machine.set_up("cpu"))
 
 
 def test_a_task_without_words_refuses_the_loss_of_words_in_chunks(world, tmp_path):
     from settings import check_task
     settings, _ = train.parse(train_command(world, tmp_path, "--task", "retrieval", "--chunk-loss"))
-    with pytest.raises(ValueError, match="--chunk-loss: is for words, which head retrieval does not predict"):
+    with pytest.raises(ValueError,
+                       match="--chunk-loss: is for words, which head retrieval does not predict"):
         check_task(settings, {}, replace(flm.PRESETS["toy"], head="retrieval"), 4)
 
 
 def test_sums_of_an_older_checkpoint_count_all_hits():
     from report import Sums, with_counted
     sums = Sums({"reconstructed": 1.0, "wpa": 0.1}, torch.device("cpu"))
-    sums.values += with_counted(torch.tensor([[6.0, 2.0], [3.0, torch.nan], [4.0, 2.0]], dtype=torch.float64))
-    assert sums.read() == {"loss": 1.6, "reconstructed_loss": 1.5, "reconstructed_accuracy": 0.75, "wpa_loss": 1.0}
+    sums.values += with_counted(torch.tensor([[6.0, 2.0], [3.0, torch.nan], [4.0, 2.0]],
+                                             dtype=torch.float64))
+    assert sums.read() == {"loss": 1.6, "reconstructed_loss": 1.5, "reconstructed_accuracy": 0.75,
+                           "wpa_loss": 1.0}
 
 
 # -- A small set of shapes -------------------------------------------------------------------------
@@ -219,7 +236,8 @@ LENGTHS = ("--pad-to", 8, 12, 16)
 
 def opened(world, out, *flags, sizes=TRAIN_FLM):
     """A run before its first step, and its model."""
-    settings, config_flags = train.parse(train_command(world, out, *TRAIN, "--steps", 14, "--micro-batch", 8, *flags, sizes=sizes))
+    settings, config_flags = train.parse(train_command(world, out, *TRAIN, "--steps", 14,
+                                                       "--micro-batch", 8, *flags, sizes=sizes))
     run = open_run(settings, config_flags, machine.set_up("cpu"))
     torch.manual_seed(0)
     model = train.weights.model_of(run.config)
@@ -227,22 +245,28 @@ def opened(world, out, *flags, sizes=TRAIN_FLM):
     return run, model
 
 
-@pytest.mark.parametrize("flags", [(), ("--objective", "mlm"), ("--label-smoothing", 0.1), ("--chunk-loss",), TRAIN_VILT],
+@pytest.mark.parametrize("flags",
+                         [(), ("--objective", "mlm"), ("--label-smoothing", 0.1), ("--chunk-loss",),
+                          TRAIN_VILT],
                          ids=["flm", "mlm", "smoothing", "chunks", "vilt"])
 def test_rows_that_fill_up_a_shape_change_no_loss_and_no_gradient(world, tmp_path, flags):
     sizes, flags = (TRAIN_VILT, ()) if flags is TRAIN_VILT else (TRAIN_FLM, flags)
     found = []
     for pad_to in ((), LENGTHS):
-        run, model = opened(world, tmp_path, "--dropout", 0, *flags, *pad_to, sizes=sizes)  # dropout draws by shape
+        # dropout draws by shape
+        run, model = opened(world, tmp_path, "--dropout", 0, *flags, *pad_to, sizes=sizes)
         batch, notes = next(iter(run.loader(0)))
         filled = sum(int((batch[name] < 0).sum()) for name in batch if name.endswith("_rows"))
         assert (filled > 0) == bool(pad_to)
-        results = model(train.to_device(batch, torch.device("cpu"), run.config), "--chunk-loss" not in flags)
+        results = model(train.to_device(batch, torch.device("cpu"), run.config),
+                        "--chunk-loss" not in flags)
         sum(loss for loss, _ in results.values()).backward()
-        found.append((notes["counts"], results, {name: p.grad for name, p in model.named_parameters()}))
+        found.append((notes["counts"], results,
+                      {name: p.grad for name, p in model.named_parameters()}))
     (counts, results, gradients), (same_counts, same, ours) = found
     assert counts == same_counts
-    torch.testing.assert_close(same, results, atol=1e-4, rtol=1e-6, equal_nan=True)         # sums of 70 terms
+    # sums of 70 terms
+    torch.testing.assert_close(same, results, atol=1e-4, rtol=1e-6, equal_nan=True)
     torch.testing.assert_close(ours, gradients, atol=1e-4, rtol=1e-5)
 
 
@@ -255,7 +279,8 @@ def test_a_small_set_of_lengths_makes_a_handful_of_shapes(world, tmp_path):
     shapes = []
     for pad_to in ((), LENGTHS):
         run, _ = opened(world, tmp_path, *pad_to)
-        shapes.append({shape_of(batch) for batch, _ in run.loader(0)})          # of 28 micro-batches
+        # of 28 micro-batches
+        shapes.append({shape_of(batch) for batch, _ in run.loader(0)})
     many, few = shapes
     assert len(few) <= 9 and len(many) > 2 * len(few)
 
@@ -263,7 +288,8 @@ def test_a_small_set_of_lengths_makes_a_handful_of_shapes(world, tmp_path):
 @pytest.fixture
 def few_graphs():
     """Eight graphs at most, as torch has it, whatever the test sets."""
-    with torch._dynamo.config.patch(recompile_limit=8):         # monkeypatch would remove the setting
+    # monkeypatch would remove the setting
+    with torch._dynamo.config.patch(recompile_limit=8):
         torch._dynamo.reset()
         yield
     torch._dynamo.reset()
@@ -273,7 +299,8 @@ def few_graphs():
 def test_each_shape_is_compiled_once(world, tmp_path, monkeypatch, few_graphs):
     run, model = opened(world, tmp_path, *LENGTHS)
     graphs, compile_with, batches = [], model.compile, {}
-    count = lambda graph, inputs: graphs.append(graph) or graph.forward             # a backend that counts
+    # a backend that counts
+    count = lambda graph, inputs: graphs.append(graph) or graph.forward
     monkeypatch.setattr(model, "compile", lambda **how: compile_with(backend=count, **how))
     switches.compile_model(model, run.settings)
     assert torch._dynamo.config.recompile_limit == 64

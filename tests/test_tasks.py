@@ -29,10 +29,12 @@ def collated(task, split="train", train_mode=True, count=6, epoch=0):
     return samples, *task.collate(samples)
 
 
-# -- the original's recorded numbers ---------------------------------------------------------------------------------------
+# -- the original's recorded numbers
+# ---------------------------------------------------------------------------------------
 
 def samples_of(ids, pad=1, **more):
-    return [{"ids": row[row != pad].tolist()} | {name: values[i] for name, values in more.items()} for i, row in enumerate(ids)]
+    return [{"ids": row[row != pad].tolist()} | {name: values[i] for name, values in more.items()}
+            for i, row in enumerate(ids)]
 
 
 def assert_losses(model, batch, expected):
@@ -52,7 +54,8 @@ def test_the_published_recipes_train_on_the_published_splits(tmp_path, capsys):
     (tmp_path / "vqav2_answers.json").write_text(json.dumps(ANSWERS))
 
     def rows(task, recipe, *more):
-        settings, _ = train.parse(["--task", task, "--recipe", recipe, "--data", str(tmp_path), "--out", "o", *more])
+        settings, _ = train.parse(["--task", task, "--recipe", recipe, "--data", str(tmp_path),
+                                   "--out", "o", *more])
         return {split: len(tasks.TASKS[task].table(settings, split)) for split in ("train", "val")}
     for recipe in ("flm-b32", "vilt"):
         assert rows("retrieval", recipe) == {"train": 12, "val": 4}
@@ -77,7 +80,8 @@ def test_vqa_logits_targets_and_loss_are_the_originals(tmp_path):
 @torch.no_grad()
 def test_nlvr2_logits_and_loss_are_the_originals(tmp_path):
     model, inputs, outputs = original("nlvr2", tmp_path)
-    batch = {"ids": inputs["text_ids"], "image": inputs["image_0"][0], "image_1": inputs["image_1"][0],
+    batch = {"ids": inputs["text_ids"], "image": inputs["image_0"][0],
+             "image_1": inputs["image_1"][0],
              "label": torch.tensor(inputs["answers"]).long()}
     torch.testing.assert_close(layers.task_logits(model, batch), outputs["nlvr2_logits"], **TOL)
     hits = assert_losses(model, batch, outputs["nlvr2_loss"])
@@ -89,10 +93,12 @@ def test_retrievals_scores_and_loss_are_the_originals(tmp_path):
     model, inputs, outputs = original("irtr", tmp_path)
     names = ("text", "false_text_0", "false_text_1", "false_text_2")
     texts = [inputs[f"{name}_ids"].masked_fill(inputs[f"{name}_masks"] == 0, 1) for name in names]
-    samples = [{"ids": rows[0], "others": list(rows[1:])} for rows in zip(*texts)]          # an image's, one after the other
+    # an image's, one after the other
+    samples = [{"ids": rows[0], "others": list(rows[1:])} for rows in zip(*texts)]
     ids = torch.stack(tasks.Retrieval(Settings(), model.config, None).texts(samples))
     batch = {"ids": ids, "image": inputs["image"][0]}
-    torch.testing.assert_close(layers.task_logits(model, batch).view(4, 4), outputs["scores"], **TOL)
+    torch.testing.assert_close(layers.task_logits(model, batch).view(4, 4), outputs["scores"],
+                               **TOL)
     hits = assert_losses(model, batch, outputs["irtr_loss"])
     assert hits == (outputs["scores"].argmax(1) == 0).sum()
 
@@ -106,7 +112,8 @@ def test_captioning_learns_from_the_stream_that_does_not_know_the_next_word(tmp_
     counts = tasks.Caption(Settings(), model.config, None).draw(samples_of(batch["ids"]), batch)
     total, _ = model(batch)["left_to_right"]
     assert counts == {"left_to_right": int((batch["ids"][:, 2:] != 1).sum())}
-    torch.testing.assert_close(total / counts["left_to_right"], outputs["loss_if_text_feats1"], **TOL)
+    torch.testing.assert_close(total / counts["left_to_right"], outputs["loss_if_text_feats1"],
+                               **TOL)
 
 
 def replaced_objective(model):
@@ -122,8 +129,10 @@ def test_vqa_targets_are_the_soft_scores_at_their_labels(world):
     task = task_on(world, "vqa")
     samples, batch, notes = collated(task, count=18)
     for sample, target in zip(samples, batch["targets"], strict=True):
-        expected = {label: np.float32(score) for label, score in zip(sample["labels"], sample["scores"])}
-        assert {i: value for i, value in enumerate(target.tolist()) if value} == pytest.approx(expected)
+        expected = {label: np.float32(score)
+                    for label, score in zip(sample["labels"], sample["scores"])}
+        assert {i: value for i, value in enumerate(target.tolist())
+                if value} == pytest.approx(expected)
     assert notes["counts"] == {"vqa": 18} and {0, 2} < {len(sample["labels"]) for sample in samples}
 
 
@@ -131,7 +140,8 @@ def test_a_label_past_the_end_of_the_answer_list_is_named(world, tmp_path):
     for path in world.glob("mine_vqa_t*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "mine_vqa_answers.json").write_text('["yes"]')
-    with pytest.raises(ValueError, match=r"mine_vqa_train.arrow row \d: label \d is past the end of the answer list, which has 1 answers"):
+    with pytest.raises(ValueError,
+                       match=r"mine_vqa_train.arrow row \d: label \d is past the end of the answer list, which has 1 answers"):
         collated(replace_data(task_on(world, "vqa"), tmp_path))
     with pytest.raises(FileNotFoundError, match="no answer list"):
         tasks.VQA.answers(Settings(data=str(world), datasets=("other",)))
@@ -157,7 +167,8 @@ def test_nlvr2_batches_hold_both_pictures_and_whether_the_statement_is_true(worl
                 place = batch["patches" if which == 0 else "patches_1"][i]
                 assert batch["sizes" if which == 0 else "sizes_1"][i].tolist() == [rows, columns]
                 wide = batch[name].shape[3] // 16
-                assert place[place >= 0].tolist() == [r * wide + c for r in range(rows) for c in range(columns)]
+                assert place[place >= 0].tolist() == [r * wide + c for r in range(rows)
+                                                      for c in range(columns)]
         assert batch["label"][i] == (table.cell("answers", i)[0].as_py() == "True")
     assert 0 < batch["label"].sum() < len(samples)
     assert ("patches_1" in batch) == (kind == "vilt")
@@ -175,17 +186,22 @@ def test_vilt_shows_few_patches_of_both_pictures_in_training_and_all_in_evaluati
 def test_captions_are_framed_end_with_one_full_stop_and_predict_from_bos_to_the_end(world):
     task = task_on(world, "caption", max_tokens=38)
     samples, batch, notes = collated(task)
-    tok, table, rows = task.tok, task.table(task.settings, "train"), set(batch["left_to_right_rows"].tolist())
+    tok, table, rows = task.tok, task.table(task.settings,
+                                            "train"), set(batch["left_to_right_rows"].tolist())
     predicted = 0
     for i, (sample, row) in enumerate(zip(samples, batch["ids"])):
         ids, n = sample["ids"], len(sample["ids"])
-        assert ids[:2] == [tok.cls_id, tok.ids["<bos>"]] and ids[-2:] == [tok.ids["<eos>"], tok.sep_id]
+        assert ids[:2] == [tok.cls_id,
+                           tok.ids["<bos>"]] and ids[-2:] == [tok.ids["<eos>"], tok.sep_id]
         assert tok.decode(ids[2:-2]) == table.text(i).rstrip(".") + "."
         here = [r - i * len(row) for r in rows if r // len(row) == i]
-        assert sorted(here) == list(range(1, n - 1))        # <bos> says the first word, <eos> says </s>
+        # <bos> says the first word, <eos> says </s>
+        assert sorted(here) == list(range(1, n - 1))
         predicted += n - 2
     assert notes["counts"] == {"left_to_right": predicted} and task.config.loss_weights == {"left_to_right": 1.0}
-    assert [tasks.full_stop(t) for t in ("a dog", "a dog.", "a dog . ", "A. B..")] == ["a dog.", "a dog.", "a dog.", "A. B."]
+    assert [tasks.full_stop(t)
+            for t in ("a dog", "a dog.", "a dog . ", "A. B..")] == ["a dog.", "a dog.", "a dog.",
+                                                                    "A. B."]
 
 
 def test_a_long_caption_is_cut_before_its_end_is_put_on(world):
@@ -196,7 +212,8 @@ def test_a_long_caption_is_cut_before_its_end_is_put_on(world):
 
 
 @pytest.mark.parametrize("kind", ["flm", "vilt"])
-def test_retrieval_batches_have_the_own_caption_first_and_then_others_new_in_every_epoch(world, kind):
+def test_retrieval_batches_have_the_own_caption_first_and_then_others_new_in_every_epoch(world,
+                                                                                         kind):
     task = task_on(world, "retrieval", kind, false_captions=5)
     table = task.table(task.settings, "train")
     dataset = task.dataset(table, True)
@@ -221,7 +238,8 @@ def test_captions_of_one_image_alone_have_no_false_ones(world, tmp_path):
     write_captions(tmp_path / "one_caption_train.arrow", 1, captions=3)
     task = task_on(world, "retrieval")
     task.settings = replace(task.settings, data=str(tmp_path))
-    with pytest.raises(ValueError, match="one_caption_train.arrow: captions of one image only, so none is false"):
+    with pytest.raises(ValueError,
+                       match="one_caption_train.arrow: captions of one image only, so none is false"):
         collated(task, count=1)
 
 
@@ -240,11 +258,14 @@ def test_every_task_trains_every_parameter_it_has(world, name, kind):
     assert set(results) == set(task.config.loss_weights) == set(notes["counts"])
     sum(loss for loss, _ in results.values()).backward()
     untrained = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert untrained <= ({"head.bias"} if name == "retrieval" else set())      # a softmax over captions ignores it
+    # a softmax over captions ignores it
+    assert untrained <= ({"head.bias"} if name == "retrieval" else set())
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, kind", [("vqa", "flm"), ("nlvr2", "vilt"), ("retrieval", "mlm"), ("vqa", "ar"), ("retrieval", "vilt")])
+@pytest.mark.parametrize("name, kind",
+                         [("vqa", "flm"), ("nlvr2", "vilt"), ("retrieval", "mlm"), ("vqa", "ar"),
+                          ("retrieval", "vilt")])
 def test_what_a_head_says_does_not_depend_on_the_rest_of_the_batch(world, name, kind):
     """Neither on padding, nor on other pictures' shapes, nor on whether all rows are computed or the class row alone."""
     task = task_on(world, name, kind, false_captions=2)
@@ -260,21 +281,25 @@ def test_what_a_head_says_does_not_depend_on_the_rest_of_the_batch(world, name, 
     torch.testing.assert_close(together, alone, **TOL)
     batch = ready(samples)
     text = model.encode_text(batch["ids"])                                     # all rows
-    pooled = [model.fuse(layers.encode_batch_images(model, batch, which), text).pooled for which in range(2 if name == "nlvr2" else 1)]
+    pooled = [model.fuse(layers.encode_batch_images(model, batch, which), text).pooled
+              for which in range(2 if name == "nlvr2" else 1)]
     torch.testing.assert_close(model.head(torch.cat(pooled, -1)), together, **TOL)
     assert together.std(0).min() > 1e-2         # or nothing was compared
 
 
-# -- captions that share an image ------------------------------------------------------------------------------------------
+# -- captions that share an image
+# ------------------------------------------------------------------------------------------
 
-PAIRS = [("pretrain", "flm"), ("pretrain", "mlm"), ("pretrain", "ar"), ("pretrain", "vilt"), ("vqa", "flm"), ("vqa", "vilt"),
+PAIRS = [("pretrain", "flm"), ("pretrain", "mlm"), ("pretrain", "ar"), ("pretrain", "vilt"),
+         ("vqa", "flm"), ("vqa", "vilt"),
          ("nlvr2", "mlm"), ("caption", "flm")]
 
 
 def groups_of(table, most):
     """The keys of all texts of a table in groups, the smaller ones among the others."""
     return [(0, *[int(i) for i in texts[first:first + most]]) for row in range(len(table))
-            for texts in [np.flatnonzero(table.row_of == row)] for first in range(0, len(texts), most)]
+            for texts in [np.flatnonzero(table.row_of == row)]
+            for first in range(0, len(texts), most)]
 
 
 def with_repeated_images(batch):
@@ -284,17 +309,22 @@ def with_repeated_images(batch):
     for name in {"image", "image_1", "sizes", "patches", "hidden_patches"} & batch.keys():
         repeated[name] = batch[name][image_of]
     for name in {"other_image", "shown_image"} & batch.keys():
-        repeated[name] = torch.tensor([image_of.tolist().index(number) for number in batch[name].tolist()])
+        repeated[name] = torch.tensor([image_of.tolist().index(number)
+                                       for number in batch[name].tolist()])
     return repeated
 
 
 @pytest.mark.parametrize("name, kind", PAIRS)
-def test_texts_that_share_an_image_give_the_losses_and_gradients_of_as_many_copies_of_it(world, name, kind):
+def test_texts_that_share_an_image_give_the_losses_and_gradients_of_as_many_copies_of_it(world,
+                                                                                         name,
+                                                                                         kind):
     task = task_on(world, name, kind)
-    task.config = replace(task.config, **({"itm": True, "pooler": True} if name == "pretrain" else {}))
+    task.config = replace(task.config,
+                          **({"itm": True, "pooler": True} if name == "pretrain" else {}))
     table = task.table(task.settings, "train")
     samples = task.dataset(table, True).samples(groups_of(table, 2))
-    if name == "nlvr2":                     # a row has one statement here: every second one takes the images before it
+    # a row has one statement here: every second one takes the images before it
+    if name == "nlvr2":
         for sample in samples[1::2]:
             sample["shares_image"] = True
     batch, notes = task.collate(samples)
@@ -304,11 +334,13 @@ def test_texts_that_share_an_image_give_the_losses_and_gradients_of_as_many_copi
     found = []
     for some in (batch, with_repeated_images(batch)):
         ready = tasks.to_device(some, torch.device("cpu"), task.config)
-        ready = {key: value.double() if value.is_floating_point() else value for key, value in ready.items()}
+        ready = {key: value.double() if value.is_floating_point() else value
+                 for key, value in ready.items()}
         model.zero_grad()
         results = model(ready)
         sum(loss for loss, _ in results.values()).backward()
-        found.append(({key: loss.item() for key, (loss, _) in results.items()}, [p.grad.clone() for p in model.parameters()]))
+        found.append(({key: loss.item() for key, (loss, _) in results.items()},
+                      [p.grad.clone() for p in model.parameters()]))
     (losses, gradients), (expected_losses, expected) = found
     assert losses == pytest.approx(expected_losses, rel=1e-6)
     for gradient, other in zip(gradients, expected, strict=True):
@@ -327,7 +359,9 @@ def test_wrong_images_come_from_other_groups_and_same_image_says_where_they_are_
     task.config = replace(task.config, itm=True, pooler=True)
     dataset = task.dataset(task.table(task.settings, "train"), True)
     for epoch in range(5):
-        samples = dataset.samples([(epoch, 0, 1), (epoch, 2, 3), (epoch, 4), (epoch, 5), (epoch, 6, 7)])    # rows 0 1 2 2 3
+        # rows 0 1 2 2 3
+        samples = dataset.samples([(epoch, 0, 1), (epoch, 2, 3), (epoch, 4), (epoch, 5),
+                                   (epoch, 6, 7)])
         batch, _ = task.collate(samples)
         assert batch["image_of"].tolist() == [0, 0, 1, 1, 2, 3, 4, 4]
         own, row_of_image = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), torch.tensor([0, 1, 2, 2, 3])
@@ -335,29 +369,35 @@ def test_wrong_images_come_from_other_groups_and_same_image_says_where_they_are_
         if kind == "flm":
             assert (batch["other_image"] != batch["image_of"]).all()
         else:
-            assert (batch["shown_image"] != batch["image_of"]).sum() == 4          # half of the captions
+            # half of the captions
+            assert (batch["shown_image"] != batch["image_of"]).sum() == 4
 
 
-# -- from the pretrained model to the fine-tuned one ---------------------------------------------------------------------
+# -- from the pretrained model to the fine-tuned one
+# ---------------------------------------------------------------------
 
-def test_fine_tuning_begins_from_the_pretrained_weights_and_carries_all_that_evaluation_needs(world, tmp_path, capsys):
+def test_fine_tuning_begins_from_the_pretrained_weights_and_carries_all_that_evaluation_needs(world,
+                                                                                              tmp_path, capsys):
     checkpoint = finetune(world, "vqa", "flm", tmp_path, "--lr", 0)
     before, after = weights.load(world / "flm.pt"), weights.load(checkpoint)
     assert (after.task, after.answer_list, after.config.head) == ("vqa", ANSWERS, "vqa")
     assert len(after.tokenizer) == len(before.tokenizer)
     shared = [name for name in after.state_dict() if name in before.state_dict()]
     assert all(torch.equal(after.state_dict()[name], before.state_dict()[name]) for name in shared)
-    assert set(after.state_dict()) - set(shared) == {f"head.{k}.{w}" for k in (0, 1, 3) for w in ("weight", "bias")}
+    assert set(after.state_dict()) - set(shared) == {f"head.{k}.{w}" for k in (0, 1, 3)
+                                                     for w in ("weight", "bias")}
     assert "fresh" in capsys.readouterr().out
 
 
 def test_retrieval_begins_from_image_text_matching(world, tmp_path):
     checkpoint = finetune(world, "retrieval", "flm", tmp_path, "--lr", 0, "--false-captions", 2)
-    assert torch.equal(weights.load(checkpoint).head.weight[0], weights.load(world / "flm.pt").itm_head.weight[1])
+    assert torch.equal(weights.load(checkpoint).head.weight[0],
+                       weights.load(world / "flm.pt").itm_head.weight[1])
 
 
 def test_captioning_grows_the_vocabulary_by_two_and_keeps_the_others_rows(world, tmp_path):
-    after, before = weights.load(finetune(world, "caption", "flm", tmp_path, "--lr", 0)), weights.load(world / "flm.pt")
+    after, before = weights.load(finetune(world, "caption", "flm", tmp_path, "--lr",
+                                          0)), weights.load(world / "flm.pt")
     size = len(before.tokenizer)
     assert [after.tokenizer.ids[token] for token in ("<bos>", "<eos>")] == [size, size + 1]
     assert after.config.vocab_size == size + 2
@@ -366,7 +406,8 @@ def test_captioning_grows_the_vocabulary_by_two_and_keeps_the_others_rows(world,
 
 
 def test_captioning_a_vilt_is_refused_in_a_sentence(world, tmp_path):
-    with pytest.raises(SystemExit, match="train.py: captioning needs a model that can read from left to right"):
+    with pytest.raises(SystemExit,
+                       match="train.py: captioning needs a model that can read from left to right"):
         finetune(world, "caption", "vilt", tmp_path)
 
 
@@ -378,7 +419,8 @@ def test_a_resumed_fine_tuning_equals_one_that_never_stopped(world, tmp_path):
         again = tmp_path / kind / "again"
         again.mkdir()
         (again / "last.pt").write_bytes((whole.parent / "step_1.pt").read_bytes())
-        resumed = weights.read(finetune(world, "nlvr2", kind, again, *more, "--resume", "--keep", 1))["model"]
+        resumed = weights.read(finetune(world, "nlvr2", kind, again, *more, "--resume", "--keep",
+                                        1))["model"]
         for name, tensor in weights.read(whole)["model"].items():
             assert torch.equal(resumed[name], tensor), name
 
@@ -386,13 +428,17 @@ def test_a_resumed_fine_tuning_equals_one_that_never_stopped(world, tmp_path):
 @pytest.mark.parametrize("task", [task for task in recipes.RECIPES if task != "pretrain"])
 def test_every_recipe_can_be_asked_for(task):
     for recipe, row in recipes.RECIPES[task].items():
-        settings, flags = train.parse(["--task", task, "--recipe", recipe, "--data", "x", "--out", "y"])
+        settings, flags = train.parse(["--task", task, "--recipe", recipe, "--data", "x", "--out",
+                                       "y"])
         assert {**vars(settings), **flags}.items() >= {k: v for k, v in row.items()}.items()
-        assert isinstance(recipes.MODELS[row["model"]], vilt.Config if "vilt" in recipe else flm.Config)
+        assert isinstance(recipes.MODELS[row["model"]],
+                          vilt.Config if "vilt" in recipe else flm.Config)
 
 
 @pytest.mark.slow
-def test_with_another_answer_list_the_head_starts_from_random_weights_and_no_run_resumes(world, tmp_path, capsys):
+def test_with_another_answer_list_the_head_starts_from_random_weights_and_no_run_resumes(world,
+                                                                                         tmp_path,
+                                                                                         capsys):
     for path in (*world.glob("mine_vqa_*"), world / "flm.pt"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     finetune(tmp_path, "vqa", "flm", tmp_path / "a", "--lr", 0)
@@ -403,23 +449,30 @@ def test_with_another_answer_list_the_head_starts_from_random_weights_and_no_run
     finetune(tmp_path, "vqa", "a", tmp_path / "other", "--seed", 5, "--lr", 0)
     printed = capsys.readouterr().out
     assert "the head starts from random weights" in printed and "a.pt, " in printed and "questions of 9 images" in printed
-    first, same, other = (weights.load(tmp_path / name / "last.pt") for name in ("a", "same", "other"))
+    first, same, other = (weights.load(tmp_path / name / "last.pt")
+                          for name in ("a", "same", "other"))
     for name in ("head.0.weight", "head.3.weight"):
         assert torch.equal(first.state_dict()[name], same.state_dict()[name])
         assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
-    assert torch.equal(first.vit.position, other.vit.position) and other.answer_list == ANSWERS[::-1]
+    assert torch.equal(first.vit.position,
+                       other.vit.position) and other.answer_list == ANSWERS[::-1]
     with pytest.raises(SystemExit, match="--resume with another answer list"):
         finetune(tmp_path, "vqa", "flm", tmp_path / "a", "--lr", 0, "--resume")
 
 
 @pytest.mark.parametrize("task, kind, arguments, sentence", [
     ("retrieval", "flm", ("--false-captions", 0), "--false-captions 0: at least 1"),
-    ("retrieval", "flm", ("--captions-per-image", 2), "--captions-per-image 2: retrieval shows an image with one true caption"),
-    ("vqa", "flm", ("--recipe", "vilt", "--datasets", "mine"), "--recipe vilt starts from a model of vilt; .*flm.pt is one of flm"),
-    ("vqa", "vilt", ("--recipe", "flm-b32", "--datasets", "mine"), "--recipe flm-b32 starts from a model of flm; .*vilt.pt is one of vilt"),
-    ("vqa", "flm", ("--label-smoothing", 0.1), "--label-smoothing 0.1: is for words, which head vqa does not predict"),
+    ("retrieval", "flm", ("--captions-per-image", 2),
+     "--captions-per-image 2: retrieval shows an image with one true caption"),
+    ("vqa", "flm", ("--recipe", "vilt", "--datasets", "mine"),
+     "--recipe vilt starts from a model of vilt; .*flm.pt is one of flm"),
+    ("vqa", "vilt", ("--recipe", "flm-b32", "--datasets", "mine"),
+     "--recipe flm-b32 starts from a model of flm; .*vilt.pt is one of vilt"),
+    ("vqa", "flm", ("--label-smoothing", 0.1),
+     "--label-smoothing 0.1: is for words, which head vqa does not predict"),
     ("caption", "flm", ("--label-smoothing", 1.5), "label_smoothing 1.5 is outside 0..1"),
 ])
-def test_fine_tuning_that_makes_no_sense_is_refused_in_a_sentence(world, tmp_path, task, kind, arguments, sentence):
+def test_fine_tuning_that_makes_no_sense_is_refused_in_a_sentence(world, tmp_path, task, kind,
+                                                                  arguments, sentence):
     with pytest.raises(SystemExit, match=f"^train.py: .*{sentence}"):
         finetune(world, task, kind, tmp_path / "out", *arguments)

@@ -160,7 +160,8 @@ def test_bpe_merges_in_the_librarys_order_where_a_token_is_made_in_two_ways(corp
 
 
 @many(40)
-@given(st.sampled_from(["a", "ab", "skateboardmn", "aé🐶", " '"]), st.integers(1, 20_000), st.integers(0, 9))
+@given(st.sampled_from(["a", "ab", "skateboardmn", "aé🐶", " '"]), st.integers(1, 20_000),
+       st.integers(0, 9))
 def test_bpe_gives_the_librarys_ids_for_words_of_many_thousand_letters(letters, count, seed):
     word = "".join(random.Random(seed).choices(letters, k=count))
     oracle = tokenizers.ByteLevelBPETokenizer(small().vocab, small().merges)
@@ -323,7 +324,8 @@ def test_added_tokens_come_last_and_survive_saving_copying_and_transformers(tmp_
 
 
 @pytest.mark.parametrize("older", [small(), WordPiece({"[UNK]": 0, "a": 1}, {"<bos>": 2})])
-def test_a_kill_while_saving_leaves_one_tokenizer_or_none_and_never_a_mixture(tmp_path, older, monkeypatch):
+def test_a_kill_while_saving_leaves_one_tokenizer_or_none_and_never_a_mixture(tmp_path, older,
+                                                                              monkeypatch):
     """Each step of saving is the last one in turn."""
     class Killed(BaseException):
         pass
@@ -444,7 +446,8 @@ def test_word_starts_of_hard_cases():
     ("merges.txt", b"#version: 0.2\na b\na b c\n", r"merges\.txt: line 3: expected .* got 'a b c'"),
     ("merges.txt", b"#version: 0.2\na \n", r"merges\.txt: line 2: expected two tokens"),
     ("merges.txt", b"a b\na zebra\n", r"merges\.txt: line 2: .* of .*vocab\.json, got 'a zebra'"),
-    ("added_tokens.json", b'{"<bos>": 999}', r"vocab\.json and .*added_tokens\.json: the ids of its \d+ tokens are not 0"),
+    ("added_tokens.json", b'{"<bos>": 999}',
+     r"vocab\.json and .*added_tokens\.json: the ids of its \d+ tokens are not 0"),
     ("added_tokens.json", b"no", r"added_tokens\.json: not JSON \(Expecting value"),
     ("vocab.txt", None, r"No such file or directory: .*vocab\.txt"),
     ("vocab.txt", b"[PAD]\n[UNK]\na\nb\na\n", r"vocab\.txt: .* a token or an id occurs twice"),
@@ -499,7 +502,8 @@ def test_wordpiece_never_gives_plain_text_the_id_of_an_added_token(tmp_path):
     assert tok.encode("a dog <bos>") == [1, 0, 0, 0, 0]
     assert tok.encode("a dog<bos>", specials=True) == [1, 2, 3]
     (tmp_path / "added_tokens.json").write_text('{"dog": 3}')
-    with pytest.raises(ValueError, match=r"vocab\.txt and .*added_tokens\.json: the ids of its 3 tokens are not 0, 1, 2"):
+    with pytest.raises(ValueError,
+                       match=r"vocab\.txt and .*added_tokens\.json: the ids of its 3 tokens are not 0, 1, 2"):
         tokenizer.load(tmp_path)
 
 

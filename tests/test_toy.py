@@ -500,14 +500,16 @@ def test_a_word_points_at_the_patch_of_the_shape_that_it_names(tmp_path, capsys)
     half = [share / 2 for share in there]
     word = shape.colour
     entry = {"file": "anywhere/toy_caption_test.arrow", "row": 0, "grid": [4, 4],
-             "tokens": [word[:2], word[2:], " is", f" {shape.kind}"], "plan": [half, there, elsewhere, elsewhere]}
+             "tokens": [word[:2], word[2:], " is", f" {shape.kind}"],
+             "plan": [half, there, elsewhere, elsewhere]}
     path = tmp_path / "align.json"
     path.write_text(json.dumps([entry]))
     found = toy.pointing(path, tmp_path)["transport"]
     assert found["colours"] == {"words": 1, "right": 1.0, "chance": 1 / 16}
     same_kind = [s for s in scene.shapes if s.kind == shape.kind]
     assert found["kinds"]["words"] == 1 and found["kinds"]["chance"] == len(same_kind) / 16
-    assert found["kinds"]["right"] == any(4 * int(s.y // 16) + int(s.x // 16) == elsewhere.index(1.0) for s in same_kind)
+    assert found["kinds"]["right"] == any(4 * int(s.y // 16) + int(s.x // 16)
+                                          == elsewhere.index(1.0) for s in same_kind)
     toy.main(["pointed", str(path), "--data", str(tmp_path)])
     assert "colours 100.0 % of 1 (chance 6.2 %)" in capsys.readouterr().out
     plan = entry.pop("plan")

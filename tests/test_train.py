@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (TRAIN as RUN, TRAIN_FLM as SIZES, TRAIN_VILT as VILT, WORDS, assert_same, torchrun, train_command as command,
+from conftest import (TRAIN as RUN, TRAIN_FLM as SIZES, TRAIN_VILT as VILT, WORDS, assert_same,
+                      torchrun, train_command as command,
                       train_outcome as outcome, write_caption_world, write_captions)
 
 import flm
@@ -30,30 +31,42 @@ def world(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes, more", [
-    (SIZES, ()), (SIZES, ("--shard",)), (SIZES, ("--captions-per-image", 2)), (SIZES, ("--objective", "mlm", "--itm")),
+    (SIZES, ()), (SIZES, ("--shard",)), (SIZES, ("--captions-per-image", 2)),
+                                         (SIZES, ("--objective", "mlm", "--itm")),
     (VILT, ()), (VILT, ("--no-itm",))],
-    ids=["flm", "flm sharded", "flm with shared images", "mlm with itm", "vilt", "vilt without itm"])
-def test_any_split_of_the_global_batch_gives_the_same_losses_and_weights(world, tmp_path, sizes, more):
-    two = torchrun(2, command(world, tmp_path / "2x2", *RUN, *more, "--micro-batch", 4, sizes=sizes))
+    ids=["flm", "flm sharded", "flm with shared images", "mlm with itm", "vilt",
+         "vilt without itm"])
+def test_any_split_of_the_global_batch_gives_the_same_losses_and_weights(world, tmp_path, sizes,
+                                                                         more):
+    two = torchrun(2,
+                   command(world, tmp_path / "2x2", *RUN, *more, "--micro-batch", 4, sizes=sizes))
     common = [m for m in more if m != "--shard"]
     train.main(command(world, tmp_path / "1x4", *RUN, *common, "--micro-batch", 4, sizes=sizes))
     output, _ = two.communicate(timeout=240)
     assert two.returncode == 0, output
     assert_same(outcome(tmp_path / "1x4"), outcome(tmp_path / "2x2"), 2e-5)
-    if "--itm" not in more and (sizes is SIZES or "--no-itm" in more):      # its negatives come from the micro-batch
+    # its negatives come from the micro-batch
+    if "--itm" not in more and (sizes is SIZES or "--no-itm" in more):
         train.main(command(world, tmp_path / "1x1", *RUN, *common, sizes=sizes))
         assert_same(outcome(tmp_path / "1x4"), outcome(tmp_path / "1x1"), 2e-5)
 
 
-@pytest.mark.parametrize("sizes, more", [(SIZES, ("--itm", "--bucket", 3)), (VILT, ())], ids=["flm", "vilt"])
-def test_captions_that_share_an_image_resume_in_the_middle_of_an_epoch_as_if_never_stopped(world, tmp_path, sizes, more, capsys):
+@pytest.mark.parametrize("sizes, more", [(SIZES, ("--itm", "--bucket", 3)), (VILT, ())],
+                         ids=["flm", "vilt"])
+def test_captions_that_share_an_image_resume_in_the_middle_of_an_epoch_as_if_never_stopped(world,
+                                                                                           tmp_path,
+                                                                                           sizes,
+                                                                                           more,
+                                                                                           capsys):
     """An epoch has 7 steps: the run stops in its first epoch, and ends in its second."""
-    more = [*RUN, "--steps", 9, "--eval-every", 0, "--captions-per-image", 2, "--augment", "--dropout", 0.1, "--save-every", 5, *more]
+    more = [*RUN, "--steps", 9, "--eval-every", 0, "--captions-per-image", 2, "--augment",
+            "--dropout", 0.1, "--save-every", 5, *more]
     train.main(command(world, tmp_path / "whole", *more, "--keep", 5, sizes=sizes))
     (tmp_path / "again").mkdir()
     (tmp_path / "again/last.pt").write_bytes((tmp_path / "whole/step_5.pt").read_bytes())
     with pytest.raises(SystemExit, match="captions_per_image 2 -> 3"):
-        train.main(command(world, tmp_path / "again", *more, "--captions-per-image", 3, "--resume", sizes=sizes))
+        train.main(command(world, tmp_path / "again", *more, "--captions-per-image", 3, "--resume",
+                           sizes=sizes))
     train.main(command(world, tmp_path / "again", *more, "--resume", sizes=sizes))
     (lines, whole), (lines_again, again) = outcome(tmp_path / "whole"), outcome(tmp_path / "again")
     assert lines[-4:] == lines_again and lines[-1]["step"] == 9
@@ -68,19 +81,22 @@ def test_muon_resumes_as_if_never_stopped_and_leaves_no_parameter_unchanged(worl
     (tmp_path / "again").mkdir()
     (tmp_path / "again/last.pt").write_bytes((tmp_path / "whole/step_3.pt").read_bytes())
     with pytest.raises(SystemExit, match="muon_lr 0.02 -> 0.03"):
-        train.main(command(world, tmp_path / "again", *more, "--muon-lr", 0.03, "--resume", sizes=sizes))
+        train.main(command(world, tmp_path / "again", *more, "--muon-lr", 0.03, "--resume",
+                           sizes=sizes))
     train.main(command(world, tmp_path / "again", *more, "--resume", sizes=sizes))
     whole, again = (outcome(tmp_path / name)[1] for name in ("whole", "again"))
     half = weights.read(tmp_path / "whole/step_3.pt")
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
     assert all(not torch.equal(half["model"][name], tensor) for name, tensor in whole.items())
-    assert set(half["optimizer"]["state"]["fusion_layers.0.mlp.0.weight" if sizes is SIZES else "patch.weight"]) == {"mean"}
+    assert set(half["optimizer"]["state"]["fusion_layers.0.mlp.0.weight" if sizes is SIZES
+                                          else "patch.weight"]) == {"mean"}
 
 
 @pytest.mark.slow
 def test_data_loading_processes_change_nothing(world, tmp_path):
     for workers in (0, 2):
-        train.main(command(world, tmp_path / str(workers), *RUN, "--corruption-rate", 0.3, "--augment", "--workers", workers))
+        train.main(command(world, tmp_path / str(workers), *RUN, "--corruption-rate", 0.3,
+                           "--augment", "--workers", workers))
     assert_same(outcome(tmp_path / "0"), outcome(tmp_path / "2"), 0)
 
 
@@ -88,7 +104,9 @@ def test_data_loading_processes_change_nothing(world, tmp_path):
 def test_the_compiled_model_is_the_one_that_is_trained(world, tmp_path, monkeypatch):
     """With the backend that runs the captured graphs as they are: that needs no compiler, and gives the same numbers."""
     compiled, compile_module = [], torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled.append(how) or compile_module(self, backend="eager", **how))
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self, **how: compiled.append(how)
+                        or compile_module(self, backend="eager", **how))
     short = [*RUN, "--steps", 2, "--eval-every", 0]
     train.main(command(world, tmp_path / "plain", *short))
     train.main(command(world, tmp_path / "compiled", *short, "--compile"))
@@ -104,7 +122,8 @@ def test_float16_trains_with_a_gradient_scaler_and_resumes_its_scale(world, tmp_
     assert saved["scaler"]["scale"] > 1 and saved["settings"]["precision"] == "fp16"
     exact = command(world, tmp_path / "fp32", *RUN)
     train.main(exact)
-    half, whole = ([line["loss"] for line in outcome(tmp_path / name)[0] if "loss" in line] for name in ("fp16", "fp32"))
+    half, whole = ([line["loss"] for line in outcome(tmp_path / name)[0] if "loss" in line]
+                   for name in ("fp16", "fp32"))
     assert half[0] == pytest.approx(whole[0], rel=0.01) and half[-1] < 0.95 * half[0]
     (tmp_path / "again").mkdir()
     (tmp_path / "again/last.pt").write_bytes((tmp_path / "fp16/step_3.pt").read_bytes())
@@ -114,9 +133,12 @@ def test_float16_trains_with_a_gradient_scaler_and_resumes_its_scale(world, tmp_
     assert all(torch.equal(again["model"][name], tensor) for name, tensor in saved["model"].items())
 
 
-def test_a_torn_file_of_token_lengths_stops_no_later_start_and_another_tokenizer_counts_again(world, tmp_path, monkeypatch):
+def test_a_torn_file_of_token_lengths_stops_no_later_start_and_another_tokenizer_counts_again(world,
+                                                                                              tmp_path, monkeypatch):
     save = train.np.save
-    monkeypatch.setattr(train.np, "save", lambda file, lengths: (file.write(b"half"), (_ for _ in ()).throw(OSError("no space"))))
+    monkeypatch.setattr(train.np, "save",
+                        lambda file, lengths: (file.write(b"half"),
+                                               (_ for _ in ()).throw(OSError("no space"))))
     with pytest.raises(SystemExit, match="no space"):
         train.main(command(world, tmp_path / "run", *RUN))
     monkeypatch.setattr(train.np, "save", save)
@@ -124,7 +146,8 @@ def test_a_torn_file_of_token_lengths_stops_no_later_start_and_another_tokenizer
     assert len(list((tmp_path / "run").glob("token_lengths_*.npy"))) == 1
     BPE.train([" ".join(WORDS)] * 3, 300).save(tmp_path / "tok")
     (tmp_path / "run/last.pt").unlink()
-    train.main(command(world, tmp_path / "run", *RUN, "--steps", 1, "--tokenizer", tmp_path / "tok"))
+    train.main(command(world, tmp_path / "run", *RUN, "--steps", 1, "--tokenizer",
+                       tmp_path / "tok"))
     assert len(list((tmp_path / "run").glob("token_lengths_*.npy"))) == 2
 
 
@@ -134,10 +157,14 @@ def test_dropouts_seed_is_a_fixed_function_of_seed_step_and_rank(world, tmp_path
     original = torch.manual_seed
     try:
         torch.manual_seed = lambda seed: seeds.append(seed) or original(seed)
-        train.main(command(world, tmp_path / "run", *RUN, "--steps", 2, "--eval-every", 0, "--seed", 3))
+        train.main(command(world, tmp_path / "run", *RUN, "--steps", 2, "--eval-every", 0, "--seed",
+                           3))
     finally:
         torch.manual_seed = original
-    assert seeds[-2:] == [int(train.np.random.SeedSequence([3, step, 0]).generate_state(1, train.np.uint64)[0]) for step in (0, 1)]
+    assert seeds[-2:] == [int(train.np.random.SeedSequence([3, step,
+                                                            0]).generate_state(1,
+                                                                               train.np.uint64)[0])
+                          for step in (0, 1)]
 
 
 def test_a_dry_run_says_what_would_run_and_trains_nothing(world, tmp_path, capsys):
@@ -152,19 +179,22 @@ def test_every_flag_explains_itself(capsys):
     with pytest.raises(SystemExit):
         train.parse(["--help"])
     printed = capsys.readouterr().out
-    flags = [line.split(",")[0].split()[0] for line in printed.splitlines() if line.startswith("  --")]
+    flags = [line.split(",")[0].split()[0] for line in printed.splitlines()
+             if line.startswith("  --")]
     flowing = " ".join(printed.split())
     assert len(flags) > 75 and "peak learning rate" in flowing and "default: 0.98" in flowing
     for cls in (Settings, flm.Config, vilt.Config):
         documented = documented_fields(cls)
-        assert [field.name for field in fields(cls) if not documented.get(field.name, ("", ""))[1]] == []
+        assert [field.name for field in fields(cls)
+                if not documented.get(field.name, ("", ""))[1]] == []
 
 
 def test_recipes_are_listed(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--list-recipes"])
     printed = capsys.readouterr().out
-    assert stop.value.code == 0 and all(name in printed for recipes in recipes.RECIPES.values() for name in recipes)
+    assert stop.value.code == 0 and all(name in printed for recipes in recipes.RECIPES.values()
+                                        for name in recipes)
 
 
 def test_the_head_that_ranks_learns_at_the_base_rate_as_in_the_original():
@@ -176,9 +206,11 @@ def test_the_head_that_ranks_learns_at_the_base_rate_as_in_the_original():
 @pytest.mark.parametrize("objective", flm.OBJECTIVES)
 @pytest.mark.parametrize("itm", [False, True])
 def test_every_objective_trains_every_parameter_it_has(world, tmp_path, objective, itm):
-    settings, flags = train.parse(command(world, tmp_path, "--objective", objective, *(["--itm"] if itm else [])))
+    settings, flags = train.parse(command(world, tmp_path, "--objective", objective,
+                                          *(["--itm"] if itm else [])))
     tok = BPE.load(world / "tok/vocab.json", world / "tok/merges.txt")
-    config = tasks.PretrainFLM.adapt(replace(flm.PRESETS["toy"], **flags, vocab_size=len(tok), mask_id=tok.mask_id))
+    config = tasks.PretrainFLM.adapt(replace(flm.PRESETS["toy"], **flags, vocab_size=len(tok),
+                                             mask_id=tok.mask_id))
     task = tasks.PretrainFLM(replace(settings, pad_to=8), config, tok)
     dataset = task.dataset(task.table(settings, "train"), train=True)
     batch, notes = task.collate([dataset[0, i] for i in range(6)])
@@ -191,12 +223,15 @@ def test_every_objective_trains_every_parameter_it_has(world, tmp_path, objectiv
 
 
 def test_spans_and_prediction_rate_are_for_training_only(world, tmp_path):
-    settings, flags = train.parse(command(world, tmp_path, "--corruption-rate", 0.5, "--prediction-rate", 0.5))
+    settings, flags = train.parse(command(world, tmp_path, "--corruption-rate", 0.5,
+                                          "--prediction-rate", 0.5))
     tok = BPE.load(world / "tok/vocab.json", world / "tok/merges.txt")
-    task = tasks.PretrainFLM(replace(settings, pad_to=8), replace(flm.PRESETS["toy"], **flags, vocab_size=len(tok)), tok)
+    task = tasks.PretrainFLM(replace(settings, pad_to=8),
+                             replace(flm.PRESETS["toy"], **flags, vocab_size=len(tok)), tok)
     table = task.table(settings, "train")
-    (training, _), (evaluation, notes) = (task.collate([task.dataset(table, train)[0, i] for i in range(40)])
-                                          for train in (True, False))
+    (training, _), (evaluation,
+                    notes) = (task.collate([task.dataset(table, train)[0, i] for i in range(40)])
+                              for train in (True, False))
     assert "first" in training and (training["last"] > training["first"]).any() and "first" not in evaluation
     words = notes["tokens"] - 40
     assert len(evaluation["reconstructed_rows"]) == words
@@ -205,20 +240,26 @@ def test_spans_and_prediction_rate_are_for_training_only(world, tmp_path):
 
 @pytest.mark.slow
 def test_loss_falls_and_every_reported_number_is_there(world, tmp_path, capsys):
-    train.main(command(world, tmp_path / "run", *RUN, "--steps", 40, "--log-every", 5, "--eval-every", 20))
+    train.main(command(world, tmp_path / "run", *RUN, "--steps", 40, "--log-every", 5,
+                       "--eval-every", 20))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     training, validation = [x for x in lines if "lr" in x], [x for x in lines if "val_loss" in x]
     assert training[-1]["loss"] < 0.8 * training[0]["loss"] and validation[-1]["val_loss"] < validation[0]["val_loss"]
-    assert [x["step"] for x in validation] == [10, 20, 40] and [x["step"] for x in training][:3] == [1, 5, 10]
-    assert {"loss", "reconstructed_loss", "reconstructed_accuracy", "samples_per_second", "data_wait", "memory_gb", "padding",
-            "skipped", "unreadable", "cut", "seconds", "cpu_seconds", "gradient_norm"} <= training[-1].keys()
+    assert [x["step"] for x in validation] == [10, 20,
+                                               40] and [x["step"]
+                                                        for x in training][:3] == [1, 5, 10]
+    assert {"loss", "reconstructed_loss", "reconstructed_accuracy", "samples_per_second",
+            "data_wait", "memory_gb", "padding",
+            "skipped", "unreadable", "cut", "seconds", "cpu_seconds",
+            "gradient_norm"} <= training[-1].keys()
     described = json.loads((tmp_path / "run/config.json").read_text())
     assert described["settings"]["global_batch"] == 16 and described["config"]["width"] == 16
     printed = capsys.readouterr().out
     assert "ETA" in printed and "samples/s" in printed and "data wait" in printed
     model = weights.load(tmp_path / "run/last.pt")
     assert model.task == "pretrain" and model.step == 40 and not model.training
-    assert model.tokenizer.encode("a red cat") == BPE.load(world / "tok/vocab.json", world / "tok/merges.txt").encode("a red cat")
+    assert model.tokenizer.encode("a red cat") == BPE.load(world / "tok/vocab.json",
+                                                           world / "tok/merges.txt").encode("a red cat")
 
 
 @pytest.mark.slow
@@ -227,7 +268,8 @@ def test_bfloat16_follows_float32_and_keeps_float32_weights(world, tmp_path):
         train.main(command(world, tmp_path / precision, *RUN, "--precision", precision))
     (exact, _), (rounded, model) = (outcome(tmp_path / p) for p in ("fp32", "bf16"))
     assert all(tensor.dtype == torch.float32 for tensor in model.values())
-    exact, rounded = ([line["loss"] for line in lines if "loss" in line] for lines in (exact, rounded))
+    exact, rounded = ([line["loss"] for line in lines if "loss" in line]
+                      for lines in (exact, rounded))
     assert exact != rounded and rounded == pytest.approx(exact, rel=0.05)
 
 
@@ -244,17 +286,22 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(world, tmp
 
     monkeypatch.setattr(flm.FLM, "forward", poisoned)
     train.main(command(world, tmp_path / "run", *RUN))
-    assert all(torch.equal(calls[2][n], calls[3][n]) for n in calls[2])             # step 3 was skipped …
-    assert any(not torch.equal(calls[3][n], calls[4][n]) for n in calls[3])         # … and step 4 was not
+    # step 3 was skipped …
+    assert all(torch.equal(calls[2][n], calls[3][n]) for n in calls[2])
+    # … and step 4 was not
+    assert any(not torch.equal(calls[3][n], calls[4][n]) for n in calls[3])
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [x["skipped"] for x in lines if "lr" in x] == [0, 0, 1, 1, 1, 1]
-    assert all(torch.isfinite(v).all() for v in weights.read(tmp_path / "run/last.pt")["model"].values())
+    assert all(torch.isfinite(v).all()
+               for v in weights.read(tmp_path / "run/last.pt")["model"].values())
 
 
 def test_the_run_stops_when_gradients_stay_not_finite(world, tmp_path, monkeypatch):
     forward = flm.FLM.forward
     monkeypatch.setattr(flm.FLM, "forward", lambda self, *given: {k: (loss * float("inf"), hits)
-                                                                  for k, (loss, hits) in forward(self, *given).items()})
+                                                                  for k, (loss,
+                                                                          hits) in forward(self,
+                                                                                           *given).items()})
     with pytest.raises(SystemExit, match="4 gradients in a row were not finite"):
         train.main(command(world, tmp_path / "run", *RUN, "--max-skipped", 4))
 
@@ -266,7 +313,8 @@ def test_undecodable_images_are_logged_and_stop_the_run_when_many(tmp_path, worl
     train.main(command(world, tmp_path / "few", *RUN, *common, "--datasets", "few"))
     named = (tmp_path / "few/unreadable_0.txt").read_text().splitlines()
     last = json.loads((tmp_path / "few/metrics.jsonl").read_text().splitlines()[-1])
-    assert last["unreadable"] == len(named) > 0 and all("few_caption_train.arrow row 5: " in line for line in named)
+    assert last["unreadable"] == len(named) > 0 and all("few_caption_train.arrow row 5: " in line
+                                                        for line in named)
     with pytest.raises(SystemExit, match="images cannot be decoded"):
         train.main(command(world, tmp_path / "many", *RUN, *common, "--datasets", "many"))
 
@@ -274,10 +322,15 @@ def test_undecodable_images_are_logged_and_stop_the_run_when_many(tmp_path, worl
 @pytest.mark.parametrize("arguments, message", [
     (["--global-batch", 500], "global batch 500: there are only 120 captions"),
     (["--captions-per-image", 0], "--captions-per-image 0: at least 1 is expected"),
-    (["--captions-per-image", 2, "--itm", "--micro-batch", 2], "from the micro-batch: it must hold at least 3 pairs"),
+    (["--captions-per-image", 2, "--itm", "--micro-batch", 2],
+     "from the micro-batch: it must hold at least 3 pairs"),
     (["--precision", "fp8"], "--precision fp8"), (["--seed", -1], "--seed -1"),
-    (["--data", "/nowhere"], "/nowhere: there is no such directory"), (["--datasets", "coco"], "no caption files of dataset 'coco'"),
-    (["--shard"], "--shard needs several processes"), (["--width", 31], "width 31 does not divide by heads"),
+    (["--data", "/nowhere"], "/nowhere: there is no such directory"),
+                                                (["--datasets", "coco"],
+                                                 "no caption files of dataset 'coco'"),
+    (["--shard"], "--shard needs several processes"),
+                                                (["--width", 31],
+                                                 "width 31 does not divide by heads"),
     (["--image-size", 20], "image_size 20"), (["--tokenizer", "/nowhere"], "/nowhere"),
     (["--tokenizer", "", "--vocab-size", 50265], "--tokenizer DIR must name")])
 def test_impossible_settings_are_refused_in_one_sentence(world, tmp_path, arguments, message):
@@ -304,7 +357,9 @@ def test_a_gpu_that_is_not_there_is_said(world, tmp_path):
         train.main(command(world, tmp_path, *RUN, "--device", "cuda"))
 
 
-@pytest.mark.parametrize("arguments", [["--recipe", "flm-b31"], ["--no-such-flag", "1"], ["--model", "huge"], ["--task", "vqa3"]])
+@pytest.mark.parametrize("arguments",
+                         [["--recipe", "flm-b31"], ["--no-such-flag", "1"], ["--model", "huge"],
+                          ["--task", "vqa3"]])
 def test_unknown_names_are_refused(world, tmp_path, arguments):
     with pytest.raises(SystemExit) as error:
         train.main(command(world, tmp_path, *arguments))
@@ -314,7 +369,8 @@ def test_unknown_names_are_refused(world, tmp_path, arguments):
 @pytest.mark.parametrize("make, message", [
     (lambda p: p.write_bytes(b"hello"), "neither a torch nor a safetensors file"),
     (lambda p: p.write_bytes(b""), "an empty file"),
-    (lambda p: torch.save({"a": 1}, p), "not a checkpoint of this project"), (lambda p: None, "no such checkpoint")])
+    (lambda p: torch.save({"a": 1}, p), "not a checkpoint of this project"),
+                                           (lambda p: None, "no such checkpoint")])
 def test_files_that_are_no_checkpoint_are_refused_in_a_sentence(tmp_path, make, message):
     make(tmp_path / "x.pt")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -325,30 +381,41 @@ def test_parameter_groups_follow_the_rule():
     model = flm.FLM(replace(flm.PRESETS["toy"], itm=True))
     settings = Settings(head_lr_scale=7.0, fusion_lr_scale=5.0, weight_decay=0.1)
     group_of = {id(p): g for g in parameter_groups(model, settings) for p in g["params"]}
-    rule = {"vit.patch.weight": (1, 0.1), "vit.position": (1, 0), "vit.cls": (1, 0), "vit.norm_pre.weight": (1, 0),
-            "embed.word.weight": (1, 0.1), "embed.norm.bias": (1, 0), "text_layers.0.mlp.0.bias": (1, 0), "token_type": (1, 0.1),
-            "fusion_layers.1.cross_attention.kv.weight": (5, 0.1), "fusion_layers.1.cross_norm.weight": (5, 0),
-            "text_to_fusion.weight": (5, 0.1), "text_reconstructor.0.mlp.2.weight": (5, 0.1), "pooler.weight": (5, 0.1),
-            "vocab_head.decoder.weight": (7, 0.1), "vocab_head.decoder.bias": (7, 0), "itm_head.weight": (7, 0.1)}
+    rule = {"vit.patch.weight": (1, 0.1), "vit.position": (1, 0), "vit.cls": (1, 0),
+            "vit.norm_pre.weight": (1, 0),
+            "embed.word.weight": (1, 0.1), "embed.norm.bias": (1, 0),
+            "text_layers.0.mlp.0.bias": (1, 0), "token_type": (1, 0.1),
+            "fusion_layers.1.cross_attention.kv.weight": (5, 0.1),
+            "fusion_layers.1.cross_norm.weight": (5, 0),
+            "text_to_fusion.weight": (5, 0.1), "text_reconstructor.0.mlp.2.weight": (5, 0.1),
+            "pooler.weight": (5, 0.1),
+            "vocab_head.decoder.weight": (7, 0.1), "vocab_head.decoder.bias": (7, 0),
+            "itm_head.weight": (7, 0.1)}
     parameters = dict(model.named_parameters())
     for name, (scale, decay) in rule.items():
         group = group_of[id(parameters[name])]
-        assert (group["peak"], group["weight_decay"]) == (pytest.approx(scale * settings.lr), decay), name
+        assert (group["peak"], group["weight_decay"]) == (pytest.approx(scale * settings.lr),
+                                                          decay), name
     muon = replace(settings, muon_lr=0.02)
     stepped = {name for name, kept in moments_of(model, muon).items() if "mean" in kept}
-    assert {"vit.patch.weight", "text_layers.0.mlp.2.weight", "pooler.weight", "text_to_fusion.weight",
+    assert {"vit.patch.weight", "text_layers.0.mlp.2.weight", "pooler.weight",
+            "text_to_fusion.weight",
             "fusion_reconstructor.0.cross_attention.kv.weight"} <= stepped
-    assert not [name for name in stepped if "head." in name or "embed" in name or "position" in name or "norm" in name or "bias" in name]
+    assert not [name for name in stepped if "head." in name or "embed" in name or "position" in name
+                or "norm" in name or "bias" in name]
     assert [group["peak"] for group in parameter_groups(model, muon) if group["muon"]] == [0.02]
 
 
 def test_muon_steps_as_torch_does():
     torch.manual_seed(0)
-    ours = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False), torch.nn.Linear(40, 16, bias=False))
-    theirs = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False), torch.nn.Linear(40, 16, bias=False))
+    ours = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False),
+                               torch.nn.Linear(40, 16, bias=False))
+    theirs = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False),
+                                 torch.nn.Linear(40, 16, bias=False))
     theirs.load_state_dict(ours.state_dict())
     before = [weight.detach().clone() for weight in ours.parameters()]
-    optimizer = Muon([{"params": list(ours.parameters()), "muon": True, "weight_decay": 0.1}], lr=0.02)
+    optimizer = Muon([{"params": list(ours.parameters()), "muon": True, "weight_decay": 0.1}],
+                     lr=0.02)
     oracle = torch.optim.Muon(theirs.parameters(), lr=0.02, weight_decay=0.1, momentum=0.95)
     for _ in range(5):
         x = torch.randn(100, 24)
@@ -368,7 +435,8 @@ def test_without_muon_the_optimizer_is_adamw_to_the_last_bit():
     theirs = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 16))
     theirs.load_state_dict(ours.state_dict())
     how = {"lr": 0.02, "betas": (0.9, 0.98), "eps": 1e-8}
-    optimizer = Muon([{"params": list(ours.parameters()), "muon": False, "weight_decay": 0.1}], **how)
+    optimizer = Muon([{"params": list(ours.parameters()), "muon": False, "weight_decay": 0.1}],
+                     **how)
     oracle = torch.optim.AdamW(theirs.parameters(), weight_decay=0.1, fused=True, **how)
     for _ in range(3):
         x = torch.randn(100, 24)
@@ -376,7 +444,8 @@ def test_without_muon_the_optimizer_is_adamw_to_the_last_bit():
             stepped.zero_grad()
             model(x).square().sum().backward()
             stepped.step()
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert all(torch.equal(a, b)
+               for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
 def test_muon_treats_stacked_matrices_apart_and_skips_what_is_not_finite():
@@ -384,7 +453,8 @@ def test_muon_treats_stacked_matrices_apart_and_skips_what_is_not_finite():
     stacked, first, second = (torch.nn.Parameter(torch.randn(n, 8)) for n in (16, 8, 8))
     with torch.no_grad():
         stacked.copy_(torch.cat([first, second]))
-    optimizer = Muon([{"params": [stacked, first, second], "muon": True, "weight_decay": 0.0}], lr=0.1)
+    optimizer = Muon([{"params": [stacked, first, second], "muon": True, "weight_decay": 0.0}],
+                     lr=0.1)
     stacked.grad = torch.randn(16, 8)
     first.grad, second.grad = stacked.grad.chunk(2)
     optimizer.step()
@@ -401,13 +471,16 @@ def test_the_rate_rises_linearly_and_falls_to_zero():
     assert [rate_at(s, settings) for s in (0, 1, 2, 11, 20)] == pytest.approx([0, 0.5, 1, 0.5, 0])
     assert rate_at(0, replace(settings, warmup=0.0)) == 1
     settings = replace(settings, decay=0.5)     # 2 steps of warm-up, 9 at the peak, 9 of the fall
-    assert [rate_at(s, settings) for s in (1, 2, 11, 14, 20)] == pytest.approx([0.5, 1, 1, 2 / 3, 0])
+    assert [rate_at(s, settings)
+            for s in (1, 2, 11, 14, 20)] == pytest.approx([0.5, 1, 1, 2 / 3, 0])
 
 
 def test_launchers_of_all_kinds_are_understood():
     assert machine.find_ranks({}) == (0, 1, 0)
     assert machine.find_ranks({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == (3, 8, 1)
-    assert machine.find_ranks({f"OMPI_COMM_WORLD_{k}": v for k, v in (("RANK", "5"), ("SIZE", "6"), ("LOCAL_RANK", "2"))}) == (5, 6, 2)
+    assert machine.find_ranks({f"OMPI_COMM_WORLD_{k}": v
+                               for k, v in (("RANK", "5"), ("SIZE", "6"),
+                                            ("LOCAL_RANK", "2"))}) == (5, 6, 2)
     slurm = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
     assert machine.find_ranks(slurm | {"SLURM_STEP_ID": "0"}) == (9, 16, 1)
 
@@ -419,14 +492,17 @@ def test_inside_a_slurm_allocation_without_srun_a_process_runs_alone_and_says_so
 
 
 def test_a_launcher_that_sets_half_of_its_variables_is_named():
-    with pytest.raises(ValueError, match="LOCAL_RANK is not set: torchrun sets RANK, WORLD_SIZE and LOCAL_RANK"):
+    with pytest.raises(ValueError,
+                       match="LOCAL_RANK is not set: torchrun sets RANK, WORLD_SIZE and LOCAL_RANK"):
         machine.find_ranks({"RANK": "0", "WORLD_SIZE": "2"})
 
 
 def test_several_nodes_without_an_address_are_refused(monkeypatch):
-    for name in [name for name in os.environ if name.startswith(("MASTER_", "SLURM_", "RANK", "WORLD"))]:
+    for name in [name for name in os.environ
+                 if name.startswith(("MASTER_", "SLURM_", "RANK", "WORLD"))]:
         monkeypatch.delenv(name)
-    for name, value in {"SLURM_STEP_ID": 0, "SLURM_PROCID": 3, "SLURM_NTASKS": 4, "SLURM_LOCALID": 1, "SLURM_NNODES": 2}.items():
+    for name, value in {"SLURM_STEP_ID": 0, "SLURM_PROCID": 3, "SLURM_NTASKS": 4,
+                        "SLURM_LOCALID": 1, "SLURM_NNODES": 2}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(ValueError, match="MASTER_ADDR is not set: with several nodes"):
         machine.set_up("cpu")
@@ -444,17 +520,21 @@ def test_the_gpu_that_was_asked_for_is_the_one_that_is_used(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_processes_wait_for_each_other_longer_than_nccl_does_and_know_their_gpu(monkeypatch, device):
+def test_processes_wait_for_each_other_longer_than_nccl_does_and_know_their_gpu(monkeypatch,
+                                                                                device):
     joined = {}
-    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1,
+                        "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(machine.dist, "init_process_group", lambda backend, **how: joined.update(how, backend=backend))
+    monkeypatch.setattr(machine.dist, "init_process_group",
+                        lambda backend, **how: joined.update(how, backend=backend))
     monkeypatch.setattr(machine.dist, "rendezvous", lambda *_, timeout: iter([("store", 1, 2)]))
     monkeypatch.setattr(machine.dist, "new_group", lambda backend, timeout: (backend, timeout))
     assert machine.set_up(device, "bf16").messages == ("gloo", machine.TIMEOUT)
-    assert joined["timeout"] >= timedelta(hours=1) and (joined["rank"], joined["world_size"]) == (1, 2)
+    assert joined["timeout"] >= timedelta(hours=1) and (joined["rank"],
+                                                        joined["world_size"]) == (1, 2)
     expected = ("nccl", torch.device("cuda:1")) if device == "cuda" else ("gloo", None)
     assert (joined["backend"], joined["device_id"]) == expected
 
@@ -464,8 +544,10 @@ def test_shards_travel_in_the_precision_in_which_they_are_used(monkeypatch):
     monkeypatch.setattr(train, "fully_shard", lambda module, mp_policy: policies.append(mp_policy))
     model = flm.FLM(flm.PRESETS["toy"])
     train.shard(model, "bf16")
-    assert {(policy.param_dtype, policy.reduce_dtype) for policy in policies} == {(torch.bfloat16, torch.float32)}
-    assert len(policies) == 1 + sum(len(m) for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    assert {(policy.param_dtype, policy.reduce_dtype)
+            for policy in policies} == {(torch.bfloat16, torch.float32)}
+    assert len(policies) == 1 + sum(len(m) for m in model.modules()
+                                    if isinstance(m, torch.nn.ModuleList))
 
 
 def test_float32_is_float32_also_where_a_gpu_would_round_it(monkeypatch):
@@ -477,10 +559,13 @@ def test_float32_is_float32_also_where_a_gpu_would_round_it(monkeypatch):
 def test_published_recipes_parse_and_resolve():
     for task, rows in recipes.RECIPES.items():
         for name in rows:
-            settings, flags = train.parse(["--task", task, "--recipe", name, "--data", "d", "--out", "o"])
+            settings, flags = train.parse(["--task", task, "--recipe", name, "--data", "d", "--out",
+                                           "o"])
             replace(recipes.MODELS[settings.model], **flags)
-    settings, flags = train.parse(["--recipe", "flm-b32", "--data", "d", "--out", "o", "--steps", "5"])
-    assert (settings.steps, settings.global_batch, settings.lr, settings.warmup) == (5, 4096, 8e-5, 0.05)
+    settings, flags = train.parse(["--recipe", "flm-b32", "--data", "d", "--out", "o", "--steps",
+                                   "5"])
+    assert (settings.steps, settings.global_batch, settings.lr,
+            settings.warmup) == (5, 4096, 8e-5, 0.05)
     assert flags == {"image_size": 288, "objective": "flm"}
 
 
@@ -489,9 +574,12 @@ def test_real_photographs_and_captions_train(shared, tmp_path):
     """The whole path on real input: prepare.py, the RoBERTa tables, train.py, weights.load."""
     import prepare
     prepare.main(["karpathy", str(shared / "data/coco_small"), "--out", str(tmp_path)])
-    train.main([*SIZES, "--data", str(tmp_path), "--tokenizer", str(shared / "tokenizers/roberta-base"), "--out",
-                str(tmp_path / "run"), "--steps", "12", "--global-batch", "16", "--micro-batch", "8", "--lr", "1e-2",
-                "--log-every", "4", "--eval-every", "12", "--eval-samples", "16", "--image-size", "32"])
+    train.main([*SIZES, "--data", str(tmp_path), "--tokenizer",
+                str(shared / "tokenizers/roberta-base"), "--out",
+                str(tmp_path / "run"), "--steps", "12", "--global-batch", "16", "--micro-batch",
+                "8", "--lr", "1e-2",
+                "--log-every", "4", "--eval-every", "12", "--eval-samples", "16", "--image-size",
+                "32"])
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     training = [x for x in lines if "lr" in x]
     assert training[-1]["loss"] < training[0]["loss"] - 1 and training[-1]["unreadable"] == 0

@@ -35,7 +35,8 @@ def recorded():
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("vilt")
     for split, rows in (("train", 40), ("val", 9)):
-        write_captions(root / f"mine_caption_{split}.arrow", rows, sizes=((64, 48), (40, 90), (50, 50), (200, 20)))
+        write_captions(root / f"mine_caption_{split}.arrow", rows,
+                       sizes=((64, 48), (40, 90), (50, 50), (200, 20)))
     BPE.train([" ".join(WORDS)] * 3, 300).save(root / "tok")
     return root
 
@@ -49,13 +50,15 @@ def collated(world, tmp_path, config, train_mode=True, count=8, **settings):
     return config, dataset, *task.collate([dataset[0, 2 * i] for i in range(count)])
 
 
-# -- optimal transport and sizes --------------------------------------------------------------------------------------
+# -- optimal transport and sizes
+# --------------------------------------------------------------------------------------
 
 def test_plans_distances_and_gradients_of_the_transport_are_the_originals(recorded):
     assert len(recorded["optimal_transport"]) == 3
     for case in recorded["optimal_transport"]:
         text, image = (case[name].clone().requires_grad_() for name in ("text", "image"))
-        distance, plan = vilt.transport_distance(text, image, ~case["text_pad"], ~case["image_pad"], case["beta"],
+        distance, plan = vilt.transport_distance(text, image, ~case["text_pad"], ~case["image_pad"],
+                                                 case["beta"],
                                                  case["iterations"], case["k"])
         distance.sum().backward()
         torch.testing.assert_close(plan, case["plan"], atol=1e-6, rtol=0)
@@ -66,24 +69,31 @@ def test_plans_distances_and_gradients_of_the_transport_are_the_originals(record
 
 def test_the_plan_carries_every_words_mass_and_fills_every_patch():
     generator = torch.Generator().manual_seed(1)
-    text, image = torch.randn(2, 5, 8, generator=generator), torch.randn(2, 9, 8, generator=generator)
+    text, image = torch.randn(2, 5, 8,
+                              generator=generator), torch.randn(2, 9, 8, generator=generator)
     words, patches = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 9, dtype=torch.bool)
     words[1, 3:], patches[1, 4:] = False, False
     _, plan = vilt.transport_distance(text, image, words, patches, iterations=2000)
-    torch.testing.assert_close(plan.sum(1), words / words.sum(1, keepdim=True), atol=1e-4, rtol=0)      # (B, M): 1/m each
-    torch.testing.assert_close(plan.sum(2), patches / patches.sum(1, keepdim=True), atol=1e-4, rtol=0)
-    # with as many words as patches, an exact optimum carries each word to one patch: better than any other assignment
+    # (B, M): 1/m each
+    torch.testing.assert_close(plan.sum(1), words / words.sum(1, keepdim=True), atol=1e-4, rtol=0)
+    torch.testing.assert_close(plan.sum(2), patches / patches.sum(1, keepdim=True), atol=1e-4,
+                               rtol=0)
+    # with as many words as patches, an exact optimum carries each word to one patch: better than
+    # any other assignment
     cost = vilt.cosine_cost(text[:, :4], image[:, :4])
-    distance, _ = vilt.transport_distance(text[:, :4], image[:, :4], words[:, :4].fill_(True), patches[:, :4].fill_(True),
+    distance, _ = vilt.transport_distance(text[:, :4], image[:, :4], words[:, :4].fill_(True),
+                                          patches[:, :4].fill_(True),
                                           iterations=5000)
     from itertools import permutations
-    best = [min(sum(c[i, p] for i, p in enumerate(order)) / 4 for order in permutations(range(4))) for c in cost]
+    best = [min(sum(c[i, p] for i, p in enumerate(order)) / 4 for order in permutations(range(4)))
+            for c in cost]
     torch.testing.assert_close(distance, torch.stack(best), atol=2e-3, rtol=0)
 
 
 def test_a_caption_without_words_has_distance_0_and_a_finite_gradient():
     text, image = torch.randn(1, 4, 8, requires_grad=True), torch.randn(1, 6, 8)
-    distance, _ = vilt.transport_distance(text, image, torch.zeros(1, 4, dtype=torch.bool), torch.ones(1, 6, dtype=torch.bool))
+    distance, _ = vilt.transport_distance(text, image, torch.zeros(1, 4, dtype=torch.bool),
+                                          torch.ones(1, 6, dtype=torch.bool))
     distance.sum().backward()
     assert distance.item() == 0 and torch.isfinite(text.grad).all()
 
@@ -96,13 +106,15 @@ def test_picture_sizes_are_the_originals(recorded):
     assert shape(1200, 10)[0] == (608, 32)      # where the original divides by zero patches
 
 
-# -- pictures of different shapes -------------------------------------------------------------------------------------
+# -- pictures of different shapes
+# -------------------------------------------------------------------------------------
 
 def test_positions_are_the_grid_stretched_as_interpolate_does():
     model = vilt_model(TINY_VILT)
     grid = model.position[1:].T.reshape(1, -1, 3, 3)
     for h, w in [(3, 3), (1, 5), (7, 2), (4, 6), (1, 1), (12, 19)]:
-        expected = F.interpolate(grid, (h, w), mode="bilinear", align_corners=True).flatten(2)[0].T         # (h w, D)
+        # (h w, D)
+        expected = F.interpolate(grid, (h, w), mode="bilinear", align_corners=True).flatten(2)[0].T
         place = torch.arange(h * w)[None]
         ours = model.positions_of(place // w, place % w, torch.tensor([[h, w]]))[0]
         torch.testing.assert_close(ours, expected, atol=2e-6, rtol=0)
@@ -112,7 +124,8 @@ def batch_of_shapes(sizes, side=16, seed=0):
     """Random pictures of these rows and columns of patches -> each alone, and padded together with noise around them."""
     generator = torch.Generator().manual_seed(seed)
     alone = [torch.randn(3, side * h, side * w, generator=generator) for h, w in sizes]
-    together = torch.randn(len(sizes), 3, side * max(h for h, _ in sizes), side * max(w for _, w in sizes), generator=generator)
+    together = torch.randn(len(sizes), 3, side * max(h for h, _ in sizes),
+                           side * max(w for _, w in sizes), generator=generator)
     for place, picture in zip(together, alone):
         place[:, :picture.shape[1], :picture.shape[2]] = picture
     return alone, together
@@ -121,13 +134,15 @@ def batch_of_shapes(sizes, side=16, seed=0):
 def test_a_picture_alone_and_in_a_batch_of_other_shapes_gives_the_same_answer():
     model, sizes = vilt_model(TINY_VILT), [(2, 5), (4, 1), (3, 3), (1, 1)]
     alone, together = batch_of_shapes(sizes)
-    ids = torch.tensor([[0, 9, 8, 7, 6, 2], [0, 5, 2, 1, 1, 1], [0, 11, 12, 2, 1, 1], [0, 2, 1, 1, 1, 1]])
+    ids = torch.tensor([[0, 9, 8, 7, 6, 2], [0, 5, 2, 1, 1, 1], [0, 11, 12, 2, 1, 1],
+                        [0, 2, 1, 1, 1, 1]])
     fused = model.fuse(model.encode_image(together, torch.tensor(sizes)), model.encode_text(ids))
     for b, picture in enumerate(alone):
         n, k = int((ids[b] != 1).sum()), sizes[b][0] * sizes[b][1]
         one = model.fuse(model.encode_image(picture[None]), model.encode_text(ids[b:b + 1, :n]))
         torch.testing.assert_close(fused.pooled[b], one.pooled[0], atol=2e-6, rtol=0)
-        torch.testing.assert_close(fused.reconstructed[b, :n], one.reconstructed[0], atol=5e-6, rtol=0)
+        torch.testing.assert_close(fused.reconstructed[b, :n], one.reconstructed[0], atol=5e-6,
+                                   rtol=0)
         torch.testing.assert_close(fused.image[b, :1 + k], one.image[0], atol=5e-6, rtol=0)
 
 
@@ -173,7 +188,8 @@ def test_every_patch_is_as_likely_to_be_shown():
     assert abs(shown / 2000 - 5 / 12).max() < 0.04
 
 
-# -- what is hidden, what is asked ------------------------------------------------------------------------------------
+# -- what is hidden, what is asked
+# ------------------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_whole_words_are_masked_at_the_asked_rate():
@@ -183,14 +199,16 @@ def test_whole_words_are_masked_at_the_asked_rate():
     rng, rate = np.random.default_rng(0), 0.15
     words, masked = 0, 0
     for _ in range(10_000):
-        text = " ".join(rng.choice(["a", "red", "doghouse", "dogboat", "skyscraper", "runs", "near", "the", "old"],
+        text = " ".join(rng.choice(["a", "red", "doghouse", "dogboat", "skyscraper", "runs", "near",
+                                    "the", "old"],
                                    rng.integers(6, 20)))
         ids = tok.encode(text)
         starts = tok.word_starts(ids)
         _, picked = data.mask_words([2, *ids, 3], starts, rate, 4, np.arange(5, len(tok)), rng)
         word_of = np.cumsum(starts)
         hit = set(word_of[picked - 1])
-        assert set(np.flatnonzero(np.isin(word_of, list(hit))) + 1) == set(picked)      # whole words
+        # whole words
+        assert set(np.flatnonzero(np.isin(word_of, list(hit))) + 1) == set(picked)
         words, masked = words + word_of[-1], masked + len(hit)
     assert masked / words == pytest.approx(rate, abs=0.003)
 
@@ -219,17 +237,21 @@ def test_the_losses_are_what_the_formulas_say(world, tmp_path):
             h, w = batch["sizes"][i].tolist()
             places = batch["patches"][i][batch["patches"][i] >= 0]
             places = (places // columns * w + places % columns)[None]
-            return model.encode_image(batch["image"][i:i + 1, :, :h * side, :w * side], patches=places, **more), places
+            return model.encode_image(batch["image"][i:i + 1, :, :h * side, :w * side],
+                                      patches=places, **more), places
 
         rows = [r % L for r in batch["mlm_rows"].tolist() if r // L == b]
-        logits = model.vocab_logits(model.fuse(show(b)[0], model.encode_text(masked)).reconstructed[0, rows])
+        logits = model.vocab_logits(model.fuse(show(b)[0],
+                                               model.encode_text(masked)).reconstructed[0, rows])
         expected["mlm"] += F.cross_entropy(logits, ids[0, rows], reduction="sum").item()
         visual, _ = show(int(batch["shown_image"][b]))
         fused = model.fuse(visual, model.encode_text(ids))
         same = batch["same_image"][b]
         expected["itm"] -= torch.log_softmax(model.itm_head(fused.pooled), -1)[0, int(same)].item()
-        distance, _ = vilt.transport_distance(fused.reconstructed[:, 1:-1], fused.image[:, 1:], ids[:, 1:-1] > -1,
-                                              torch.ones(1, fused.image.shape[1] - 1, dtype=torch.bool))
+        distance, _ = vilt.transport_distance(fused.reconstructed[:, 1:-1], fused.image[:, 1:],
+                                              ids[:, 1:-1] > -1,
+                                              torch.ones(1, fused.image.shape[1] - 1,
+                                                         dtype=torch.bool))
         expected["wpa"] += distance.item() * (1 if same else -1)
         asked = [r % K for r in batch["mpp_rows"].tolist() if r // K == b]
         hidden = batch["hidden_patches"][b:b + 1, :visual_length(batch, b)]
@@ -238,8 +260,10 @@ def test_the_losses_are_what_the_formulas_say(world, tmp_path):
         pixels = batch["image"][b, :, :h * side, :w * side] * 0.5 + 0.5
         for k, x in zip(asked, model.fuse(visual, model.encode_text(ids)).image[0, 1:][asked]):
             row, column = divmod(int(places[0, k]), w)
-            colour = pixels[:, row * side:(row + 1) * side, column * side:(column + 1) * side].mean((1, 2)) * 255
-            expected["mpp"] += F.cross_entropy(model.patch_head(x).view(3, 256), colour.long(), reduction="sum").item()
+            colour = pixels[:, row * side:(row + 1) * side,
+                            column * side:(column + 1) * side].mean((1, 2)) * 255
+            expected["mpp"] += F.cross_entropy(model.patch_head(x).view(3, 256), colour.long(),
+                                               reduction="sum").item()
     assert notes["counts"]["mpp"] == 3 * len(batch["mpp_rows"]) > 0 and set(results) == set(expected)
     for name, value in expected.items():
         assert results[name][0].item() == pytest.approx(value, rel=2e-5), name
@@ -271,8 +295,10 @@ def test_bfloat16_gives_the_same_losses_roughly(world, tmp_path):
 
 
 @pytest.mark.parametrize("changes, sentence", [
-    (dict(width=25), "width 25"), (dict(image_size=50), "image_size 50"), (dict(mask_rate=2), "mask_rate 2"),
-    (dict(head="vqa"), "0 answers"), (dict(head="speech"), "head 'speech'"), (dict(pooler=False), "pooler")])
+    (dict(width=25), "width 25"), (dict(image_size=50), "image_size 50"),
+                                               (dict(mask_rate=2), "mask_rate 2"),
+    (dict(head="vqa"), "0 answers"), (dict(head="speech"), "head 'speech'"),
+                                               (dict(pooler=False), "pooler")])
 def test_a_config_that_cannot_be_is_refused_in_a_sentence(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         replace(TINY_VILT, **changes)
@@ -283,14 +309,16 @@ def test_captions_longer_than_the_position_table_are_refused():
         vilt_model(TINY_VILT).encode_text(torch.zeros(1, 30, dtype=torch.int64))
 
 
-# -- the loop and what comes after it ---------------------------------------------------------------------------------
+# -- the loop and what comes after it
+# ---------------------------------------------------------------------------------
 
 SMALL = ("--model vilt-toy --image-size 48 --patch-size 16 --width 16 --layers 1 --heads 2 --mlp-width 32 --max-positions 40 "
          "--device cpu --precision fp32 --workers 0 --global-batch 8 --steps 3 --log-every 1 --eval-every 3 --lr 1e-2").split()
 
 
 def command(world, out, *more):
-    return [*SMALL, "--data", str(world), "--tokenizer", str(world / "tok"), "--out", str(out), *map(str, more)]
+    return [*SMALL, "--data", str(world), "--tokenizer", str(world / "tok"), "--out", str(out),
+            *map(str, more)]
 
 
 @pytest.mark.slow
@@ -299,7 +327,8 @@ def test_a_run_trains_saves_evaluates_and_shows_its_alignments(world, tmp_path, 
     assert "mlm + itm + wpa" in capsys.readouterr().out
     model = weights.load(tmp_path / "run/last.pt")
     assert isinstance(model, vilt.ViLT) and model.task == "pretrain" and model.step == 3
-    probe.main(["align", str(tmp_path / "run/last.pt"), "--data", str(world), "--split", "val", "--captions", "5"])
+    probe.main(["align", str(tmp_path / "run/last.pt"), "--data", str(world), "--split", "val",
+                "--captions", "5"])
     table = data.Captions([world / "mine_caption_val.arrow"])
     for found in probe.alignments(model, table, captions=5):
         plan = np.array(found["plan"])
@@ -330,16 +359,21 @@ def test_two_processes_started_by_other_launchers_equal_one(world, tmp_path, lau
     """mpirun for real; for SLURM, its variables as srun sets them."""
     import json
     import os
-    arguments = [sys.executable, str(ROOT / "train.py"), *command(world, tmp_path / "two", "--micro-batch", 4)]
+    arguments = [sys.executable, str(ROOT / "train.py"),
+                 *command(world, tmp_path / "two", "--micro-batch", 4)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     if launcher == "mpirun":
         if not shutil.which("mpirun"):
             pytest.skip("mpirun is not installed (Debian: openmpi-bin)")
-        runs = [subprocess.Popen(["mpirun", "--allow-run-as-root", "--oversubscribe", "-x", "MASTER_PORT", "-np", "2", *arguments],
-                                 env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)]
+        runs = [subprocess.Popen(["mpirun", "--allow-run-as-root", "--oversubscribe", "-x",
+                                  "MASTER_PORT", "-np", "2", *arguments],
+                                 env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 text=True)]
     else:
-        runs = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env | {
-            "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(rank)}) for rank in range(2)]
+        runs = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 text=True, env=env | {
+"SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(rank)})
+                for rank in range(2)]
     for run in runs:
         output, _ = run.communicate(timeout=240)
         assert run.returncode == 0, output
@@ -348,7 +382,8 @@ def test_two_processes_started_by_other_launchers_equal_one(world, tmp_path, lau
     train.main(command(world, tmp_path / "one", "--micro-batch", 4))
     one, two = (weights.read(tmp_path / name / "last.pt")["model"] for name in ("one", "two"))
     for name in one:
-        if not name.endswith("kv.bias"):                    # a softmax ignores the keys' bias: its gradient is pure rounding
+        # a softmax ignores the keys' bias: its gradient is pure rounding
+        if not name.endswith("kv.bias"):
             torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=0, msg=name)
 
 
@@ -357,7 +392,8 @@ def test_the_loss_falls_on_real_photographs(shared, tmp_path):
     import json
 
     import prepare
-    prepare.main(["karpathy", str(shared / "data/coco_small"), "--out", str(tmp_path / "data"), "--name", "photos"])
+    prepare.main(["karpathy", str(shared / "data/coco_small"), "--out", str(tmp_path / "data"),
+                  "--name", "photos"])
     arguments = (f"--recipe vilt-small --image-size 96 --data {tmp_path / 'data'} --tokenizer {shared / 'tokenizers/bert-base-uncased'}"
                  f" --out {tmp_path / 'run'} --steps 12 --global-batch 16 --micro-batch 16 --width 64 --layers 3 --heads 4"
                  f" --mlp-width 256 --log-every 3 --eval-every 0 --lr 2e-3 --precision fp32 --device cpu --workers 0").split()

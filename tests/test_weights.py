@@ -1028,7 +1028,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     path = saved(tiny_flm(), tmp_path / "good.pt")
     (tmp_path / "folder").mkdir()
     for output, message in (("folder", ".*folder: Is a directory; a folder stands"),
-                            ("good.pt/below.pt", ".*good.pt.*: (File exists|Not a directory); a file stands")):
+                            ("good.pt/below.pt",
+                             ".*good.pt.*: (File exists|Not a directory); a file stands")):
         with pytest.raises(SystemExit, match=f"weights.py: .*{message}"):
             weights.main(["convert", str(path), str(tmp_path / output)])
     config = tiny_flm().config
@@ -1160,7 +1161,8 @@ def test_opening_a_file_takes_far_less_than_its_size_and_using_it_little_more(tm
 
 def test_a_checkpoint_with_the_names_of_an_earlier_version_opens(tmp_path):
     model = flm.FLM(flm.PRESETS["toy"])
-    weights.save(tmp_path / "now.pt", model.state_dict(), model.config, "pretrain", None, settings={"fusion_lr_scale": 3.0})
+    weights.save(tmp_path / "now.pt", model.state_dict(), model.config, "pretrain", None,
+                 settings={"fusion_lr_scale": 3.0})
     contents = torch.load(tmp_path / "now.pt", weights_only=True)
     contents["config"]["forward_weight"] = contents["config"].pop("left_to_right_weight")
     contents["settings"] = {"fusion_lr": 3.0}
