@@ -73,9 +73,8 @@ vilt: runs/vilt/.trained  ## pretrain ViLT on the toy world; which patches is ea
 # ---------------------------------------------------------------------------------------------------
 # A page to try models on: those of models/, or what the targets here trained; FLAGS='runs/mine/last.pt …' names others.
 
-# Without PINS: Gradio needs a Pillow below 13.
-.venv/.demo: pyproject.toml | .venv/.installed
-	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --editable '.[demo]'
+.venv/.demo: pyproject.toml $(PINS) | .venv/.installed
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --editable '.[demo]' $(if $(PINS),--constraint $(PINS))
 	@touch $@
 
 demo: .venv/.demo  ## a web page to try models on: fill in words, ask, describe, compare, search, see the masks

@@ -25,9 +25,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-import files
-from disk import shortened
-from files import Table, nested, outermost, refuse, running_sum
+from storage import files
+from storage.disk import shortened
+from storage.files import Table, nested, outermost, refuse, running_sum
 from tokenizer import Tokenizer
 
 # -------------------------------------------------------------------------------------------------

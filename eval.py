@@ -21,16 +21,15 @@ from pathlib import Path
 
 import numpy as np
 
-import disk
-import files
-import machine
 import predict
 from evaluation import Evaluation, at_least, black
 from layers import encode_batch_images, task_logits
 from metrics import caption_scores, check_official_tools, nlvr2_scores, recall_at_k, vqa_accuracy
 from predict import finite, open_model
-from rebuilt import official_identifiers
 from retrieval import Gallery, fill_scores, scores_file, texts_that_fit
+from storage import disk, files
+from storage.rebuilt import official_identifiers
+from training import machine
 
 # -------------------------------------------------------------------------------------------------
 # VQA and NLVR2: one answer of a list for each text.

@@ -19,14 +19,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-import disk
-import machine
 import predict
 import tasks
 from batches import evaluation_batches
 from released.named import beside
-from settings import Settings
+from storage import disk
 from tasks import to_device
+from training import machine
+from training.settings import Settings
 
 DEFAULT_SPLIT = {"vqa": "val", "nlvr2": "val", "caption": "test", "retrieval": "test"}
 # Flags that are in the names of the files of results already, or change no result.

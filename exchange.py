@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from data import CaptionDataset
-from disk import read_json
+from storage.disk import read_json
 
 
 class Exchange:

@@ -51,7 +51,7 @@ def row_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0,
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of what a divided vocabulary head computed (a DTensor: parallel.py)."""
+    """The whole of what a divided vocabulary head computed (a DTensor: training/parallel.py)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

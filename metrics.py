@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from disk import shortened
 from ptb import ptb_tokens
+from storage.disk import shortened
 
 
 def annotated(annotations: dict, read: Callable[[dict], tuple], names: str) -> list[tuple]:

@@ -26,8 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-import disk
-import files
 import flm
 import generate
 import tokenizer
@@ -35,6 +33,7 @@ import vilt
 import weights
 from data import decode, pad_pictures
 from layers import encode_batch_images, task_logits
+from storage import disk, files
 from tasks import BOS, EOS, Config, Model, patch_layout, shape_of, task_of, to_device
 
 Picture = str | Path | Image.Image          # a picture file, or a picture in memory

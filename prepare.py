@@ -23,11 +23,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
-import disk
 from sources import captions, questions
 from sources.check import check
 from sources.shards import convert
 from sources.stats import stats
+from storage import disk
 
 
 class Source(NamedTuple):

@@ -30,8 +30,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-import disk
-import files
 import flm
 import layers
 import predict
@@ -40,9 +38,10 @@ import vilt
 import weights
 from data import CaptionDataset, pad_texts
 from layers import encode_batch_images
-from machine import Machine
 from predict import device_of, match_score, picture_batch
+from storage import disk, files
 from tasks import Model
+from training.machine import Machine
 
 
 class Gallery:

@@ -28,15 +28,15 @@ import masks
 import vilt
 from data import (CLIP_MEAN, CLIP_STD, CaptionDataset, Captions, Questions, Shape, Square,
                   Statements, Whole, mask_words, normalize, pad_pictures, pad_texts)
-from disk import read_json
 from exchange import Exchange, ExchangedWords
-from files import FILES, find_files, known_datasets
-from rebuilt import rebuilt_answers
-from tar_index import table_of
+from storage.disk import read_json
+from storage.files import FILES, find_files, known_datasets
+from storage.rebuilt import rebuilt_answers
+from storage.tar_index import table_of
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:           # for the annotations alone: that file comes later
-    from settings import Settings
+    from training.settings import Settings
 
 Config = flm.Config | vilt.Config
 Model = flm.FLM | vilt.ViLT

@@ -30,7 +30,7 @@ from pathlib import Path
 import regex
 from tqdm import tqdm
 
-from disk import command, complete_file, read_json, shortened
+from storage.disk import command, complete_file, read_json, shortened
 
 CACHED_WORDS = 65_536       # words whose ids are remembered: about 16 MB in each data worker
 LONGEST_WORD = 1_000        # letters; a longer one is neither remembered nor learned from

@@ -33,23 +33,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import checkpoints
-import disk
-import machine as machines
-import parallel
-import switches
 import weights
 from batches import evaluation_batches
 from data import token_lengths
-from fitting import fit_micro_batch
-from flops import work_of
-from machine import Machine, Signals, loader_workers
-from optimizer import new_optimizer, rate_at
-from plan import dry_run
-from report import COUNTERS, Log, Sums, clock, describe, write_config
-from runs import Run, open_run
-from settings import AUTO, Settings, check, parse
+from storage import disk
 from tasks import to_device
+from training import checkpoints, machine as machines, parallel, switches
+from training.fitting import fit_micro_batch
+from training.flops import work_of
+from training.machine import Machine, Signals, loader_workers
+from training.optimizer import new_optimizer, rate_at
+from training.plan import dry_run
+from training.report import COUNTERS, Log, Sums, clock, describe, write_config
+from training.runs import Run, open_run
+from training.settings import AUTO, Settings, check, parse
 
 
 # -------------------------------------------------------------------------------------------------
@@ -93,11 +90,15 @@ def build_state(run: Run) -> State:
         checkpoints.restore(run, state)
         state.skipped = none + state.counters["skipped"]
     if machine.world > 1 and machine.tensor == 1 and not s.shard:
-        on_gpu = machine.device.type == "cuda"
-        state.model = DistributedDataParallel(
-            bare, device_ids=[machine.device.index] if on_gpu else None,
-            gradient_as_bucket_view=s.bucket_views, static_graph=s.static_graph)
+        state.model = data_parallel(bare, s, machine.device)
     return state
+
+
+def data_parallel(model: nn.Module, s: Settings, device: torch.device) -> nn.Module:
+    """The model with its gradients averaged over the processes, as they come (DDP)."""
+    return DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=s.bucket_views, static_graph=s.static_graph)
 
 
 def start_from_files(run: Run, model: nn.Module) -> None:

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import disk
 import flm
 import tokenizer
 import vilt
@@ -42,6 +41,7 @@ from released.models import Source, Undrawn
 from released.named import locate
 from released.names import Report
 from released.whole import carried, write_safetensors, write_torch
+from storage import disk
 from tasks import TASKS, Config
 
 FORMAT = "flm-vilt-1"

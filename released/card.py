@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import disk
+from storage import disk
 
 # Settings that are paths.
 PATHS = ("data", "out", "load", "vit", "text", "tokenizer", "exchange")

@@ -23,7 +23,7 @@ from urllib.request import Request, build_opener
 
 from tqdm import tqdm
 
-from disk import one_writer, sync_folder
+from storage.disk import one_writer, sync_folder
 
 CLIP = "https://openaipublic.azureedge.net/clip/models"        # /SHA-256/NAME
 FLM = "https://github.com/TencentARC/FLM/releases/download/checkpoints"

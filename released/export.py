@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import disk
 import flm
 import tokenizer
 from released import names
 from released.whole import write_safetensors
+from storage import disk
 
 ARCHITECTURES = {"none": "ViltModel", "vocab": "ViltForMaskedLM", "vqa": "ViltForQuestionAnswering",
                  "nlvr2": "ViltForImagesAndTextClassification",

@@ -28,9 +28,9 @@ import torch
 from safetensors import safe_open
 from torch import _weights_only_unpickler as unpickler
 
-from disk import read_json, shortened
 from released.download import PUBLISHED, sha256_of
 from released.whole import CHECKSUM, Refused, verify
+from storage.disk import read_json, shortened
 
 
 def plain_dict(value: Any) -> dict:

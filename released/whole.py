@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-import disk
+from storage import disk
 
 CHUNK = 2 ** 20
 LARGEST_HEADER = 100_000_000        # safetensors' own limit

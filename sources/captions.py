@@ -17,10 +17,10 @@ from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 
-from disk import shortened
 from sources.shards import (Record, Shard, expecting, fail, first_existing, inside, json_lines,
                             on_disk, open_text, read_entries, simple, split_shards, strings)
-from tars import PICTURES, Tar, unusable, usable_captions
+from storage.disk import shortened
+from storage.tars import PICTURES, Tar, unusable, usable_captions
 
 SHARD_ROWS = 100_000                                # ViLT cuts SBU and Conceptual Captions so
 LARGEST_LIST = 1 << 30                              # bytes of a list of captions in a zip

@@ -1,7 +1,7 @@
 """Reading finished Arrow files back, as training opens them: `prepare.py check`.
 
-Opening a table is most of the check (files.py): it refuses what training cannot use. What is left
-is to look into the texts, to decode the pictures, and to say what there is.
+Opening a table is most of the check (storage/files.py): it refuses what training cannot use. What
+is left is to look into the texts, to decode the pictures, and to say what there is.
 """
 
 from argparse import Namespace
@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data import Captions, open_header, open_image
-from disk import read_json, sentence_of, shortened
-from files import arrow_files, nested, open_arrow
 from sources.shards import KINDS, Kind, bar, fail, in_order
-from tar_index import is_tar, table_of
-from tars import shards_at
+from storage.disk import read_json, sentence_of, shortened
+from storage.files import arrow_files, nested, open_arrow
+from storage.tar_index import is_tar, table_of
+from storage.tars import shards_at
 
 MISSING = "missing"
 REPEATED = {"question_id": "question ids that an earlier question has",

@@ -29,11 +29,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from disk import one_writer, read_json, remove_partials, shortened
 from metrics import normalize_answer, one_line, soft_score
 from sources.shards import (Record, Shard, expecting, fail, first_existing, inside, json_lines,
                             json_list, read_entries, simple, strings)
-from tars import SURROGATE, unusable
+from storage.disk import one_writer, read_json, remove_partials, shortened
+from storage.tars import SURROGATE, unusable
 
 # rest_val is the last images of val by their ids, at most half of them; the checkpoint is chosen by
 # it. trainable_val is the others. (ViLT takes the last 1,000 after shuffling, so that no two of its

@@ -26,9 +26,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import Captions, Questions, Statements, open_header, open_image, turn_of
-from disk import complete_file, one_writer, remove_partials, shortened
-from files import CAPTIONS, NLVR2, REGIONS, VQA
-from tars import LARGEST, SURROGATE, relative
+from storage.disk import complete_file, one_writer, remove_partials, shortened
+from storage.files import CAPTIONS, NLVR2, REGIONS, VQA
+from storage.tars import LARGEST, SURROGATE, relative
 
 
 def fail(sentence: str) -> NoReturn:

@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-import disk
 from data import Captions, open_header, open_image
 from sources.check import all_values, files_in, open_table
 from sources.shards import KINDS, Kind, bar, in_order
+from storage import disk
 
 SAMPLE = 1000           # pictures of each file that --fast looks at
 SHOWN = 40              # pictures of a contact sheet

@@ -22,11 +22,11 @@ import tasks
 import train
 import vilt
 import weights
-from settings import Settings
-from files import CAPTIONS, NLVR2, VQA
 from sources.shards import Writer
+from storage.files import CAPTIONS, NLVR2, VQA
 from tokenizer import BPE
 from tools import toy
+from training.settings import Settings
 
 # tiny models: a second thread only waits, and on a busy machine it waits long
 torch.set_num_threads(1)

@@ -16,13 +16,12 @@ from conftest import (ROOT, TRAIN as RUN, TRAIN_FLM as SIZES, TRAIN_VILT as VILT
                       free_port, torchrun, write_captions,
                       train_command as command, train_outcome as outcome, write_caption_world)
 
-import checkpoints
-import disk
 import flm
-import machine
 import train
 import weights
-from settings import Settings, check_same_run
+from storage import disk
+from training import checkpoints, machine
+from training.settings import Settings, check_same_run
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ import metrics
 import train
 import weights
 from data import Captions, Questions, Statements
-from files import CAPTIONS, NLVR2, REGIONS, VQA
-from rebuilt import AnswerLabels, official_identifiers, rebuilt_answers
-from settings import Settings
 from sources.questions import soft_labels
+from storage.files import CAPTIONS, NLVR2, REGIONS, VQA
+from storage.rebuilt import AnswerLabels, official_identifiers, rebuilt_answers
 from tasks import VQA as VQATask
 from tokenizer import BPE
+from training.settings import Settings
 
 pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
 

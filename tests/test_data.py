@@ -19,12 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-import disk
-import files
 from batches import GlobalBatches, draw_groups, evaluation_batches
 from data import CaptionDataset, Captions, Questions, Statements, mask_words, pad_texts
-from files import CAPTIONS
 from sources.shards import Writer
+from storage import disk, files
+from storage.files import CAPTIONS
 from tokenizer import BPE
 
 

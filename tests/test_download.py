@@ -257,7 +257,7 @@ def test_two_downloads_of_one_file_do_not_mix_their_bytes(server, get, tmp_path)
     code = """if True:
         import sys
         from pathlib import Path
-        from disk import one_writer
+        from storage.disk import one_writer
         with one_writer(Path(sys.argv[1]), ""):
             print(flush=True)
             sys.stdin.read()"""

@@ -11,12 +11,12 @@ from conftest import ROOT, WORDS, tiny, train_command as command, write_caption_
 import train
 from data import Captions
 from exchange import Exchange, ExchangedWords
-from files import CAPTIONS
-from settings import parse
 from sources.shards import Writer
+from storage.files import CAPTIONS
 from tasks import PretrainFLM, to_device
 from tokenizer import load
 from tools import toy
+from training.settings import parse
 
 
 @pytest.fixture(scope="module")

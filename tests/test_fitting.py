@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import fitting
-import machine
 import train
 import weights
+from training import fitting, machine
 from conftest import TRAIN, assert_same, train_command, train_outcome, write_caption_world
-from runs import open_run
+from training.runs import open_run
 
 AUTO = ("--micro-batch", "auto")
 
@@ -28,7 +27,8 @@ def memory(monkeypatch):
     tried = []
     monkeypatch.setattr(fitting, "memory_limit", lambda machine: 900)
     monkeypatch.setattr(fitting, "peak_bytes",
-                        lambda run, state, size: tried.append(size) or 50 + 100 * size)
+                        lambda run, state, batch: (tried.append(len(batch["ids"]))
+                                                   or 50 + 100 * len(batch["ids"])))
     return tried
 
 
@@ -94,7 +94,7 @@ def test_a_gpu_that_runs_out_of_memory_ends_the_search(world, tmp_path):
 def test_trying_leaves_weights_and_gradients_as_they_were_and_measures(world, tmp_path):
     run, state = opened(world, tmp_path)
     before = {name: tensor.clone() for name, tensor in state.bare.state_dict().items()}
-    peak = fitting.peak_bytes(run, state, 4)
+    peak = fitting.peak_bytes(run, state, fitting.longest_batch(run, 4))
     moments = 8 * sum(parameter.numel() for parameter in state.bare.parameters())
     assert peak > moments + 50 * 2 ** 20            # Python and torch alone are larger than that
     assert all(torch.equal(tensor, before[name])

@@ -14,11 +14,11 @@ from conftest import TINY, caption, tiny
 import flm
 import layers
 import masks
+import weights
 from layers import Mask, ReconstructorLayer, StreamLayer, TextEmbedding, ViT, VocabHead, roberta_positions
 from released import names
-import weights
-from optimizer import parameter_groups, rate_at
-from settings import Settings
+from training.optimizer import parameter_groups, rate_at
+from training.settings import Settings
 
 TOL = 1e-5      # rounding is 3e-6, every known mistake at least 1e-5 (a wrong eps) and mostly 3e-2
 FIXTURE = Path(__file__).parent / "fixtures" / "seed0_flm.pt"

@@ -7,13 +7,11 @@ import pytest
 import torch
 from conftest import TRAIN as RUN, TRAIN_FLM, TRAIN_VILT, assert_same, train_command, train_outcome, write_caption_world
 
-import flops
-import machine
-import settings as train_settings
 import train
 import weights
 from data import token_lengths
-from runs import open_run
+from training import flops, machine, settings as train_settings
+from training.runs import open_run
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ import pytest
 import torch
 from conftest import TRAIN as RUN, assert_same, train_command, train_outcome, write_caption_world
 
-import loggers
-import report
 import train
+from training import loggers, report
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,14 @@ from conftest import (TINY, TINY_VILT, TRAIN_VILT, assert_same, free_port, tiny,
                       train_command as command, train_outcome as outcome, vilt_model,
                       write_caption_world)
 
-import checkpoints
 import flm
-import parallel
-import settings
 import train
 import vilt
 import weights
 from layers import Attention
-from machine import Machine
 from recipes import MODELS
+from training import checkpoints, parallel, settings
+from training.machine import Machine
 
 ROOT = Path(__file__).resolve().parents[1]
 # The rate is constant, so that a run may end at any step and be extended.

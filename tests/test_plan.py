@@ -6,13 +6,10 @@ import pytest
 from conftest import TRAIN_FLM, TRAIN_VILT, train_command, write_caption_world
 from torch.profiler import ProfilerActivity, profile
 
-import machine
-import memory
-import plan
-import settings as train_settings
 import train
-from runs import open_run
 from tools import plan as plan_tool
+from training import machine, memory, plan, settings as train_settings
+from training.runs import open_run
 
 pytestmark = pytest.mark.slow       # every plan takes seconds
 

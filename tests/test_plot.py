@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import masks
-from files import CAPTIONS, NLVR2
 from sources.shards import Writer
+from storage.files import CAPTIONS, NLVR2
 from tools import figures, plot, plot_examples
 
 pytestmark = pytest.mark.slow       # matplotlib alone takes seconds

@@ -28,8 +28,8 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 import prepare
-from files import REGIONS
 from sources import captions, shards
+from storage.files import REGIONS
 
 pytestmark = pytest.mark.slow       # nothing else imports it, so `make quick` leaves it out
 

@@ -12,10 +12,10 @@ import pytest
 from conftest import (checked, jsonl, names_in, noise_picture, prepare_main, put, rows, sentence,
                       skipped)
 
-from files import NLVR2, VQA
 from metrics import normalize_answer, vqa_accuracy
 from sources import questions as source
 from sources.questions import answer_list, soft_labels, ten
+from storage.files import NLVR2, VQA
 
 pytestmark = pytest.mark.slow       # nothing else imports it, so `make quick` leaves it out
 ROOT = Path(__file__).resolve().parents[1]
@@ -285,7 +285,7 @@ def test_a_running_run_keeps_its_answer_list(tmp_path, official, capsys):
     """Another list, written meanwhile, would give other meanings to the labels of its files."""
     out = tmp_path / "out"
     code = """if True:
-        import sys, disk, pathlib
+        import sys, pathlib; from storage import disk
         with disk.one_writer(pathlib.Path(sys.argv[1]), ""):
             print(flush=True)
             sys.stdin.read()"""

@@ -13,9 +13,9 @@ import eval as evaluation
 import retrieval
 import weights
 from layers import encode_batch_images
-from machine import Machine
 from predict import picture_batch
 from tokenizer import BPE
+from training.machine import Machine
 
 pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
 

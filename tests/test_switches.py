@@ -10,12 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flm
 import losses
-import machine
-import switches
 import train
 import vilt
+from training import machine, switches
 from conftest import TRAIN, TRAIN_FLM, TRAIN_VILT, assert_same, torchrun, train_command, train_outcome, write_caption_world
-from runs import open_run
+from training.runs import open_run
 
 # -- The loss of words in chunks of rows -----------------------------------------------------------
 
@@ -213,7 +212,7 @@ def test_a_static_graph_with_several_micro_batches_is_refused(world, tmp_path):
 
 
 def test_a_task_without_words_refuses_the_loss_of_words_in_chunks(world, tmp_path):
-    from settings import check_task
+    from training.settings import check_task
     settings, _ = train.parse(train_command(world, tmp_path, "--task", "retrieval", "--chunk-loss"))
     with pytest.raises(ValueError,
                        match="--chunk-loss: is for words, which head retrieval does not predict"):
@@ -221,7 +220,7 @@ def test_a_task_without_words_refuses_the_loss_of_words_in_chunks(world, tmp_pat
 
 
 def test_sums_of_an_older_checkpoint_count_all_hits():
-    from report import Sums, with_counted
+    from training.report import Sums, with_counted
     sums = Sums({"reconstructed": 1.0, "wpa": 0.1}, torch.device("cpu"))
     sums.values += with_counted(torch.tensor([[6.0, 2.0], [3.0, torch.nan], [4.0, 2.0]],
                                              dtype=torch.float64))

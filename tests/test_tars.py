@@ -13,14 +13,12 @@ import pytest
 from conftest import (TRAIN, WORDS, assert_same, checked, noise_picture, picture, prepare_main, put,
                       skipped, tar, torchrun, train_command, train_outcome)
 
-import disk
 import eval as evaluation
-import tar_index
-import tars
 import train
 from data import Captions
-from files import find_files, known_datasets, splits_of
-from tar_index import SCHEMA, TarCaptions, table_of
+from storage import disk, tar_index, tars
+from storage.files import find_files, known_datasets, splits_of
+from storage.tar_index import SCHEMA, TarCaptions, table_of
 from tokenizer import BPE
 
 RETRIEVAL = ("--task", "retrieval", "--false-captions", 2)

@@ -16,7 +16,7 @@ import tasks
 import train
 import vilt
 import weights
-from settings import Settings
+from training.settings import Settings
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

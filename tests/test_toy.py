@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from files import CAPTIONS, NLVR2, VQA
+from storage.files import CAPTIONS, NLVR2, VQA
 from tools import toy, toy_world
 from tools.toy_sentences import ANSWERS
 from tools.toy_world import (COLOURS, HELD_OUT, KINDS, NUMBERS, RELATIONS, SINGULAR, SIZES, Scene,

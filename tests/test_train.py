@@ -13,15 +13,15 @@ from conftest import (TRAIN as RUN, TRAIN_FLM as SIZES, TRAIN_VILT as VILT, WORD
                       train_outcome as outcome, write_caption_world, write_captions)
 
 import flm
-import machine
 import recipes
 import tasks
 import train
 import vilt
 import weights
-from optimizer import Muon, moments_of, orthogonal, parameter_groups, rate_at
-from settings import Settings, split_batch, documented_fields
 from tokenizer import BPE
+from training import machine
+from training.optimizer import Muon, moments_of, orthogonal, parameter_groups, rate_at
+from training.settings import Settings, split_batch, documented_fields
 
 ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")

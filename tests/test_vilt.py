@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from conftest import TINY_VILT, free_port, WORDS, vilt_model, write_captions
 
 import data
-from tools import plot, probe
 import tasks
 import train
 import vilt
 import weights
-from optimizer import rate_at
-from settings import Settings
 from tokenizer import BPE, WordPiece
+from tools import plot, probe
+from training.optimizer import rate_at
+from training.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")

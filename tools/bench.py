@@ -35,23 +35,23 @@ from torch.profiler import profile, record_function
 
 import data
 import flm
-import masks
 import layers
-import machine
+import masks
 import tokenizer
 import vilt
 import weights
-from files import CAPTIONS
-from flops import count_flops
 from generate import generate
 from predict import match_score
-from settings import Settings
 from sources.shards import Writer
-from tar_index import table_of
+from storage.files import CAPTIONS
+from storage.tar_index import table_of
 from tasks import Caption, PretrainFLM, PretrainViLT, Retrieval, to_device
 from tools import gpu
 from tools.bench_padding import padding
 from tools.drawn import drawn_samples, drawn_task
+from training import machine
+from training.flops import count_flops
+from training.settings import Settings
 
 # -- Measuring -------------------------------------------------------------------------------------
 

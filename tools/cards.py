@@ -16,12 +16,12 @@ import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import disk
 import eval
 import weights
 from released import named
 from released.card import BACKBONES, DOES, read_run, table
 from released.named import locate
+from storage import disk
 from tools import probe
 from tools.toy import judge
 

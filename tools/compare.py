@@ -40,13 +40,13 @@ from pathlib import Path
 
 import torch
 
-import disk
 from recipes import RECIPES
-from report import clock
+from storage import disk
 from tasks import FINE_TUNING
 from tools import compare_page
 from tools.compare_plan import Comparison, Unit
 from tools.compare_quality import TOY_WORDS
+from training.report import clock
 
 # -------------------------------------------------------------------------------------------------
 # Working through what there is to do.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import flm
 from recipes import MODELS
-from settings import Settings, parse
+from training.settings import Settings, parse
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-import disk
+from storage import disk
 from tools.compare_quality import ALL, BOTH
 from tools.compare_result import (QUALITIES, Yardstick, add_results, collect, curves, mean_curve,
                                   yardsticks)

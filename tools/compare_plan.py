@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import disk
 from recipes import RECIPES
-from report import Halt
+from storage import disk
 from tools.compare_contenders import (CONTENDERS, Contender, common_flags, has_own_rate,
                                       read_contender, settings_of)
 from tools.compare_quality import ALL, Quality, open_quality, task_scores, ways_of_asking
 from tools.compare_run import Track, advance, measure_speed
+from training.report import Halt
 
 SEARCH_SEED = 100               # of the runs that search for a rate: no run of the comparison's
 SEARCH_SHARE = 1 / 3            # of the training time of a run

@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import disk
 from batches import evaluation_batches
 from data import CaptionDataset, Captions, pad_texts, token_lengths
-from files import find_files
 from layers import encode_batch_images
 from predict import device_of, finite, picture_batch
+from storage import disk
+from storage.files import find_files
 from tasks import shape_of
 from tools.probe import reconstruct, spread, words_of
 from tools.toy import SCENES, judge

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-import disk
+from storage import disk
 from tools.compare_quality import ALL, BOTH, LEFT
 
 QUALITIES = (0.5, 0.8, 0.9, 0.95)

@@ -32,17 +32,15 @@ from pathlib import Path
 
 import torch
 
-import checkpoints
-import disk
-import machine as machines
-import settings as train_settings
 import train
 import weights
-from optimizer import rate_at
-from report import Halt, Log, write_config
-from runs import Run, open_run
+from storage import disk
 from tools.bench import original_pretraining
 from tools.compare_quality import Quality, cloze
+from training import checkpoints, machine as machines, settings as train_settings
+from training.optimizer import rate_at
+from training.report import Halt, Log, write_config
+from training.runs import Run, open_run
 
 # The length of the trunk, as it is told to the schedule: longer than any branch, so that the rate
 # never begins to fall.

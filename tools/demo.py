@@ -21,9 +21,9 @@ import os
 import tempfile
 import time
 
-import machine
 from eval import MODEL_FLAGS, add_flag
 from tools import demo_answers
+from training import machine
 
 FLAGS = [
     ("--host NAME", "127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in"),

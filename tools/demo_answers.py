@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import disk
 import predict
 from predict import Model
 from released.named import model_names
+from storage import disk
 from tools.toy import pair_row, picture_rows
 from tools.toy_sentences import place_phrase, places_of
 from tools.toy_world import COLOURS, KINDS, PLURAL, Noun, Scene, Shape, is_true

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import gradio as gr
 
-from machine import Machine
 from tools import demo_answers as answers
 from tools import demo_pictures as pictures
 from tools.demo_answers import TABS, Drawn, Models
+from training.machine import Machine
 
 CSS = """
 .gradio-container {max-width: 1100px !important; margin: 0 auto !important}

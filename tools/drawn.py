@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 import tokenizer
-from machine import Machine
 from recipes import MODELS
-from runs import Run
-from settings import Settings, parse, split_batch
 from tasks import VQA, Task, shape_of, task_of
+from training.machine import Machine
+from training.runs import Run
+from training.settings import Settings, parse, split_batch
 
 # Width and height of photographs, as COCO's are; answers, as VQAv2's list has them.
 SHAPES = [(640, 480), (480, 640), (640, 427), (427, 640), (500, 500), (640, 400)]

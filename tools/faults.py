@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import disk
+from storage import disk
 from tools import faults_downloads, faults_files, faults_runs
 from tools.faults_tries import OUTCOMES, Try, World, remove
 

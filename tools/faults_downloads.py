@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 
 import data
-import disk
 import flm
 import predict
 import tasks
 import vilt
-from tar_index import TarCaptions
+from storage import disk
+from storage.tar_index import TarCaptions
 from tools.faults_tries import Try
 
 

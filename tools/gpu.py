@@ -23,7 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-import disk
+from storage import disk
 
 NEEDED = ("torch", "torchvision", "numpy", "PIL", "pyarrow", "regex", "safetensors", "tqdm",
           "matplotlib")
@@ -53,8 +53,8 @@ def describe(device, small: bool) -> dict:
     """Card and versions, as the page names them."""
     import torch
 
-    import machine
-    import report
+    from training import machine
+    from training import report
 
     about = {"card": report.device_name(device), "small": small, "torch": torch.__version__,
              "python": platform.python_version(), "gigabytes": 0.0,
@@ -73,7 +73,7 @@ def work(names: list[str], device: str, small: bool, scratch: str, results):
     os.setsid()                         # so that whoever stops it stops what it started, too
     import torch
 
-    import machine
+    from training import machine
     from tools.gpu_rows import table
     from tools.gpu_steps import Place
 
@@ -190,7 +190,7 @@ def main(argv=None):
         if missing:
             raise ValueError(f"this Python lacks {', '.join(missing)}: carry their wheels, and "
                              "install them with pip install --no-index")
-        from machine import find_device
+        from training.machine import find_device
         from tools.gpu_rows import table
 
         rows = table()

@@ -2,8 +2,8 @@
 
     python -m tools.gpu_page runs/gpu.json --out docs
 
-Plans (plan.py) then take the measured utilization from docs/gpu.json. Results of a CPU or of the
-small setting are refused: they are no measurements of a GPU.
+Plans (training/plan.py) then take the measured utilization from docs/gpu.json. Results of a CPU or
+of the small setting are refused: they are no measurements of a GPU.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-import disk
+from storage import disk
 from tools.gpu_rows import Row, table
 
 TITLES = {"card": "The card", "step": "Training steps", "launches": "Kernels and gaps of a step",

@@ -68,7 +68,14 @@ def table() -> list[Row]:
         Row("large recomputed", "large-l14-336 at 128, --checkpoint-activations", 40, step,
             {"model": "large-l14-336", "micro_batch": 128,
              "more": ("--checkpoint-activations",)}),
-        Row("shard", base + "at 256, --shard with one process", 30, steps.shard),
+        Row("fits", base + "with --micro-batch auto", 60, steps.fits),
+        Row("ddp", base + "at 256 in DDP of one process", 30, steps.grouped, {"ddp": True}),
+        Row("ddp views", base + "at 256 in DDP, --bucket-views", 30, steps.grouped,
+            {"ddp": True, "more": ("--bucket-views",)}),
+        Row("ddp static", base + "at 256 in DDP, --static-graph", 30, steps.grouped,
+            {"ddp": True, "more": ("--static-graph",)}),
+        Row("shard", base + "at 256, --shard with one process", 30, steps.grouped,
+            {"more": ("--shard",)}),
         Row("step fp32", base + "at 64, float32", 25, step,
             {"precision": "fp32", "micro_batch": 64})]
     for pad in (1, 4, 8, 16):

@@ -12,12 +12,12 @@ import torch
 
 import flm
 import tokenizer
-from disk import shortened
-from settings import Settings
-from tar_index import table_of
+from storage.disk import shortened
+from storage.tar_index import table_of
 from tasks import PretrainFLM
 from tools.gpu_steps import Place
 from tools.probe import IMAGES
+from training.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,13 +11,15 @@ import torch.distributed as dist
 from torch.profiler import profile
 
 import train
-from flops import PASSES, count_flops
 from generate import generate
-from machine import DTYPES, Machine, memory_gb
-from memory import step_memory
 from predict import match_score
 from tasks import BOS, to_device
 from tools.drawn import drawn_batch, drawn_run
+from training.fitting import fit_micro_batch
+from training.flops import PASSES, count_flops
+from training.machine import DTYPES, Machine, memory_gb
+from training.memory import step_memory
+from training.settings import AUTO
 from weights import model_of, outline_of
 
 # In the small setting, which tries out every row without a GPU.
@@ -122,15 +124,18 @@ def drawn_step(place: Place, model: str, micro_batch: int, lengths: tuple[int, .
 
 def step(place: Place, model: str = "base-b32", micro_batch: int = 256,
          lengths: tuple[int, ...] = (13,), precision: str = "", task: str = "pretrain",
-         more: tuple[str, ...] = (), plan: bool = False) -> dict:
+         more: tuple[str, ...] = (), plan: bool = False, ddp: bool = False) -> dict:
     """A training step of train.py, optimizer included, on drawn pairs that lie on the CPU.
 
-    lengths: tokens of the texts of each micro-batch. more: flags of train.py.
+    lengths: tokens of the texts of each micro-batch. more: flags of train.py. ddp: within DDP,
+    which a run of one process leaves out.
     -> pairs_per_second; tflops, of the matrix products on real tokens alone; gigabytes at the peak;
-    with `plan`, what memory.py says of it, which takes some seconds.
+    with `plan`, what training/memory.py says of it, which takes some seconds.
     """
     place.free()
     run, state, one, batches = drawn_step(place, model, micro_batch, lengths, precision, task, more)
+    if ddp:
+        state.model = train.data_parallel(state.bare, run.settings, place.device)
     pairs = run.micro_batch * len(lengths)
     seconds = place.seconds(one, warm_up=8 if run.settings.compile else 3)
     held = memory_gb(place.device)
@@ -157,18 +162,30 @@ def all_reduce_rate(place: Place) -> float:
     return numbers.nbytes / place.seconds(lambda: dist.all_reduce(numbers)) / 1e9
 
 
-def shard(place: Place) -> dict:
-    """A step with --shard, and the sum of a gigabyte over processes: by one process, through NCCL.
+def grouped(place: Place, more: tuple[str, ...] = (), **how) -> dict:
+    """A step and the sum of a gigabyte over processes, through NCCL, in a group of one process.
 
-    What FSDP2 itself costs, before anything travels.
+    What DDP (ddp=True) or FSDP2 (--shard) cost by themselves, before anything travels.
     """
     backend = "nccl" if place.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         rate = all_reduce_rate(place)
-        return {"all_reduce_gb_per_second": rate, **step(place, more=("--shard",))}
+        return {"all_reduce_gb_per_second": rate, **step(place, more=more, **how)}
     finally:
         dist.destroy_process_group()
+
+
+def fits(place: Place) -> dict:
+    """The micro-batch that --micro-batch auto finds, for pairs of 13 tokens; and a step of it."""
+    place.free()
+    run, state, _, _ = drawn_step(place, "base-b32", 64, (13,) * 64, "", "pretrain", ())
+    run.settings = replace(run.settings, micro_batch=AUTO)
+    fit_micro_batch(run, state, lambda run, size: drawn_batch(run.task, size, 13)[0])
+    found = run.micro_batch
+    del run, state
+    return {"micro_batch": found,
+            **step(place, micro_batch=found * 64 if place.small else found)}
 
 
 def launches(place: Place, micro_batch: int, more: tuple[str, ...] = ()) -> dict:

@@ -9,7 +9,7 @@ It needs `pip install '.[notebook]'`. If a cell fails, the file stays as it was.
 import argparse
 from pathlib import Path
 
-import disk
+from storage import disk
 
 
 def run(path: str | Path, timeout: int = 600):

@@ -15,15 +15,15 @@ from dataclasses import replace
 
 import torch
 
-from flops import PASSES, count_flops
-from machine import Machine, running
-from memory import step_memory
-from plan import Cost, say_plan
-from report import count_parameters
-from settings import check, parse as parse_settings
 from tasks import to_device
 from tools.drawn import drawn_batch, drawn_run
 from train import build_state, train_step
+from training.flops import PASSES, count_flops
+from training.machine import Machine, running
+from training.memory import step_memory
+from training.plan import Cost, say_plan
+from training.report import count_parameters
+from training.settings import check, parse as parse_settings
 from weights import outline_of
 
 SAMPLES = 4         # whose FLOPs are counted
@@ -56,7 +56,7 @@ def planned_run(args, flags: list[str]):
 
 
 def main(argv=None):
-    with running("plan.py"):
+    with running("training/plan.py"):
         args, flags = parse(argv)
         for name, least in (("processes", 1), ("tokens", 3), ("longest", 0), ("texts", 0)):
             if getattr(args, name) < least:

@@ -27,9 +27,9 @@ import torch
 from matplotlib.colors import to_rgb
 
 import data
-import disk
 import flm
 import masks
+from storage import disk
 from tools.figures import (BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, STYLE, VERMILLION,
                            WIDTH, save)
 from tools.plot_examples import COLUMNS, plot_align, plot_look, plot_sheet, plot_words

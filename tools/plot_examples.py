@@ -13,10 +13,9 @@ import numpy as np
 from matplotlib.colors import to_rgb
 
 import data
-import disk
-import files
 import predict
-from tar_index import TarCaptions, is_tar
+from storage import disk, files
+from storage.tar_index import TarCaptions, is_tar
 from tools.figures import (BLUE, GREEN, GREY, INK, ORANGE, VERMILLION, open_grid, save, show)
 from tools.look import look
 

@@ -21,19 +21,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import machine
 import vilt
 from batches import evaluation_batches
 from data import CaptionDataset, Captions, pad_texts, token_lengths
 from eval import REQUIRED, add_commands, at_least, one_model
-from disk import read_json, write_text
-from files import find_files
 from layers import encode_batch_images
 from predict import choose_datasets, device_of, finite, no_split, picture_batch
 from released.named import beside
-from tar_index import table_of
+from storage.disk import read_json, write_text
+from storage.files import find_files
+from storage.tar_index import table_of
 from tasks import shape_of
 from tools.look import look_at
+from training import machine
 
 IMAGES = ("right image", "another image", "no image")
 

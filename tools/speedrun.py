@@ -21,16 +21,15 @@ from pathlib import Path
 
 import torch
 
-import disk
-import machine as machines
-import settings as train_settings
 import train
 from data import Captions
-from disk import read_json
-from files import find_files
-from report import Log
-from runs import open_run
+from storage import disk
+from storage.disk import read_json
+from storage.files import find_files
 from tools.probe import IMAGES, word_table
+from training import machine as machines, settings as train_settings
+from training.report import Log
+from training.runs import open_run
 
 GROUPS = ("colours", "shapes")
 

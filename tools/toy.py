@@ -34,11 +34,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-import disk
 from data import Captions
-from disk import complete_file, read_json
-from files import CAPTIONS, NLVR2, VQA
 from sources.shards import Writer
+from storage import disk
+from storage.disk import complete_file, read_json
+from storage.files import CAPTIONS, NLVR2, VQA
 from tools.toy_sentences import ANSWERS, captions, questions, statement
 from tools.toy_world import (COLOURS, KINDS, PLURAL, RELATIONS, SINGULAR, Scene, Shape, draw,
                              is_true, sample_scene)

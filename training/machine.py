@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-import disk
+from storage import disk
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,7 +51,7 @@ class Machine:
     device: torch.device
     precision: str              # fp32, bf16 or fp16, of matrix products
     messages: object = None     # process group for numbers that stay on the CPU; None: alone
-    tensor: int = 1             # processes that hold one model together (parallel.py)
+    tensor: int = 1             # processes that hold one model together (training/parallel.py)
     mesh: object = None         # DeviceMesh of "data" x "tensor", where tensor is above 1
 
     @property

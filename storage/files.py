@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from disk import naming, shortened
-from tars import chosen, shards_at
+from storage.disk import naming, shortened
+from storage.tars import chosen, shards_at
 
 try:
     import resource

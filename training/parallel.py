@@ -40,7 +40,7 @@ from torch.distributed.tensor.parallel import (ColwiseParallel, PrepareModuleInp
 
 import flm
 import vilt
-from machine import Machine
+from training.machine import Machine
 
 # -------------------------------------------------------------------------------------------------
 # The plan.
@@ -144,7 +144,7 @@ def shards(model: nn.Module, machine: Machine) -> dict:
     torch cannot load shards of a divided tensor where they differ in size, and a vocabulary divides
     by nothing. So every group has the whole head, divided over its processes.
     """
-    if machine.tensor == 1:             # all processes; a plan (memory.py) names pretended ones
+    if machine.tensor == 1:         # all processes; a plan (training/memory.py) pretends some
         return {"mesh": machine.mesh["data"]} if machine.mesh else {}
     head = set()
     for name, parameter in model.named_parameters():

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import disk
-from flops import Work
-from loggers import Loggers
-from machine import memory_gb
+from storage import disk
+from training.flops import Work
+from training.loggers import Loggers
+from training.machine import memory_gb
 
 if TYPE_CHECKING:           # for the annotations alone: both files come later
-    from runs import Run
+    from training.runs import Run
     from train import State
 
 

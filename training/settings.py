@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import flm
-import loggers
 import vilt
-from disk import shortened
-from machine import Machine
 from recipes import MODELS, RECIPES
 from released.named import locate
+from storage.disk import shortened
 from tasks import TASKS, Config
+from training import loggers
+from training.machine import Machine
 from weights import backbone_of
 
 
@@ -133,7 +133,7 @@ FREE_TO_CHANGE = {"resume", "out", "data", "epochs", "micro_batch", "workers", "
 
 # A CPU gains nothing from larger micro-batches, and its memory is needed for other things.
 LARGEST_ON_A_CPU = 32
-AUTO = -1                           # micro_batch: as many as fit (fitting.py)
+AUTO = -1                           # micro_batch: as many as fit (training/fitting.py)
 
 # Fields of the models' Configs that the task and the tokenizer decide: they are no flags.
 SET_BY_TASK = {"head", "answers", "pooler", "cls_id", "pad_id", "sep_id", "mask_id"}

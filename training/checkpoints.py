@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-import disk
-import parallel
 import weights
-from machine import Machine
-from optimizer import moments_of
 from released.names import is_finite
-from report import COUNTERS, Halt, Log
+from storage import disk
+from training import parallel
+from training.machine import Machine
+from training.optimizer import moments_of
+from training.report import COUNTERS, Halt, Log
 
 if TYPE_CHECKING:           # for the annotations alone: both files come later
-    from runs import Run
+    from training.runs import Run
     from train import State
 
 

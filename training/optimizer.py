@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-import parallel
 import vilt
-from settings import Settings
+from training import parallel
+from training.settings import Settings
 
 # -------------------------------------------------------------------------------------------------
 # Groups and schedule.

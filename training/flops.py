@@ -22,11 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import weights
-from machine import DTYPES, Machine
 from tasks import to_device
+from training.machine import DTYPES, Machine
 
 if TYPE_CHECKING:           # for the annotations alone: that file comes later
-    from runs import Run
+    from training.runs import Run
 
 # A training step's matrix products, in forward passes: the backward pass has two for each one.
 PASSES = 3

@@ -13,20 +13,18 @@ import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader
 
-import checkpoints
-import disk
-import machine as machines
-import parallel
 import tokenizer
 import vilt
 import weights
 from batches import GlobalBatches
 from data import Captions, token_lengths
-from machine import Machine, loader_workers
 from recipes import MODELS
-from settings import AUTO, Settings, check_model, check_same_run, check_task, split_batch
+from storage import disk
 from tasks import Config, Task, task_of
 from tokenizer import Tokenizer
+from training import checkpoints, machine as machines, parallel
+from training.machine import Machine, loader_workers
+from training.settings import AUTO, Settings, check_model, check_same_run, check_task, split_batch
 
 # A short validation comes early: (its step, its number of captions). What is wrong with the
 # validation split shows in the first minute, not after the first thousand steps.

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import torch.distributed as dist
 
-from disk import shortened
-from files import VQA, Table, find_files, nested, outermost, refuse, splits_of
+from storage.disk import shortened
+from storage.files import VQA, Table, find_files, nested, outermost, refuse, splits_of
 
 # -------------------------------------------------------------------------------------------------
 # The identifiers of NLVR2's statements.

@@ -3,9 +3,9 @@
     python train.py … --dry-run                                     # of a run whose data is here
     python -m tools.plan --processes 8 --task pretrain --recipe flm-b32     # of one whose is not
 
-Memory is counted on the loop's own code (memory.py). Time is arithmetic: the FLOPs of the recipe
-(flops.py) over the peak of the cards' data sheets times a utilization. That one is an assumption,
-until docs/gpu.json holds a measured one.
+Memory is counted on the loop's own code (training/memory.py). Time is arithmetic: the FLOPs of the
+recipe (training/flops.py) over the peak of the cards' data sheets times a utilization. That one is
+an assumption, until docs/gpu.json holds a measured one.
 """
 
 import json
@@ -14,18 +14,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from flops import flops_per_pair_and_token
-from memory import step_memory
-from report import count_parameters, describe
+from training.flops import flops_per_pair_and_token
+from training.memory import step_memory
+from training.report import count_parameters, describe
 from weights import outline_of
 
 if TYPE_CHECKING:           # for the annotations alone: the file comes later
-    from runs import Run
+    from training.runs import Run
 
 GIB = 2 ** 30
-MEASURED = Path(__file__).parent / "docs/gpu.json"      # what `python -m tools.bench gpu` measured
+MEASURED = Path(__file__).parents[1] / "docs/gpu.json"      # by `python -m tools.bench gpu`
 ASSUMED = 0.3       # of the data sheet's peak; well-kept training codes reach 0.33 to 0.46 on H100s
-ROOM = 0.9          # share of a card's memory that a plan may fill: see the head of memory.py
+ROOM = 0.9          # share of a card's memory that a plan may fill: the head of training/memory.py
 
 
 class Card(NamedTuple):

@@ -27,7 +27,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import disk
+from storage import disk
 
 PROJECT = "flm-vilt"            # WANDB_PROJECT and TRACKIO_PROJECT beat it
 

@@ -7,7 +7,7 @@
     tar.damage                                  # why not all of it could be read; "" if all was
 
 The files of a sample stand side by side in the tar: KEY.jpg with KEY.txt or KEY.json.
-sources/captions.py converts them, tar_index.py reads them as they lie.
+sources/captions.py converts them, storage/tar_index.py reads them as they lie.
 """
 
 import glob
@@ -21,7 +21,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from disk import naming, shortened
+from storage.disk import naming, shortened
 
 PICTURES = ("jpg", "jpeg", "png", "webp")   # extensions, in order of preference
 LARGEST = 256 << 20                         # bytes of a file; a larger one is left out

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from layers import ViTBlock
-from settings import Settings
+from training.settings import Settings
 
 
 def lighten(model: nn.Module, settings: Settings) -> None:

@@ -29,13 +29,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import layers
-import parallel
-from machine import Machine
-from optimizer import moments_of
+from training import parallel
+from training.machine import Machine
+from training.optimizer import moments_of
 from weights import outline_of
 
 if TYPE_CHECKING:           # for the annotations alone: the file comes later
-    from runs import Run
+    from training.runs import Run
 
 PARTS = ("weights", "gradients", "moments", "activations", "logits", "inputs")
 

@@ -8,6 +8,7 @@ saved with the run's settings: a resumed run goes on with it.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +16,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-import machine as machines
-from optimizer import moments_of
-from report import Halt
-from runs import Run
-from settings import LARGEST_ON_A_CPU
 from tasks import to_device
+from training import machine as machines
+from training.optimizer import moments_of
+from training.report import Halt
+from training.runs import Run
+from training.settings import LARGEST_ON_A_CPU
 
 if TYPE_CHECKING:           # for the annotations alone: train comes later
     from train import State
@@ -29,10 +30,19 @@ MARGIN = 0.08           # share of the memory that is left free: fragments, othe
 NO_MEMORY = 2 ** 62     # bytes: more than there are
 
 
-def fit_micro_batch(run: Run, state: "State") -> None:
+def longest_batch(run: Run, size: int) -> dict:
+    """A micro-batch of the longest captions of the training data."""
+    longest = np.argsort(run.sampler.lengths, kind="stable")[-size:]
+    dataset = run.task.dataset(run.tables["train"], train=True)
+    batch, _ = run.task.collate(dataset.samples([(0, int(i)) for i in longest]))
+    return batch
+
+
+def fit_micro_batch(run: Run, state: "State",
+                    batch_of: Callable[[Run, int], dict] = longest_batch) -> None:
     """Sets run.micro_batch to the largest that fits, and run.accumulation; every process must ask.
 
-    Halt where not even the smallest fits.
+    batch_of: makes the micro-batch of a size that is tried. Halt where not even the smallest fits.
     """
     machine = run.machine
     limit = -machine.largest(-memory_limit(machine))        # the smallest of all processes
@@ -41,7 +51,7 @@ def fit_micro_batch(run: Run, state: "State") -> None:
     for size in sizes:
         peak = expected_peak(peaks, size)
         if peak <= limit:
-            peak = machine.largest(peak_bytes(run, state, size))
+            peak = machine.largest(peak_bytes(run, state, batch_of(run, size)))
         if peak > limit:
             too_large = f"; {size} do not fit"
             break
@@ -98,15 +108,12 @@ def memory_limit(machine: machines.Machine) -> int:
     return int((1 - MARGIN) * (free / machine.world + held))
 
 
-def peak_bytes(run: Run, state: "State", size: int) -> int:
-    """The most bytes held while a micro-batch of this size trains; NO_MEMORY if a GPU ran out.
+def peak_bytes(run: Run, state: "State", batch: dict) -> int:
+    """The most bytes held while a micro-batch trains; NO_MEMORY if a GPU ran out.
 
     The optimizer's moments, which the first step will add, are counted with it.
     """
     device = run.machine.device
-    longest = np.argsort(run.sampler.lengths, kind="stable")[-size:]
-    dataset = run.task.dataset(run.tables["train"], train=True)
-    batch, _ = run.task.collate(dataset.samples([(0, int(i)) for i in longest]))
     machines.forget_peak(device)
     state.bare.train()
     try:

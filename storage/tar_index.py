@@ -28,9 +28,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Captions, open_header
-from disk import complete_file, naming, shortened
-from files import most_open_files, nested, open_arrow, recently_used, refuse
-from tars import SURROGATE, Sample, Tar, usable_captions
+from storage.disk import complete_file, naming, shortened
+from storage.files import most_open_files, nested, open_arrow, recently_used, refuse
+from storage.tars import SURROGATE, Sample, Tar, usable_captions
 
 # `image` is [offset, size]: where the picture's bytes begin in the tar, and how many they are.
 SCHEMA = pa.schema([("image", pa.list_(pa.int64())), ("caption", pa.list_(pa.string())),

@@ -1,0 +1,1 @@
+"""What lies on the disk: Arrow files, tars, the doors that check them, and files written whole."""
