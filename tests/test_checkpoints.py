@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (ROOT, TRAIN as RUN, TRAIN_FLM as SIZES, TRAIN_VILT as VILT, assert_same,
-                      free_port, torchrun, write_captions,
+                      free_port, together, torchrun, write_captions,
                       train_command as command, train_outcome as outcome, write_caption_world)
 
 import flm
@@ -85,19 +85,16 @@ def test_a_killed_and_resumed_run_equals_one_that_never_stopped(world, tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--shard", "--precision", "bf16")],
+@pytest.mark.parametrize("start, more", [(torchrun, ()),
+                                         (together, ("--shard", "--precision", "bf16"))],
                          ids=["ddp", "fsdp in bfloat16"])
-def test_a_run_of_two_processes_resumes_as_if_it_had_never_stopped(world, tmp_path, more):
+def test_a_run_of_two_processes_resumes_as_if_it_had_never_stopped(world, tmp_path, start, more):
     arguments = [*RUN, "--steps", 4, "--dropout", 0.1, "--micro-batch", 4, "--eval-every", 0,
                  "--keep", 2, *more]
-    whole = torchrun(2, command(world, tmp_path / "whole", *arguments))
-    output, _ = whole.communicate(timeout=240)
-    assert whole.returncode == 0, output
+    start(2, command(world, tmp_path / "whole", *arguments))
     (tmp_path / "again").mkdir()
     (tmp_path / "again/last.pt").write_bytes((tmp_path / "whole/step_2.pt").read_bytes())
-    again = torchrun(2, command(world, tmp_path / "again", *arguments, "--resume"))
-    output, _ = again.communicate(timeout=240)
-    assert again.returncode == 0, output
+    start(2, command(world, tmp_path / "again", *arguments, "--resume"))
     models = [weights.read(tmp_path / name / "last.pt")["model"] for name in ("whole", "again")]
     for name, tensor in models[0].items():
         assert tensor.dtype == torch.float32 and torch.equal(models[1][name], tensor), name

@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pytest
 import torch
-from conftest import ANSWERS, WORDS, arrow, finetune, picture, two_processes, write_world
+from conftest import ANSWERS, WORDS, arrow, finetune, picture, together, write_world
 
 import eval as evaluation
 import layers
@@ -665,7 +665,7 @@ def test_every_flag_of_every_command_has_a_help_text(capsys):
 @pytest.mark.slow
 def test_two_processes_give_the_answers_of_one(world, tmp_path):
     one = evaluate(world, "vqa", "flm", tmp_path / "one", "--batch-size", 3)
-    printed = two_processes("eval.py", "vqa", world / "vqa-flm/last.pt", "--data", world,
-                            "--device", "cpu", "--out", tmp_path / "two", "--batch-size", 3)
+    printed = together(2, ["vqa", world / "vqa-flm/last.pt", "--data", world, "--device", "cpu",
+                           "--out", tmp_path / "two", "--batch-size", 3], "eval")
     assert {path.name: path.read_text() for path in (tmp_path / "two").iterdir()} == one
     assert printed.count("2 rows have pictures that cannot be decoded") == 1

@@ -1,16 +1,13 @@
 """Tensor parallelism: the same losses, weights and files as one process, whatever the layout."""
 
 import math
-import os
 import shlex
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import (TINY, TINY_VILT, TRAIN_VILT, assert_same, free_port, tiny,
+from conftest import (TINY, TINY_VILT, TRAIN_VILT, assert_same, tiny, together,
                       train_command as command, train_outcome as outcome, vilt_model,
                       write_caption_world)
 
@@ -30,32 +27,9 @@ RUN = shlex.split("--global-batch 8 --micro-batch 4 --pad-to 24 --lr 1e-2 --head
                   "--eval-samples 8 --save-every 2")
 
 
-# Everything is imported once, before the forks: that is most of a short run's time.
-LAUNCHER = """
-import os, sys, torch._dynamo, train
-processes, arguments = int(sys.argv[1]), sys.argv[2:]
-for rank in range(processes):
-    if os.fork() == 0:
-        for name, value in (("RANK", rank), ("SIZE", processes), ("LOCAL_RANK", rank)):
-            os.environ[f"OMPI_COMM_WORLD_{name}"] = str(value)
-        train.main(arguments)
-        sys.exit()
-sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(processes)))
-"""
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return write_caption_world(tmp_path_factory.mktemp("world"))
-
-
-def mpirun(processes, arguments):
-    """Runs train.py on several processes, each with the variables that mpirun sets."""
-    run = subprocess.run([sys.executable, "-c", LAUNCHER, str(processes), *arguments], cwd=ROOT,
-                         env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())},
-                         capture_output=True, text=True, timeout=500)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
 
 
 def contents(out):
@@ -76,7 +50,7 @@ def test_two_groups_of_two_processes_train_as_one_process(world, tmp_path):
     # Without a warm-up AdamW's first steps are as long for a gradient that is nothing but rounding.
     more = [*RUN, "--steps", 6, "--warmup", 0.2, "--decay", 1, "--fusion-layers", 1,
             "--reconstructor-fusion-layers", 1]
-    printed = mpirun(4, command(world, tmp_path / "2x2", *more, "--tensor-parallel", 2))
+    printed = together(4, command(world, tmp_path / "2x2", *more, "--tensor-parallel", 2))
     train.main(command(world, tmp_path / "1", *more))
     assert "global batch 8 = 2 groups of 2 processes x 1 x 4" in printed
     assert_same(outcome(tmp_path / "1"), outcome(tmp_path / "2x2"), 2e-5)
@@ -89,9 +63,9 @@ def test_a_run_goes_on_in_another_layout_as_if_it_had_never_changed(world, tmp_p
     more = [*RUN, "--no-itm", "--resume"]
     out = tmp_path / "run"
     train.main(command(world, out, *more, "--steps", 2, sizes=TRAIN_VILT))
-    mpirun(2, command(world, out, *more, "--steps", 4, "--tensor-parallel", 2, sizes=TRAIN_VILT))
+    together(2, command(world, out, *more, "--steps", 4, "--tensor-parallel", 2, sizes=TRAIN_VILT))
     assert weights.load(out / "last.pt").step == 4      # as eval.py opens it
-    mpirun(4, command(world, out, *more, "--steps", 6, "--tensor-parallel", 2, "--shard",
+    together(4, command(world, out, *more, "--steps", 6, "--tensor-parallel", 2, "--shard",
                       sizes=TRAIN_VILT))
     assert contents(out)[4] == 2
     train.main(command(world, out, *more, "--steps", 8, sizes=TRAIN_VILT))

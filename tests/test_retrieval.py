@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import (SIZES, TOL, finetune, original, task_on, two_processes, write_captions,
+from conftest import (SIZES, TOL, finetune, original, task_on, together, write_captions,
                       write_world)
 
 import eval as evaluation
@@ -318,8 +318,8 @@ def test_a_pretrained_model_without_matching_cannot_retrieve(world, tmp_path):
 def test_two_processes_give_the_scores_of_one_and_go_on_together(world, tmp_path):
     whole, recall = retrieve(world, "flm", tmp_path)
     interrupt(tmp_path, [0, 1, 2, 4, 5, 6])
-    printed = two_processes("eval.py", "retrieval", world / "flm/last.pt", "--data", world,
-                            "--device", "cpu", "--out", tmp_path, "--resume")
+    printed = together(2, ["retrieval", world / "flm/last.pt", "--data", world, "--device", "cpu",
+                           "--out", tmp_path, "--resume"], "eval")
     assert printed.count("1 of 7 images are scored already") == 1
     assert printed.count("every pair scored") == 1
     scores, = tmp_path.glob("scores*.npy")

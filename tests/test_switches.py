@@ -13,7 +13,7 @@ import losses
 import train
 import vilt
 from training import machine, switches
-from conftest import TRAIN, TRAIN_FLM, TRAIN_VILT, assert_same, torchrun, train_command, train_outcome, write_caption_world
+from conftest import TRAIN, TRAIN_FLM, TRAIN_VILT, assert_same, together, train_command, train_outcome, write_caption_world
 from training.runs import open_run
 
 # -- The loss of words in chunks of rows -----------------------------------------------------------
@@ -193,9 +193,7 @@ def test_weights_cast_once_a_step_give_the_same_gradients_with_fewer_casts(world
 @pytest.mark.slow
 def test_two_processes_learn_the_same_with_bucket_views_and_a_static_graph(world, tmp_path):
     def of_two(name, *flags):
-        run = torchrun(2, train_command(world, tmp_path / name, *TRAIN, *flags))
-        printed, _ = run.communicate(timeout=240)
-        assert run.returncode == 0, printed
+        together(2, train_command(world, tmp_path / name, *TRAIN, *flags))
         return train_outcome(tmp_path / name)
 
     plain = of_two("plain")

@@ -11,7 +11,7 @@ import tarfile
 import pyarrow as pa
 import pytest
 from conftest import (TRAIN, WORDS, assert_same, checked, noise_picture, picture, prepare_main, put,
-                      skipped, tar, torchrun, train_command, train_outcome)
+                      skipped, tar, together, train_command, train_outcome)
 
 import eval as evaluation
 import train
@@ -114,9 +114,7 @@ def test_a_resumed_run_refuses_tars_with_other_rows(world, tmp_path):
 def test_two_processes_write_the_indexes_together(world, tmp_path):
     for number in range(5):
         tar(tmp_path / f"cc/{number}.tar", members(100 * number, 5))
-    run = torchrun(2, run_flags(world, tmp_path / "cc", tmp_path / "run", "--steps", 2))
-    output, _ = run.communicate(timeout=240)
-    assert run.returncode == 0, output
+    together(2, run_flags(world, tmp_path / "cc", tmp_path / "run", "--steps", 2))
     found = sorted(path.name for path in tmp_path.glob("cc/*.index"))
     assert found == [f"{number}.tar.index" for number in range(5)]
 

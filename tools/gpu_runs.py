@@ -45,6 +45,8 @@ def world(place: Place) -> Path:
 
 def pretraining(place: Place, name: str, *more) -> list:
     """The arguments of a pretraining on the toy world into the folder `name`."""
+    if place.small:
+        more += ("--global-batch", 4, "--micro-batch", 4)
     return ["train.py", "--task", "pretrain", "--recipe", "toy", "--device", place.device.type,
             "--data", world(place), "--out", place.scratch / name, "--eval-every", 0, *more]
 
