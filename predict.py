@@ -10,7 +10,7 @@
 
 A picture is a file's path or a PIL image. docs/PYTHON.md shows each function at work.
 
-Scores of all pairs of a data set's images and captions: gallery.py.
+Scores of all pairs of a data set's images and captions: retrieval.py.
 
 Letters: B captions, L text length, D width.
 All functions run on the device where the model is, under the caller's autocast.
@@ -25,14 +25,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import data
 import flm
 import generate
 import tokenizer
 import vilt
 import weights
-from data import decode, pad_pictures
+from data import pad_pictures
 from layers import encode_batch_images, task_logits
+from pictures import check_size, decode, resized, upright
 from storage import disk, files
 from tasks import BOS, EOS, Config, Model, patch_layout, shape_of, task_of, to_device
 
@@ -135,8 +135,8 @@ def open_picture(picture: Picture, config: Config) -> Tensor:
     try:
         if not in_memory:
             return decode(Path(picture).read_bytes(), shape_of(config))
-        data.check_size(picture)
-        return data.resized(data.upright(picture), shape_of(config))
+        check_size(picture)
+        return resized(upright(picture), shape_of(config))
     except Exception as error:              # Pillow's readers raise whatever broken bytes lead to
         reason = disk.shortened(error) or type(error).__name__
         raise ValueError(f"{name}: not a picture that can be read ({reason})") from None
@@ -184,7 +184,7 @@ def checked_ids(model: Model, ids: list[int], text: str) -> Tensor:
 # -------------------------------------------------------------------------------------------------
 # Answers about single pictures.
 
-# What the files of the formats that are opened (data.FORMATS) are called.
+# What the files of the formats that are opened (pictures.FORMATS) are called.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 

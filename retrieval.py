@@ -32,6 +32,7 @@ from tqdm import tqdm
 import data
 import flm
 import layers
+import pictures
 import predict
 import tasks
 import vilt
@@ -111,7 +112,7 @@ class Gallery:
         model = self.model
         tokenizer_files = weights.pack_tokenizer(model.tokenizer)
         add(repr((model.config, precision, tokenizer_files, torch.__version__)).encode())
-        for code in (data, files, flm, layers, predict, tasks, vilt):
+        for code in (data, files, flm, layers, pictures, predict, tasks, vilt):
             add(Path(code.__file__).read_bytes())
         add(Path(__file__).read_bytes())
         for name, tensor in model.state_dict().items():

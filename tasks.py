@@ -26,9 +26,10 @@ from torch import Tensor
 import flm
 import masks
 import vilt
-from data import (CLIP_MEAN, CLIP_STD, CaptionDataset, Captions, Questions, Shape, Square,
-                  Statements, Whole, mask_words, normalize, pad_pictures, pad_texts)
+from data import (CaptionDataset, Captions, Questions, Statements, mask_words, pad_pictures,
+                  pad_texts)
 from exchange import Exchange, ExchangedWords
+from pictures import CLIP_MEAN, CLIP_STD, Shape, Square, Whole, normalize
 from storage.disk import read_json
 from storage.files import FILES, find_files, known_datasets
 from storage.rebuilt import rebuilt_answers

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data import Captions, open_header, open_image
+from data import Captions
+from pictures import open_header, open_image
 from sources.shards import KINDS, Kind, bar, fail, in_order
 from storage.disk import read_json, sentence_of, shortened
 from storage.files import arrow_files, nested, open_arrow

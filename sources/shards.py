@@ -25,7 +25,8 @@ import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
 
-from data import Captions, Questions, Statements, open_header, open_image, turn_of
+from data import Captions, Questions, Statements
+from pictures import open_header, open_image, turn_of
 from storage.disk import complete_file, one_writer, remove_partials, shortened
 from storage.files import CAPTIONS, NLVR2, REGIONS, VQA
 from storage.tars import LARGEST, SURROGATE, relative

@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from data import Captions, open_header, open_image
+from data import Captions
+from pictures import open_header, open_image
 from sources.check import all_values, files_in, open_table
 from sources.shards import KINDS, Kind, bar, in_order
 from storage import disk

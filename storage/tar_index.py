@@ -27,7 +27,8 @@ import pyarrow as pa
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Captions, open_header
+from data import Captions
+from pictures import open_header
 from storage.disk import complete_file, naming, shortened
 from storage.files import most_open_files, nested, open_arrow, recently_used, refuse
 from storage.tars import SURROGATE, Sample, Tar, usable_captions

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
+import pictures
 from batches import GlobalBatches, draw_groups, evaluation_batches
 from data import CaptionDataset, Captions, Questions, Statements, mask_words, pad_texts
 from sources.shards import Writer
@@ -383,7 +384,7 @@ def test_decoding_equals_torchvisions_clip_transform(size):
     from torchvision import transforms as T
     encoded = picture(0, size)
     clip = T.Compose([T.Resize(24, T.InterpolationMode.BICUBIC), T.CenterCrop(24), T.PILToTensor()])
-    assert torch.equal(data.decode(encoded, data.Square(24)),
+    assert torch.equal(pictures.decode(encoded, pictures.Square(24)),
                        clip(Image.open(io.BytesIO(encoded)).convert("RGB")))
 
 
@@ -391,7 +392,7 @@ def test_decoding_equals_torchvisions_clip_transform(size):
 def test_fast_decoding_shows_the_same_picture(size, mean, most):
     """The second picture is decoded at a quarter of its size by libjpeg: softer, but the same picture."""
     encoded = picture(3, size)
-    exact, fast = (data.decode(encoded, data.Square(64), fast=fast).float()
+    exact, fast = (pictures.decode(encoded, pictures.Square(64), fast=fast).float()
                    for fast in (False, True))
     assert 0 < (exact - fast).abs().mean() < mean and (exact - fast).abs().max() <= most
 
@@ -404,7 +405,7 @@ def test_any_colour_mode_becomes_rgb(mode):
     else:
         image = image.convert(mode)
     image.save(out, "JPEG" if mode == "CMYK" else "PNG")
-    decoded = data.decode(out.getvalue(), data.Square(16))
+    decoded = pictures.decode(out.getvalue(), pictures.Square(16))
     assert decoded.shape == (3, 16, 16) and decoded.float().std() > 5
 
 
@@ -424,7 +425,7 @@ def test_every_orientation_of_a_camera_is_turned_upright(format, turn):
     exif[0x0112] = turn
     more = {"lossless": True} if format == "WEBP" else {"quality": 100,
                                                         "subsampling": 0} if format == "JPEG" else {}
-    found = data.open_image(encoded(stored[turn], format, exif=exif, **more))
+    found = pictures.open_image(encoded(stored[turn], format, exif=exif, **more))
     assert found.size == (24,
                           16) and np.abs(np.asarray(found,
                                                     int) - np.asarray(upright, int)).max() < 16
@@ -435,7 +436,7 @@ def test_every_orientation_of_a_camera_is_turned_upright(format, turn):
 @given(st.binary(max_size=60))
 def test_broken_exif_does_not_make_a_picture_unreadable(tags):
     image = Image.new("RGB", (8, 8), (9, 200, 30))
-    assert data.open_image(encoded(image, "JPEG",
+    assert pictures.open_image(encoded(image, "JPEG",
                                    exif=b"Exif\0\0MM\0*\0\0\0\x08"
                                    + tags)).getpixel((3, 3))[1] > 180
 
@@ -449,7 +450,7 @@ def test_broken_exif_does_not_make_a_picture_unreadable(tags):
                                                       [255, 127, 0]),
     (np.float32, [1e30, 5e29, 0], [255, 127, 0]), (np.float32, [np.nan, 0, 0], [0, 0, 0])])
 def test_wide_numbers_are_scaled_and_neither_black_nor_white(dtype, values, expected):
-    image = data.open_image(encoded(Image.fromarray(np.array([values], dtype)), "TIFF"))
+    image = pictures.open_image(encoded(Image.fromarray(np.array([values], dtype)), "TIFF"))
     assert np.abs(np.asarray(image)[0, :, 0].astype(int) - expected).max() <= 1
 
 
@@ -460,8 +461,8 @@ def test_wide_numbers_are_scaled_and_neither_black_nor_white(dtype, values, expe
                           ((9500, 9500), False)])
 def test_a_picture_too_long_or_too_large_counts_as_undecodable_before_it_is_decoded(size, fine):
     bomb = encoded(Image.new("1", size))
-    for read in (data.open_image, data.open_header, lambda b: data.decode(b, data.Square(64)),
-                 lambda b: data.decode(b, data.Whole(64, 16), fast=True)):
+    for read in (pictures.open_image, pictures.open_header, lambda b: pictures.decode(b, pictures.Square(64)),
+                 lambda b: pictures.decode(b, pictures.Whole(64, 16), fast=True)):
         if fine:
             read(bomb)
         else:
@@ -472,13 +473,13 @@ def test_a_picture_too_long_or_too_large_counts_as_undecodable_before_it_is_deco
 def test_normalisation_is_clips():
     from torchvision.transforms import Normalize
     images = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
-    torch.testing.assert_close(data.normalize(images),
-                               Normalize(data.CLIP_MEAN, data.CLIP_STD)(images / 255.0))
+    torch.testing.assert_close(pictures.normalize(images),
+                               Normalize(pictures.CLIP_MEAN, pictures.CLIP_STD)(images / 255.0))
 
 
 def test_undecodable_images_are_replaced_by_the_next_row_and_named(tmp_path, tok):
     table = Captions([write_captions(tmp_path / "a.arrow", 10, broken={3, 4, 9})])
-    dataset = CaptionDataset(table, tok, data.Square(16), 50, train=True)
+    dataset = CaptionDataset(table, tok, pictures.Square(16), 50, train=True)
     sample = dataset[0, 7]                                          # row 3, its second caption
     assert sample["row"] == 5 and sample["index"] == 10 and len(sample["unreadable"]) == 2
     assert sample["unreadable"][0].startswith(f"{tmp_path / 'a.arrow'} row 3: ")
@@ -490,7 +491,7 @@ def test_undecodable_images_are_replaced_by_the_next_row_and_named(tmp_path, tok
 def test_an_undecodable_image_is_named_once_for_its_group_which_moves_on_to_the_next_row(tmp_path,
                                                                                          tok):
     table = Captions([write_captions(tmp_path / "a.arrow", 6, captions=3, broken={1, 2})])
-    dataset = CaptionDataset(table, tok, data.Square(16), 50, train=True)
+    dataset = CaptionDataset(table, tok, pictures.Square(16), 50, train=True)
     # row 0; the first and third caption of row 1
     samples = dataset.samples([(0, 0), (0, 3, 5)])
     assert [sample["row"] for sample in samples] == [0, 3,
@@ -503,15 +504,15 @@ def test_an_undecodable_image_is_named_once_for_its_group_which_moves_on_to_the_
 def test_a_group_that_moves_on_to_an_image_with_fewer_captions_keeps_its_size(tmp_path, tok):
     files = [write_captions(tmp_path / "a.arrow", 1, captions=3, broken={0}),
              write_captions(tmp_path / "b.arrow", 2, captions=2)]
-    dataset = CaptionDataset(Captions(files), tok, data.Square(16), 50, train=True)
+    dataset = CaptionDataset(Captions(files), tok, pictures.Square(16), 50, train=True)
     assert [sample["index"] for sample in dataset.samples([(0, 0, 1, 2)])] == [3, 4, 3]
 
 
 def test_a_group_is_the_same_captions_with_its_image_decoded_once_and_augmented_by_the_first(tmp_path, tok, monkeypatch):
     table = Captions([write_captions(tmp_path / "a.arrow", 4, captions=3)])
-    dataset = CaptionDataset(table, tok, data.Square(16), 50, True, augment=True)
+    dataset = CaptionDataset(table, tok, pictures.Square(16), 50, True, augment=True)
     one_by_one = [dataset[2, i] for i in (3, 5, 4, 6)]
-    decoded, decode = [], data.decode
+    decoded, decode = [], pictures.decode
     monkeypatch.setattr(data, "decode", lambda *arguments: decoded.append(1) or decode(*arguments))
     samples = dataset.samples([(2, 3, 5, 4), (2, 6)])
     assert len(decoded) == 2
@@ -526,7 +527,7 @@ def test_a_group_is_the_same_captions_with_its_image_decoded_once_and_augmented_
 
 def test_the_loader_asks_for_groups_as_a_whole(tmp_path, tok):
     table = Captions([write_captions(tmp_path / "a.arrow", 8, captions=3)])
-    dataset = CaptionDataset(table, tok, data.Square(16), 50, True)
+    dataset = CaptionDataset(table, tok, pictures.Square(16), 50, True)
     sampler = GlobalBatches(data.token_lengths(table, tok), 12, 0, 1, table.row_of, 2)
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler.micro_batches(0, 4, 6),
                                          collate_fn=list)
@@ -540,7 +541,7 @@ def test_the_loader_asks_for_groups_as_a_whole(tmp_path, tok):
 
 def test_samples_depend_on_seed_epoch_and_index_alone(tmp_path, tok):
     table = Captions([write_captions(tmp_path / "a.arrow", 4)])
-    draw = lambda seed, epoch, i: CaptionDataset(table, tok, data.Square(16), 50, True, seed,
+    draw = lambda seed, epoch, i: CaptionDataset(table, tok, pictures.Square(16), 50, True, seed,
                                                  augment=True)[epoch, i]
     state = torch.random.get_rng_state()
     a, b, c, d = draw(0, 1, 2), draw(0, 1, 2), draw(0, 2, 2), draw(1, 1, 2)
@@ -552,7 +553,7 @@ def test_samples_depend_on_seed_epoch_and_index_alone(tmp_path, tok):
 
 def test_long_captions_are_cut_and_counted(tmp_path, tok):
     table = Captions([write_captions(tmp_path / "a.arrow", 4)])
-    samples = [CaptionDataset(table, tok, data.Square(16), 7, True)[0, i] for i in range(8)]
+    samples = [CaptionDataset(table, tok, pictures.Square(16), 7, True)[0, i] for i in range(8)]
     for sample, i in zip(samples, range(8)):
         ids = tok.encode(table.text(i))
         assert sample["ids"] == [tok.cls_id, *ids[:5],
@@ -783,7 +784,7 @@ def test_real_captions_in_a_published_global_batch_leave_little_padding(shared):
 
 def test_token_lengths_count_what_the_model_will_see(tmp_path, tok):
     table = Captions([write_captions(tmp_path / "a.arrow", 9)])
-    dataset = CaptionDataset(table, tok, data.Square(16), 50, True)
+    dataset = CaptionDataset(table, tok, pictures.Square(16), 50, True)
     lengths = data.token_lengths(table, tok)
     assert lengths.tolist() == [len(dataset[0, i]["ids"]) for i in range(18)]
     assert data.token_lengths(table, tok, [3, 17]).tolist() == lengths[[3, 17]].tolist()

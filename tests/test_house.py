@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each file imports only from those before it. weights and released/ are the door to other people's
 # checkpoints, prepare and sources/ that to other people's downloads.
 ORDER = """
-    storage.disk tokenizer storage.tars storage.files storage.rebuilt data storage.tar_index exchange batches
+    storage.disk tokenizer pictures storage.tars storage.files storage.rebuilt data storage.tar_index exchange batches
     losses layers masks flm vilt recipes tasks released weights
     training.machine training.parallel training.flops training.loggers training.settings training.optimizer
     training.memory training.report training.plan training.checkpoints training.runs training.switches

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import ANSWERS, TOL, finetune, original, task_on, write_captions, write_questions, write_world
 
-import data
 import flm
 import layers
+import pictures
 import recipes
 import tasks
 import train
@@ -160,7 +160,7 @@ def test_nlvr2_batches_hold_both_pictures_and_whether_the_statement_is_true(worl
     shape = tasks.shape_of(task.config)
     for i, sample in enumerate(samples):
         for which, name in enumerate(("image", "image_1")):
-            expected = data.decode(table.image(i, which), shape)
+            expected = pictures.decode(table.image(i, which), shape)
             assert torch.equal(batch[name][i, :, :expected.shape[1], :expected.shape[2]], expected)
             if kind == "vilt":
                 rows, columns = (side // 16 for side in expected.shape[1:])

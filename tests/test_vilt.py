@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from conftest import TINY_VILT, free_port, WORDS, vilt_model, write_captions
 
 import data
+import pictures
 import tasks
 import train
 import vilt
@@ -99,7 +100,7 @@ def test_a_caption_without_words_has_distance_0_and_a_finite_gradient():
 
 
 def test_picture_sizes_are_the_originals(recorded):
-    shape = data.Whole(384, 32)
+    shape = pictures.Whole(384, 32)
     for before, after in recorded["resize_384_639"]:
         assert shape(*before) == (tuple(after), tuple(after))
     assert max(shape(w, h)[0][0] for w in range(50, 2000, 13) for h in range(50, 900, 11)) == 608

@@ -33,7 +33,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.profiler import profile, record_function
 
-import data
 import flm
 import layers
 import masks
@@ -41,6 +40,7 @@ import tokenizer
 import vilt
 import weights
 from generate import generate
+from pictures import Square, decode
 from predict import match_score
 from sources.shards import Writer
 from storage.files import CAPTIONS
@@ -388,13 +388,13 @@ def loader(args):
             task.dataset(table, train=True), args.batch, collate_fn=task.collate,
             sampler=[(0, table.first_of(row)) for row in range(len(photos))])
 
-        def decode(fast):
-            return [data.decode(photo, data.Square(288), fast) for photo in photos]
+        def decoded(fast):
+            return [decode(photo, Square(288), fast) for photo in photos]
 
         print(f"{len(photos)} pictures of {sum(map(len, photos)) / len(photos) / 1000:.0f} kB")
         ways = [Way("whole loader", lambda: list(whole)),
-                Way("decoding, fast as in training", lambda: decode(fast=True)),
-                Way("decoding, exact as the original", lambda: decode(fast=False))]
+                Way("decoding, fast as in training", lambda: decoded(fast=True)),
+                Way("decoding, exact as the original", lambda: decoded(fast=False))]
         return compare(ways, len(photos), "pictures", args)
 
 

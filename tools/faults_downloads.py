@@ -22,6 +22,7 @@ import flm
 import predict
 import tasks
 import vilt
+from pictures import Square, decode
 from storage import disk
 from storage.tar_index import TarCaptions
 from tools.faults_tries import Try
@@ -132,7 +133,7 @@ def decode_rows(arrow: Path, config):
     table = data.Captions([arrow])
     for row in range(len(table)):
         for fast in (False, True):
-            data.decode(table.image(row), tasks.shape_of(config), fast=fast)
+            decode(table.image(row), tasks.shape_of(config), fast=fast)
 
 
 def open_alone(folder: Path, names: list[str], config):
@@ -330,7 +331,7 @@ def decode_tar(path: Path):
     """Reads each row of a tar as training does; a sentence may refuse it."""
     with disk.command("tar"):
         table = TarCaptions([path])
-        dataset = data.CaptionDataset(table, None, data.Square(24), 50, train=False)
+        dataset = data.CaptionDataset(table, None, Square(24), 50, train=False)
         for row in range(len(table)):
             dataset.pictures(row)
         list(table.texts())

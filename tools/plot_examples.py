@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import to_rgb
 
-import data
 import predict
+from pictures import decode
 from storage import disk, files
 from storage.tar_index import TarCaptions, is_tar
 from tools.figures import (BLUE, GREEN, GREY, INK, ORANGE, VERMILLION, open_grid, save, show)
@@ -48,7 +48,7 @@ def read_picture(file: str, row: int, column: str = "image") -> np.ndarray:
         raise ValueError(f"{file}: has {len(table)} rows, no row {row}")
     try:
         encoded = table.image(row) if is_tar(file) else table.cell(column, row).as_buffer()
-        picture = data.decode(encoded, reduced)                                 # (3, H, W)
+        picture = decode(encoded, reduced)                                 # (3, H, W)
     except Exception as error:                          # Pillow raises what broken bytes lead to
         print(f"{file} row {row}: {error or type(error).__name__}; shown as black")
         return np.zeros((64, 64, 3), np.uint8)
