@@ -16,18 +16,30 @@ import train
 
 SCRIPTS = {"train": train, "eval": evaluation}
 
-for line in sys.stdin:
-    job, children = json.loads(line), []
-    for rank in range(job["processes"]):
-        child = os.fork()
-        if child == 0:
-            log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1), os.dup2(log, 2)
-            os.environ["MASTER_PORT"] = str(job["port"])
-            for name, value in (("RANK", rank), ("SIZE", job["processes"]), ("LOCAL_RANK", rank)):
-                os.environ[f"OMPI_COMM_WORLD_{name}"] = str(value)
-            SCRIPTS[job["script"]].main(job["arguments"])
-            sys.exit()
-        children.append(child)
-    print(max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children),
-          flush=True)
+
+def be_process(rank, job):
+    """One process of a job, to its end."""
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ["MASTER_PORT"] = str(job["port"])
+    for name, value in (("RANK", rank), ("SIZE", job["processes"]), ("LOCAL_RANK", rank)):
+        os.environ[f"OMPI_COMM_WORLD_{name}"] = str(value)
+    SCRIPTS[job["script"]].main(job["arguments"])
+    sys.exit()
+
+
+def serve():
+    for line in sys.stdin:
+        job, children = json.loads(line), []
+        for rank in range(job["processes"]):
+            child = os.fork()
+            if child == 0:
+                be_process(rank, job)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(max(map(abs, codes)), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
