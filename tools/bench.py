@@ -15,7 +15,6 @@ Letters: B batch, N captions, L text length (padded), n real tokens, P image tok
 """
 
 import argparse
-import io
 import json
 import re
 import sys
@@ -30,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.profiler import profile, record_function
 
 import flm
@@ -42,13 +40,11 @@ import weights
 from generate import generate
 from pictures import Square, decode
 from predict import match_score
-from sources.shards import Writer
-from storage.files import CAPTIONS
 from storage.tar_index import table_of
 from tasks import Caption, PretrainFLM, PretrainViLT, Retrieval, to_device
 from tools import gpu
 from tools.bench_padding import padding
-from tools.drawn import drawn_samples, drawn_task
+from tools.drawn import draw_photos, drawn_samples, drawn_task
 from training import machine
 from training.flops import count_flops
 from training.settings import Settings
@@ -361,18 +357,6 @@ def captions(args):
 
 
 # -- The loader ------------------------------------------------------------------------------------
-
-def draw_photos(path, count=128, size=(640, 480)):
-    """Writes pictures of smooth noise, as JPEGs that cost about what a photograph costs."""
-    rng = np.random.default_rng(0)
-    with Writer(path, CAPTIONS) as out:
-        for number in range(count):
-            noise = Image.fromarray(rng.integers(0, 256, (96, 128, 3), dtype=np.uint8))
-            jpeg = io.BytesIO()
-            noise.resize(size, Image.Resampling.BICUBIC).save(jpeg, "JPEG", quality=90)
-            out.write({"image": jpeg.getvalue(), "caption": ["a picture of nothing but noise"],
-                       "image_id": str(number), "split": "train"})
-
 
 def loader(args):
     """pictures/s of one core: the whole loader, and decoding alone in two ways"""

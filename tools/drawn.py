@@ -4,13 +4,18 @@
     batch, notes = drawn_batch(run.task, 64, tokens=13)
 """
 
+import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import tokenizer
 from recipes import MODELS
+from sources.shards import Writer
+from storage.files import CAPTIONS
 from tasks import VQA, Task, shape_of, task_of
 from training.machine import Machine
 from training.runs import Run
@@ -87,3 +92,15 @@ def drawn_samples(task: Task, count: int, tokens: int, captions: int = 1,
                         "rng": rng, "train": True, "cut": False, "unreadable": [],
                         "shares_image": b % share > 0})
     return samples
+
+
+def draw_photos(path: Path, count: int = 128, size: tuple[int, int] = (640, 480)):
+    """Writes pictures of smooth noise, as JPEGs that cost about what a photograph costs."""
+    rng = np.random.default_rng(0)
+    with Writer(path, CAPTIONS) as out:
+        for number in range(count):
+            noise = Image.fromarray(rng.integers(0, 256, (96, 128, 3), dtype=np.uint8))
+            jpeg = io.BytesIO()
+            noise.resize(size, Image.Resampling.BICUBIC).save(jpeg, "JPEG", quality=90)
+            out.write({"image": jpeg.getvalue(), "caption": ["a picture of nothing but noise"],
+                       "image_id": str(number), "split": "train"})

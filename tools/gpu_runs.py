@@ -15,6 +15,7 @@ import tokenizer
 from storage.disk import shortened
 from storage.tar_index import table_of
 from tasks import PretrainFLM
+from tools.drawn import draw_photos
 from tools.gpu_steps import Place
 from tools.probe import IMAGES
 from training.settings import Settings
@@ -122,8 +123,6 @@ def loader(place: Place, workers: int, shorter: int = 0) -> dict:
 
     They are drawn, and cost what photographs cost.
     """
-    from tools.bench import draw_photos
-
     path = place.scratch / f"photos_{shorter or 480}.arrow"
     if not path.exists():
         draw_photos(path, place.scaled(2048), (shorter * 4 // 3, shorter) if shorter
