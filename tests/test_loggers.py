@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import struct
 from types import SimpleNamespace
 
@@ -146,6 +147,20 @@ def test_only_the_first_process_has_loggers(tmp_path, made, rank, expected):
                           settings=SimpleNamespace(log=("json",)))
     report.Log(run, SimpleNamespace(step=0, counters=dict(report.COUNTERS)))
     assert len(made) == expected
+
+
+@pytest.mark.parametrize("device, waits, expected", [
+    ("cuda", [.2, .2, .2, .2], 1), ("cuda", [.2, .2, .01, .2, .2], 0), ("cpu", [.2] * 9, 0)])
+def test_a_gpu_that_waits_for_pictures_is_told_once_what_helps(device, waits, expected):
+    said = []
+    log = SimpleNamespace(late=0, run=SimpleNamespace(
+        machine=SimpleNamespace(device=torch.device(device), say=said.append),
+        settings=SimpleNamespace(workers=3)))
+    for waiting in waits:
+        report.Log.watch_loader(log, waiting)
+    assert len(said) == expected
+    if expected:
+        assert re.search("waits for pictures 20 % of the time: more than 3 of --workers.*--shorter", said[0])
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])

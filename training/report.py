@@ -20,7 +20,7 @@ from torch import nn
 from storage import disk
 from training.flops import Work
 from training.loggers import Loggers
-from training.machine import memory_gb
+from training.machine import loader_workers, memory_gb
 
 if TYPE_CHECKING:           # for the annotations alone: both files come later
     from training.runs import Run
@@ -30,6 +30,7 @@ if TYPE_CHECKING:           # for the annotations alone: both files come later
 # What a run counts from its first step to its last; checkpoints keep it.
 COUNTERS = {"samples": 0, "unreadable": 0, "cut": 0, "tokens": 0, "padded_tokens": 0, "skipped": 0,
             "seconds": 0.0, "cpu_seconds": 0.0}
+WAIT = 0.05             # share of its time that a GPU may wait for its batches
 
 
 class Halt(ValueError):
@@ -99,6 +100,7 @@ class Log:
         self.losses = []                # of all reports
         self.spikes = 0                 # reports whose loss was far above those before (is_spike)
         self.validated = -1             # step of the last validation
+        self.late = 0                   # reports in a row in which the loader was too slow
         known, self.loggers = {}, Loggers((), run.out)
         if run.machine.rank == 0:
             kept, dropped = self.lines_until(state.step)
@@ -226,7 +228,21 @@ class Log:
             if counters[name]:
                 parts.append(f"{counters[name]} {what}")
         machine.say(" | ".join(parts))
+        self.watch_loader(metrics["data_wait"])
         self.start_window()
+
+    def watch_loader(self, waiting: float) -> None:
+        """Says what helps where a GPU waited for its batches in three reports in a row.
+
+        waiting: share of the time since the last report.
+        """
+        machine = self.run.machine
+        self.late = self.late + 1 if waiting > WAIT else 0
+        if self.late == 3 and machine.device.type == "cuda":
+            workers = loader_workers(self.run.settings.workers, machine.device)
+            machine.say(f"the GPU waits for pictures {100 * waiting:.0f} % of the time: more than "
+                        f"{workers} of --workers help where there are more cores, and so do files "
+                        "of smaller pictures (prepare.py --shorter)")
 
     def utilization(self, seconds: float) -> dict[str, float]:
         """{"mfu": that of the first process's device since the last report}, where it is known."""
