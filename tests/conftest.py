@@ -309,8 +309,9 @@ def torchrun(processes, arguments):
 @functools.cache
 def launcher():
     """The process that starts processes (together.py), one for each of pytest's own."""
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen([sys.executable, str(ROOT / "tests/together.py")], cwd=ROOT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
