@@ -11,19 +11,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tools import bench, gpu, gpu_page, gpu_rows, gpu_steps
+from tools import bench, gpu, gpu_page, gpu_rows, gpu_runs, gpu_steps
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_every_row_runs_on_a_cpu_in_the_small_setting(tmp_path):
+@pytest.mark.parametrize("whole_runs", [True, False], ids=["whole runs", "steps"])
+def test_every_row_runs_on_a_cpu_in_the_small_setting(tmp_path, whole_runs):
     """So that no minute on a GPU is lost to a typing error."""
     place = gpu_steps.Place(torch.device("cpu"), True, tmp_path)
     torch.compiler.set_stance("force_eager")
     try:
         for row in gpu_rows.table():
+            if (row.function.__module__ == gpu_runs.__name__) != whole_runs:
+                continue
             found = row.function(place, **row.told)
             assert found and all(number is None or number == number
                                  for number in found.values()), row.name
