@@ -120,6 +120,7 @@ def test_a_peak_is_that_since_the_last_one_was_forgotten():
     assert above > 0.9 * size and machine.peak_memory(device) < start + 0.5 * size
 
 
+@pytest.mark.slow
 def test_what_was_found_is_saved_and_a_resumed_run_goes_on_with_it(world, tmp_path, memory, capsys):
     train.main(train_command(world, tmp_path, *TRAIN, *AUTO, "--steps", 2))
     assert weights.read(tmp_path / "last.pt")["settings"]["micro_batch"] == 8
@@ -130,6 +131,7 @@ def test_what_was_found_is_saved_and_a_resumed_run_goes_on_with_it(world, tmp_pa
     assert not memory and re.search(r"= 1 processes x 2 x 8 \|", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_what_was_found_makes_the_run_that_naming_it_makes(world, tmp_path, memory):
     for out, micro_batch in (("named", "8"), ("auto", "auto")):
         train.main(train_command(world, tmp_path / out, *TRAIN, "--dropout", 0.1, "--micro-batch",

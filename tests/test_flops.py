@@ -30,6 +30,7 @@ def test_utilization_is_the_work_over_what_the_device_could_have_done():
     assert str(replace(work, peak=2.5e12)) == "2.5 TFLOP/s (as --peak-tflops says)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes, more",
                          [(TRAIN_FLM, ()), (TRAIN_FLM, ("--objective", "ar")),
                           (TRAIN_VILT, ("--no-itm", "--no-mpp"))],
@@ -50,6 +51,7 @@ def test_pairs_and_tokens_cost_what_their_captions_cost_one_by_one(world, tmp_pa
     assert len(texts) * per_pair + tokens * per_token == pytest.approx(exact, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [("--itm",), ("--captions-per-image", 2)])
 def test_samples_of_the_end_of_an_epoch_and_beyond_the_last_step_are_counted_too(world, tmp_path,
                                                                                  more):

@@ -74,6 +74,7 @@ def made(monkeypatch):
     return StandIn.made
 
 
+@pytest.mark.slow
 def test_a_logger_gets_every_line_and_changes_no_number(world, tmp_path, made):
     train.main(train_command(world, tmp_path / "plain", *RUN))
     assert not made and not (tmp_path / "plain/loggers.json").exists()
@@ -82,6 +83,7 @@ def test_a_logger_gets_every_line_and_changes_no_number(world, tmp_path, made):
     assert_same(train_outcome(tmp_path / "plain"), train_outcome(tmp_path / "logged"), 0)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_the_same_run_and_repeats_no_line(world, tmp_path, made):
     lines = interrupted(world, tmp_path / "run", "json", "csv")
     keeping, purging, again, purging_again = made
@@ -102,6 +104,7 @@ def test_lines_are_not_repeated_either_where_a_resumed_run_is_killed_before_it_w
     assert [(one["step"], "val_loss" in one) for one in made[1].lines] == [(6, False), (6, True)]
 
 
+@pytest.mark.slow
 def test_a_logger_that_is_new_to_a_resumed_run_gets_the_lines_so_far(world, tmp_path, made):
     train.main(train_command(world, tmp_path / "run", *RUN, "--keep", 4))
     back_to_step_4(tmp_path / "run")

@@ -107,6 +107,7 @@ def plain(world, tmp_path_factory):
     return outcome(world, tmp_path_factory.mktemp("plain"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [TRAIN_FLM, TRAIN_VILT], ids=["flm", "vilt"])
 def test_a_run_with_chunks_learns_the_same_and_counts_hits_where_it_reports(world, tmp_path, sizes):
     flags = ("--log-every", 2, *(() if sizes is TRAIN_VILT else ("--itm",)))
@@ -127,6 +128,7 @@ def test_a_run_with_chunks_learns_the_same_and_counts_hits_where_it_reports(worl
 # -- Layers that are computed again, weights that are cast once
 # -------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [TRAIN_FLM, TRAIN_VILT], ids=["flm", "vilt"])
 def test_layers_computed_again_draw_the_same_dropout_and_learn_the_same(world, tmp_path, plain,
                                                                         sizes):
@@ -161,6 +163,7 @@ def test_layers_computed_again_keep_less_for_the_backward_pass(preset):
     assert kept_bytes() < 0.6 * before
 
 
+@pytest.mark.slow
 def test_weights_cast_once_a_step_give_the_same_gradients_with_fewer_casts(world, tmp_path,
                                                                            monkeypatch):
     bf16 = ("--precision", "bf16", "--micro-batch", 4, "--steps", 2, "--itm")

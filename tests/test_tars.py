@@ -79,6 +79,7 @@ def test_a_tar_holds_the_rows_of_the_arrow_file_made_from_it(world):
     same_rows(copy, tables[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [("--workers", 2), RETRIEVAL], ids=["pretrain", "retrieval"])
 def test_tars_and_arrow_files_give_the_same_losses_bit_for_bit(world, tmp_path, more):
     for name in ("cc", "arrow"):
@@ -89,6 +90,7 @@ def test_tars_and_arrow_files_give_the_same_losses_bit_for_bit(world, tmp_path, 
                      "val": [str(world / "cc/val/00000.tar")]}
 
 
+@pytest.mark.slow
 def test_a_run_on_a_pattern_of_tars_resumes_as_if_it_had_never_stopped(world, tmp_path):
     flags = (world / "cc/{00000..00001}.tar", tmp_path / "whole", "--dropout", 0.1)
     train.main(run_flags(world, *flags, "--keep", 4))
@@ -119,6 +121,7 @@ def test_two_processes_write_the_indexes_together(world, tmp_path):
     assert found == [f"{number}.tar.index" for number in range(5)]
 
 
+@pytest.mark.slow
 def test_eval_check_and_stats_open_tars(world, tmp_path, capsys):
     train.main(run_flags(world, world / "cc", tmp_path / "run", *RETRIEVAL, "--steps", 1))
     ask = ["retrieval", str(tmp_path / "run/last.pt"), "--device", "cpu"]

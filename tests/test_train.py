@@ -48,6 +48,7 @@ def test_any_split_of_the_global_batch_gives_the_same_losses_and_weights(world, 
         assert_same(outcome(tmp_path / "1x4"), outcome(tmp_path / "1x1"), 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes, more", [(SIZES, ("--itm", "--bucket", 3)), (VILT, ())],
                          ids=["flm", "vilt"])
 def test_captions_that_share_an_image_resume_in_the_middle_of_an_epoch_as_if_never_stopped(world,
@@ -71,6 +72,7 @@ def test_captions_that_share_an_image_resume_in_the_middle_of_an_epoch_as_if_nev
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [SIZES, VILT], ids=["flm", "vilt"])
 def test_muon_resumes_as_if_never_stopped_and_leaves_no_parameter_unchanged(world, tmp_path, sizes):
     more = [*RUN, "--eval-every", 0, "--muon-lr", 0.02, "--save-every", 3, "--keep", 3]
@@ -164,6 +166,7 @@ def test_dropouts_seed_is_a_fixed_function_of_seed_step_and_rank(world, tmp_path
                           for step in (0, 1)]
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_would_run_and_trains_nothing(world, tmp_path, capsys):
     train.main(command(world, tmp_path / "run", *RUN, "--dry-run"))
     printed = capsys.readouterr().out
@@ -303,6 +306,7 @@ def test_the_run_stops_when_gradients_stay_not_finite(world, tmp_path, monkeypat
         train.main(command(world, tmp_path / "run", *RUN, "--max-skipped", 4))
 
 
+@pytest.mark.slow
 def test_undecodable_images_are_logged_and_stop_the_run_when_many(tmp_path, world):
     write_captions(tmp_path / "few_caption_train.arrow", 60, broken={5})
     write_captions(tmp_path / "many_caption_train.arrow", 60, broken=set(range(0, 60, 2)))
