@@ -461,7 +461,8 @@ def test_wide_numbers_are_scaled_and_neither_black_nor_white(dtype, values, expe
                           ((9500, 9500), False)])
 def test_a_picture_too_long_or_too_large_counts_as_undecodable_before_it_is_decoded(size, fine):
     bomb = encoded(Image.new("1", size))
-    for read in (pictures.open_image, pictures.open_header, lambda b: pictures.decode(b, pictures.Square(64)),
+    for read in (pictures.open_image, pictures.open_header,
+                 lambda b: pictures.decode(b, pictures.Square(64)),
                  lambda b: pictures.decode(b, pictures.Whole(64, 16), fast=True)):
         if fine:
             read(bomb)

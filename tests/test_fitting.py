@@ -91,6 +91,13 @@ def test_a_gpu_that_runs_out_of_memory_ends_the_search(world, tmp_path):
     assert run.micro_batch == 4
 
 
+def test_what_is_tried_is_the_longest_texts_of_the_training_data(world, tmp_path):
+    run, _ = opened(world, tmp_path)
+    lengths = (fitting.longest_batch(run, 4)["ids"] != run.config.pad_id).sum(1)
+    assert sorted(lengths.tolist()) == sorted(run.sampler.lengths)[-4:]
+    assert min(lengths) > min(run.sampler.lengths)
+
+
 def test_trying_leaves_weights_and_gradients_as_they_were_and_measures(world, tmp_path):
     run, state = opened(world, tmp_path)
     before = {name: tensor.clone() for name, tensor in state.bare.state_dict().items()}

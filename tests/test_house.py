@@ -12,11 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each file imports only from those before it. weights and released/ are the door to other people's
 # checkpoints, prepare and sources/ that to other people's downloads.
 ORDER = """
-    storage.disk tokenizer pictures storage.tars storage.files storage.rebuilt data storage.tar_index exchange batches
-    losses layers masks flm vilt recipes tasks released weights
-    training.machine training.parallel training.flops training.loggers training.settings training.optimizer
-    training.memory training.report training.plan training.checkpoints training.runs training.switches
-    training.fitting train
+    storage.disk tokenizer pictures storage.tars storage.files storage.rebuilt data
+    storage.tar_index exchange batches losses layers masks flm vilt recipes tasks released weights
+    training.machine training.parallel training.flops training.loggers training.settings
+    training.optimizer training.memory training.report training.plan training.checkpoints
+    training.runs training.switches training.fitting train
     generate ptb metrics predict retrieval evaluation eval
     sources prepare tools tests""".split()
 # Their files have each a place of its own; a file of another folder has its folder's.
@@ -36,7 +36,7 @@ def modules():
 
 
 def imported(path):
-    """The places of this project that a file imports from, wherever in it, but for type checkers alone."""
+    """The places of this project that a file imports from, but for type checkers alone."""
     names, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

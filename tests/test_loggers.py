@@ -163,7 +163,16 @@ def test_a_gpu_that_waits_for_pictures_is_told_once_what_helps(device, waits, ex
         report.Log.watch_loader(log, waiting)
     assert len(said) == expected
     if expected:
-        assert re.search("waits for pictures 20 % of the time: more than 3 of --workers.*--shorter", said[0])
+        assert re.search("waits for pictures 20 % of the time: more than 3 of --workers.*--shorter",
+                         said[0])
+
+
+def test_every_report_looks_how_long_the_device_waited(world, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(report.Log, "watch_loader", lambda log, waiting: waits.append(waiting))
+    train.main(train_command(world, tmp_path / "run", *RUN))
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert waits and waits == [line["data_wait"] for line in lines if "data_wait" in line]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import TRAIN_FLM, TRAIN_VILT, train_command, write_caption_world
+from conftest import ROOT, TRAIN_FLM, TRAIN_VILT, train_command, write_caption_world
 from torch.profiler import ProfilerActivity, profile
 
 import train
@@ -125,7 +125,7 @@ def test_larger_micro_batches_take_more_activations_and_no_more_weights(planned)
                                              ((*TOY, "--load", "x.pt"),
                                               "no weights are needed here")])
 def test_a_plan_that_lacks_something_is_refused_in_a_sentence(flags, sentence):
-    with pytest.raises(SystemExit, match=sentence):
+    with pytest.raises(SystemExit, match="^plan.py: .*" + sentence):
         plan_tool.main(list(flags))
 
 
@@ -142,3 +142,8 @@ def test_shards_hold_their_part_of_weights_gradients_and_moments(planned):
     for name in ("weights", "moments"):
         assert part(shared, name) == pytest.approx(part(alone, name) / 4, rel=0.03)
     assert "DDP holds" not in shared
+
+
+def test_plans_read_what_the_page_of_a_gpu_writes():
+    """`python -m tools.gpu_page … --out docs` writes docs/gpu.json beside the README."""
+    assert plan.MEASURED == ROOT / "docs/gpu.json"

@@ -13,7 +13,8 @@ import losses
 import train
 import vilt
 from training import machine, switches
-from conftest import TRAIN, TRAIN_FLM, TRAIN_VILT, assert_same, together, train_command, train_outcome, write_caption_world
+from conftest import (TRAIN, TRAIN_FLM, TRAIN_VILT, assert_same, together, train_command,
+                      train_outcome, write_caption_world)
 from training.runs import open_run
 
 # -- The loss of words in chunks of rows -----------------------------------------------------------

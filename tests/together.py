@@ -1,8 +1,8 @@
-"""Runs train.py or eval.py on several processes, many times, and imports everything once: that is most of a short
-run's time.
+"""Runs train.py or eval.py on several processes, many times, and imports everything once.
 
-Each line that it reads is a job, {"script", "arguments", "processes", "port", "log"}. It forks as many processes,
-each with the variables that mpirun sets, and prints the largest of their exit codes.
+The imports are most of a short run's time. Each line that it reads is a job, {"script",
+"arguments", "processes", "port", "log"}. It forks as many processes, each with the variables that
+mpirun sets, and prints the largest of their exit codes.
 """
 
 import json

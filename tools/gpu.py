@@ -53,8 +53,7 @@ def describe(device, small: bool) -> dict:
     """Card and versions, as the page names them."""
     import torch
 
-    from training import machine
-    from training import report
+    from training import machine, report
 
     about = {"card": report.device_name(device), "small": small, "torch": torch.__version__,
              "python": platform.python_version(), "gigabytes": 0.0,
@@ -73,9 +72,9 @@ def work(names: list[str], device: str, small: bool, scratch: str, results):
     os.setsid()                         # so that whoever stops it stops what it started, too
     import torch
 
-    from training import machine
     from tools.gpu_rows import table
     from tools.gpu_steps import Place
+    from training import machine
 
     place = Place(machine.set_up(device, "bf16").device, small, Path(scratch))
     if small:

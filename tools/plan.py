@@ -56,7 +56,7 @@ def planned_run(args, flags: list[str]):
 
 
 def main(argv=None):
-    with running("training/plan.py"):
+    with running("plan.py"):
         args, flags = parse(argv)
         for name, least in (("processes", 1), ("tokens", 3), ("longest", 0), ("texts", 0)):
             if getattr(args, name) < least:

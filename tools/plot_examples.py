@@ -48,7 +48,7 @@ def read_picture(file: str, row: int, column: str = "image") -> np.ndarray:
         raise ValueError(f"{file}: has {len(table)} rows, no row {row}")
     try:
         encoded = table.image(row) if is_tar(file) else table.cell(column, row).as_buffer()
-        picture = decode(encoded, reduced)                                 # (3, H, W)
+        picture = decode(encoded, reduced)                                      # (3, H, W)
     except Exception as error:                          # Pillow raises what broken bytes lead to
         print(f"{file} row {row}: {error or type(error).__name__}; shown as black")
         return np.zeros((64, 64, 3), np.uint8)
