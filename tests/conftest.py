@@ -298,7 +298,7 @@ def assert_same(a, b, tolerance):
 
 
 def torchrun(processes, arguments):
-    """Runs train.py to its end as the README does; `together` takes a tenth of the time."""
+    """Runs train.py to its end as the README does; `together` takes a quarter of the time."""
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                           "--nproc_per_node", str(processes), str(ROOT / "train.py"), *arguments],
                          env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
