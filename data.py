@@ -24,7 +24,7 @@ from pictures import Encoded, Shape, decode
 from storage import files
 from storage.disk import shortened
 from storage.files import Table, nested, outermost, refuse, running_sum
-from tokenizer import Tokenizer
+from vocabulary import Tokenizer
 
 # -------------------------------------------------------------------------------------------------
 # Reading.

@@ -19,171 +19,17 @@ for text of our own, such as "a <mask> dog".
 import argparse
 import heapq
 import json
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, contextmanager
 from itertools import groupby, pairwise
-from operator import index, itemgetter
 from pathlib import Path
 
 import regex
 from tqdm import tqdm
 
-from storage.disk import command, complete_file, read_json, shortened
-
-CACHED_WORDS = 65_536       # words whose ids are remembered: about 16 MB in each data worker
-LONGEST_WORD = 1_000        # letters; a longer one is neither remembered nor learned from
-TABLES = ("merges.txt", "vocab.txt", "vocab.json", "added_tokens.json")
-
-
-class Tokenizer:
-    """What both tokenizers share: the table of tokens, the special tokens, a cache of words.
-
-    vocab         {token: id} as trained
-    added         {token: id} of the special tokens that were added
-    ids           {token: id} of both
-    tokens        a list, the inverse of `ids`: `tokens[i]` is the token with id i
-    special_ids   the ids of `added` and of the tokens in `NAMED`
-
-    A subclass says how a text is cut into words (`_split`), what the ids of one word are
-    (`_word_ids`), how ids become text (`_join`), and what its files contain (`_files`).
-    """
-
-    NAMED = ()              # the names of the cls, pad, sep, unk and mask tokens
-
-    def __init__(self, vocab: dict[str, int], added: dict[str, int] | None = None):
-        self.added = dict(added or {})
-        self.ids = vocab | self.added
-        if set(self.ids.values()) != set(range(len(self.ids))) or "" in self.added:
-            raise ValueError(f"the ids of its {len(self.ids)} tokens are not 0, 1, 2, ...: a token "
-                             "or an id occurs twice, or one is missing or empty")
-        "".join(self.ids).encode()      # ValueError for what no file in UTF-8 can hold
-        self.vocab = dict(sorted(vocab.items(), key=itemgetter(1)))
-        self.tokens = sorted(self.ids, key=self.ids.get)
-        names = (*self.NAMED, *self.added)
-        self.special_ids = {self.ids[name] for name in names if name in self.ids}
-        self._cache = {}    # word -> its ids
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def token_to_id(self, token: str) -> int:
-        if token not in self.ids:
-            raise ValueError(f"{token!r} is not one of the {len(self)} tokens of this vocabulary")
-        return self.ids[token]
-
-    def id_to_token(self, i: int) -> str:
-        return self.tokens[self._check([i])[0]]
-
-    cls_id = property(lambda self: self.token_to_id(self.NAMED[0]))
-    pad_id = property(lambda self: self.token_to_id(self.NAMED[1]))
-    sep_id = property(lambda self: self.token_to_id(self.NAMED[2]))
-    unk_id = property(lambda self: self.token_to_id(self.NAMED[3]))
-    mask_id = property(lambda self: self.token_to_id(self.NAMED[4]))
-
-    def _check(self, ids):
-        """The ids, a list, array or tensor of integers, as a list; ValueError for an unknown id."""
-        ids = [index(i) for i in ids]
-        for i in ids:
-            if not 0 <= i < len(self.tokens):
-                raise ValueError(f"id {i} is outside the vocabulary of {len(self)} tokens")
-        return ids
-
-    def add_tokens(self, tokens: Sequence[str]) -> list[int]:
-        """Append special tokens, and return the ids of all `tokens`.
-
-        A token that is special already keeps its id; an ordinary token is a ValueError.
-        """
-        for token in tokens:
-            if token not in self.ids:
-                self.ids[token] = self.added[token] = len(self)
-                self.special_ids.add(len(self))
-                self.tokens.append(token)
-            elif self.ids[token] not in self.special_ids:
-                raise ValueError(f"{token!r} is an ordinary token and cannot be added as special")
-        return [self.ids[token] for token in tokens]
-
-    def encode(self, text: str, specials: bool = False) -> list[int]:
-        """The ids of a text, without special tokens around it.
-
-        specials=False: special tokens that the text spells out are plain text. Their ids never
-                        appear, except WordPiece's [UNK] for a word that it cannot write.
-        specials=True:  they become their ids. As in RoBERTa, "<mask>" also takes the white space
-                        to its left: "a <mask> dog" becomes "a", "<mask>", " dog".
-        """
-        text.encode()       # ValueError for a lone surrogate, which no file in UTF-8 can contain
-        if not specials or not self.special_ids:
-            return self._encode_plain(text)
-        names = [self.tokens[i] for i in self.special_ids]
-        names.sort(key=len, reverse=True)               # where two names match, the longer one wins
-        pattern = "|".join(map(regex.escape, names))
-        ids = []
-        for part in regex.split(f"({pattern})", regex.sub(r"\s+<mask>", "<mask>", text)):
-            if part in names:
-                ids.append(self.ids[part])
-            else:
-                ids += self._encode_plain(part)
-        return ids
-
-    def _encode_plain(self, text):
-        ids = []
-        for word in self._split(text):
-            ids += self._cache.get(word) or self._remembered_ids(word)
-        return ids
-
-    def _remembered_ids(self, word):
-        ids = self._word_ids(word)
-        if len(self._cache) < CACHED_WORDS and len(word) <= LONGEST_WORD:
-            self._cache[word] = ids
-        return ids
-
-    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of ids; skip_special leaves special tokens out."""
-        ids = self._check(ids)
-        if skip_special:
-            ids = [i for i in ids if i not in self.special_ids]
-        return self._join(ids)
-
-    def files(self) -> dict[str, str]:
-        """{name: text} of the files that `load` and transformers read."""
-        added = {"added_tokens.json": json.dumps(self.added, ensure_ascii=False)}
-        return self._files() | (added if self.added else {})
-
-    def save(self, directory: str | Path) -> None:
-        """Write `files`. A run that is killed never leaves those of two tokenizers mixed."""
-        with ExitStack() as stack:      # the file that is entered first gets its name last
-            for name, text in self.files().items():
-                partial = stack.enter_context(complete_file(Path(directory, name)))
-                partial.write_text(text, encoding="utf-8")
-            for name in TABLES:         # of an older tokenizer
-                Path(directory, name).unlink(missing_ok=True)
-
-
-@contextmanager
-def _named(*paths):
-    """Put the names of files in front of the message of any ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{' and '.join(map(str, paths))}: {error}") from None
-
-
-def _read_ids(path):
-    ids = read_json(path)
-    if not isinstance(ids, dict) or any(type(i) is not int for i in ids.values()):
-        raise ValueError(f"{path}: expected a JSON object of token: id")
-    return ids
-
-
-def _read_added(table):
-    """The added tokens of the file beside a table; the paths of both, for messages."""
-    path = Path(table).with_name("added_tokens.json")
-    return (_read_ids(path), [table, path]) if path.exists() else ({}, [table])
-
-
-# --------------------------------------------------------------------------------------------------
-# Byte-level BPE
+from storage.disk import command, shortened
+from vocabulary import LONGEST_WORD, Tokenizer, named, read_added, read_ids
+from wordpiece import WordPiece
 
 # GPT-2's words: a contraction; letters, digits or other marks, with the space in front of them;
 # white space. "(?!\S)" leaves the last of several spaces to the word that follows:
@@ -242,10 +88,10 @@ class BPE(Tokenizer):
     @classmethod
     def load(cls, vocab_json: str | Path, merges_txt: str | Path) -> "BPE":
         """Read the two files, and added_tokens.json if it is beside them."""
-        vocab = _read_ids(vocab_json)
-        added, tables = _read_added(vocab_json)
+        vocab = read_ids(vocab_json)
+        added, tables = read_added(vocab_json)
         merges = []
-        with _named(merges_txt):
+        with named(merges_txt):
             lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
             for number, line in enumerate(lines, 1):
                 if line.startswith("#version") or not line:
@@ -255,7 +101,7 @@ class BPE(Tokenizer):
                     raise ValueError(f"line {number}: expected two tokens that together make a "
                                      f"token of {vocab_json}, got {shortened(repr(line))}")
                 merges.append(pair)
-        with _named(*tables):
+        with named(*tables):
             return cls(vocab, merges, added)
 
     def _files(self):
@@ -407,107 +253,6 @@ class BPE(Tokenizer):
         return cls(vocab, merges, added)
 
 
-# --------------------------------------------------------------------------------------------------
-# WordPiece
-
-# The ideographs that BERT takes as words of their own. One range begins at 2B920 instead of 2B820:
-# a mistake in BERT's code, which `tokenizers` keeps.
-IDEOGRAPHS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
-              (0x2B740, 0x2B81F), (0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
-
-
-class _CleanUp(dict):
-    """BERT's clean-up of characters: a table for `str.translate` that fills itself when used.
-
-    >>> "Don't  panic,\\tZoë\\x00!".translate(_CleanUp()).split()
-    ['don', "'", 't', 'panic', ',', 'zoë', '!']
-    """
-
-    def __missing__(self, code):
-        char = chr(code)
-        kind = unicodedata.category(char)
-        ideograph = any(first <= code <= last for first, last in IDEOGRAPHS)
-        if char in "\t\n\r" or (char.isspace() and kind != "Cc"):
-            self[code] = " "
-        elif kind in ("Cc", "Cf", "Co", "Mn") or code == 0xFFFD:    # Mn: accents, split off by NFD
-            self[code] = ""
-        elif kind.startswith("P") or char in "$+<=>^`|~" or ideograph:
-            self[code] = f" {char} "
-        else:
-            self[code] = char.lower()
-        return self[code]
-
-
-CLEAN_UP = _CleanUp()
-
-
-class WordPiece(Tokenizer):
-    """BERT uncased (Devlin et al. 2019): lower case, no accents, punctuation apart.
-
-    A word is cut from left to right, each time at the end of the longest known piece.
-
-    >>> words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "skate", "##board", "##er"]
-    >>> tok = WordPiece({word: i for i, word in enumerate([*words, "cafe", "!"])})
-    >>> tok.encode("A skateboarder, Café!")
-    [5, 6, 7, 8, 1, 9, 10]
-    >>> tok.word_starts([5, 6, 7, 8, 1, 9, 10])
-    [True, True, False, False, True, True, True]
-    >>> tok.decode([5, 6, 7, 8, 1, 9, 10])
-    'a skateboarder [UNK] cafe!'
-
-    The ids are those of `transformers.BertTokenizerFast`, except for characters that Unicode added
-    or reclassified after about 2015: its tables are of that time, and Python's are newer.
-    """
-
-    NAMED = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
-
-    def __init__(self, vocab: dict[str, int], added: dict[str, int] | None = None):
-        super().__init__(vocab, added)
-        self._unknown = [self.unk_id]
-        self._pieces = {token: i for token, i in self.vocab.items() if i not in self.special_ids}
-        self._longest = max(map(len, self.vocab))
-
-    @classmethod
-    def load(cls, vocab_txt: str | Path) -> "WordPiece":
-        """Read vocab.txt, one token a line, and added_tokens.json if it is beside it."""
-        added, tables = _read_added(vocab_txt)
-        with _named(*tables):
-            tokens = Path(vocab_txt).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            return cls({token: i for i, token in enumerate(tokens)}, added)
-
-    def _files(self):
-        return {"vocab.txt": "".join(f"{token}\n" for token in self.vocab)}
-
-    def _split(self, text):
-        return unicodedata.normalize("NFD", text).translate(CLEAN_UP).split()
-
-    def _word_ids(self, word):
-        """The ids of one word; [UNK] if it has more than 100 characters or no piece fits."""
-        if len(word) > 100:
-            return self._unknown
-        ids = []
-        start = 0
-        while start < len(word):
-            prefix = "##" if start > 0 else ""
-            end = min(len(word), start + self._longest)
-            while end > start and prefix + word[start:end] not in self._pieces:
-                end -= 1
-            if end == start:
-                return self._unknown
-            ids.append(self._pieces[prefix + word[start:end]])
-            start = end
-        return ids
-
-    def _join(self, ids):
-        """Case, accents, and the spaces around most punctuation do not come back."""
-        text = " ".join([self.tokens[i] for i in ids]).replace(" ##", "")
-        return regex.sub(r" (?=[.,?!])", "", text)
-
-    def word_starts(self, ids: Iterable[int]) -> list[bool]:
-        """For each id: does a word begin here? All tokens begin one except the ## pieces."""
-        return [not self.tokens[i].startswith("##") for i in self._check(ids)]
-
-
 def load(directory: str | Path) -> BPE | WordPiece:
     """The tokenizer in a directory: BPE for vocab.json and merges.txt, WordPiece for vocab.txt."""
     directory = Path(directory)
@@ -521,7 +266,7 @@ def load(directory: str | Path) -> BPE | WordPiece:
 
 def _lines(paths):
     for path in paths:
-        with _named(path), open(path, encoding="utf-8") as file:
+        with named(path), open(path, encoding="utf-8") as file:
             for line in file:
                 yield line.rstrip("\n")
 

@@ -43,6 +43,7 @@ from released.names import Report
 from released.whole import carried, write_safetensors, write_torch
 from storage import disk
 from tasks import TASKS, Config
+from vocabulary import Tokenizer
 
 FORMAT = "flm-vilt-1"
 BACKBONES = {"flm": (flm.Config, flm.FLM), "vilt": (vilt.Config, vilt.ViLT)}
@@ -168,7 +169,7 @@ def load_exactly(model: nn.Module, state: dict, path: str | Path, called: dict |
     model.load_state_dict(state, assign=assign)
 
 
-def pack_tokenizer(tok: tokenizer.Tokenizer) -> dict[str, str]:
+def pack_tokenizer(tok: Tokenizer) -> dict[str, str]:
     """The tokenizer's files as {name: text}, to travel inside a checkpoint."""
     return dict(sorted(tok.files().items()))
 

@@ -21,7 +21,7 @@ from data import Captions, token_lengths
 from recipes import MODELS
 from storage import disk
 from tasks import Config, Task, task_of
-from tokenizer import Tokenizer
+from vocabulary import Tokenizer
 from training import checkpoints, machine as machines, parallel
 from training.machine import Machine, loader_workers
 from training.settings import AUTO, Settings, check_model, check_same_run, check_task, split_batch
