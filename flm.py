@@ -39,7 +39,8 @@ from torch import Tensor
 
 from layers import (TASK_HEADS, Mask, ReconstructorLayer, StreamLayer, TextEmbedding, ViT,
                     VocabHead, check_config, check_divides, check_pairs, check_rates, loss_and_hits,
-                    resize_positions, roberta_positions, sine_waves, task_head, task_loss)
+                    resize_positions, roberta_positions, silence_attention, sine_waves, task_head,
+                    task_loss)
 from losses import targets_of
 from masks import (OBJECTIVES, SHIFT, left_to_right_mask, prefix_mask, reconstructor_mask,
                    right_to_left_mask)
@@ -78,6 +79,7 @@ class Config:
                                         # embedding of the image tokens starts as; 0: no such one
     dropout: float = 0.1                # probability, in all layers but the ViT's
     init_std: float = 0.02              # standard deviation of new weights outside the ViT
+    silent_attention: bool = False      # attention's output matrices start at 0
     # the losses
     left_to_right_weight: float = 1.0   # w_f, weight of the left-to-right loss: the next word
     right_to_left_weight: float = 1.0   # w_r, weight of the right-to-left loss: the previous word
@@ -144,7 +146,7 @@ ROBERTA_LARGE = dict(text_width=1024, text_heads=16)
 # faster from weights of std 0.08, near 128^-1/2, than from BERT's 0.02 (docs/LOG.md).
 NARROW = dict(patch_size=16, vit_width=128, vit_heads=4, text_width=128, text_layers=1,
               text_heads=4, max_positions=66, mask_id=4, width=128, heads=4,
-              reconstructor_text_layers=1, init_std=0.08)
+              reconstructor_text_layers=1, init_std=0.08, silent_attention=True)
 PRESETS = {
     "toy": Config(image_size=64, vit_layers=2, vocab_size=400, fusion_layers=2,
                   reconstructor_fusion_layers=2, image_positions=1.0, dropout=0.0, **NARROW),
@@ -252,6 +254,7 @@ class FLM(nn.Module):
 
         The ViT by CLIP's rule (`ViT.init_weights`), image_position as `sine_waves`. The rest by
         BERT's: matrices, embeddings and types of std init_std; LayerNorms 1 and 0, biases 0.
+        With silent_attention, see `silence_attention`.
         """
         c = self.config
         for module in self.modules():
@@ -266,6 +269,8 @@ class FLM(nn.Module):
         if c.image_positions:
             self.image_position[1:].copy_(c.image_positions * sine_waves(self.vit.grid, c.width))
         self.vit.init_weights()
+        if c.silent_attention:
+            silence_attention(self)
 
     # -- encode once, fuse many ------------------------------------------------------------------
 

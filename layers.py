@@ -111,6 +111,18 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, Q, -1))
 
 
+@torch.no_grad()
+def silence_attention(model: nn.Module) -> None:
+    """Sets the output matrices of all attention to 0: at first no row hears of another.
+
+    What untrained attention adds, the mean of all rows, is noise. A start for small models that is
+    learned away from within a few steps (docs/RECORDS.md).
+    """
+    for module in model.modules():
+        if isinstance(module, Attention):
+            nn.init.zeros_(module.out.weight)
+
+
 # -------------------------------------------------------------------------------------------------
 # The image side.
 

@@ -28,7 +28,7 @@ MEDIUM_TASK = MEDIUM | dict(augment=True, epochs=10)
 
 RECIPES = {
     "pretrain": {
-        "toy": TOY | dict(steps=1000, eval_every=250, lr=1e-3, muon_lr=0.01),
+        "toy": TOY | dict(steps=2000, eval_every=500, lr=2e-3, muon_lr=0.01, decay=0.4),
         # More of it, with image-text matching: that trains the class vector, which tasks read.
         "toy-itm": TOY | dict(itm=True, steps=400, eval_every=400, lr=5e-4, muon_lr=0.005),
         "small": SMALL | dict(steps=1600, global_batch=32, lr=1e-3),

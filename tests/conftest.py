@@ -256,7 +256,8 @@ def write_page_models(root):
 
 TRAIN_FLM = ("--image-size 16 --patch-size 8 --vit-width 16 --vit-layers 1 --vit-heads 2 --text-width 16 --text-layers 1 "
          "--text-heads 2 --width 16 --heads 2 --fusion-layers 2 --reconstructor-text-layers 1 --max-positions 66 "
-         "--reconstructor-fusion-layers 2 --model toy --precision fp32 --device cpu --workers 0").split()
+         "--reconstructor-fusion-layers 2 --model toy --no-silent-attention --precision fp32 --device cpu "
+         "--workers 0").split()
 TRAIN_VILT = ("--model vilt-toy --image-size 16 --patch-size 8 --width 16 --layers 2 --heads 2 --mlp-width 40 --max-positions 40 "
         "--max-patches 5 --mpp --precision fp32 --device cpu --workers 0").split()
 

@@ -13,13 +13,14 @@ from conftest import (TRAIN as RUN, TRAIN_FLM as SIZES, TRAIN_VILT as VILT, WORD
                       train_outcome as outcome, write_caption_world, write_captions)
 
 import flm
+import layers
 import recipes
 import tasks
 import train
 import vilt
 import weights
 from tokenizer import BPE
-from training import machine
+from training import machine, optimizer as optimizers
 from training.optimizer import Muon, moments_of, orthogonal, parameter_groups, rate_at
 from training.settings import Settings, split_batch, documented_fields
 
@@ -222,6 +223,26 @@ def test_every_objective_trains_every_parameter_it_has(world, tmp_path, objectiv
     assert untrained == []
 
 
+def test_silent_attention_says_nothing_at_first_and_learns_to_speak(world, tmp_path):
+    command_line = [*command(world, tmp_path), "--silent-attention"]
+    settings, flags = train.parse(command_line)
+    model = flm.FLM(replace(flm.PRESETS["toy"], **flags))
+    attentions = [module for module in model.modules() if isinstance(module, layers.Attention)]
+    assert len(attentions) == 1 + 1 + 1 + 4 + 2     # ViT, text twice, fusion twice each, fusion's
+    for attention in attentions:
+        assert not attention.out.weight.any() and attention.q.weight.any()
+    ids = torch.tensor([[0, 7, 8, 9, 2]])
+    images = torch.rand(2, 1, 3, 16, 16)
+    words = [model.fuse(model.encode_image(image), model.encode_text(ids)).reconstructed
+             for image in images]
+    assert torch.equal(*words)                      # no row hears of the image
+    train.main([*command_line, *RUN])
+    trained = weights.load(tmp_path / "last.pt")
+    for module in trained.modules():
+        if isinstance(module, layers.Attention):
+            assert module.out.weight.any()
+
+
 def test_spans_and_prediction_rate_are_for_training_only(world, tmp_path):
     settings, flags = train.parse(command(world, tmp_path, "--corruption-rate", 0.5,
                                           "--prediction-rate", 0.5))
@@ -407,7 +428,9 @@ def test_parameter_groups_follow_the_rule():
     assert [group["peak"] for group in parameter_groups(model, muon) if group["muon"]] == [0.02]
 
 
-def test_muon_steps_as_torch_does():
+def test_muon_steps_as_torch_does(monkeypatch):
+    # torch iterates Keller Jordan's polynomial five times.
+    monkeypatch.setattr(optimizers, "POLAR_EXPRESS", [(3.4445, -4.7750, 2.0315)] * 5)
     torch.manual_seed(0)
     ours = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False),
                                torch.nn.Linear(40, 16, bias=False))
@@ -417,7 +440,7 @@ def test_muon_steps_as_torch_does():
     before = [weight.detach().clone() for weight in ours.parameters()]
     optimizer = Muon([{"params": list(ours.parameters()), "muon": True, "weight_decay": 0.1}],
                      lr=0.02)
-    oracle = torch.optim.Muon(theirs.parameters(), lr=0.02, weight_decay=0.1, momentum=0.95)
+    oracle = torch.optim.Muon(theirs.parameters(), lr=0.02, weight_decay=0.1, momentum=0.9)
     for _ in range(5):
         x = torch.randn(100, 24)
         for model, stepped in ((ours, optimizer), (theirs, oracle)):
@@ -426,8 +449,25 @@ def test_muon_steps_as_torch_does():
             stepped.step()
     for start, a, b in zip(before, ours.parameters(), theirs.parameters(), strict=True):
         assert (a - b).norm() < 0.1 * (b - start).norm()        # torch iterates in bfloat16
-    singular = torch.linalg.svdvals(orthogonal(torch.randn(3, 40, 16)))
-    assert 0.6 < singular.min() and singular.max() < 1.25
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 16), (2, 24, 24), (2, 16, 64), (1, 8, 8)])
+def test_the_step_of_muon_is_as_long_in_weak_directions_as_in_strong_ones(shape):
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.logspace(0, -2.3, min(shape[1:]))        # 0.005 of the first, 0.003 of the norm
+    x = left * values @ right
+    stepped = orthogonal(x)
+    singular = torch.linalg.svdvals(stepped)
+    assert 0.79 < singular.min() and singular.max() < 1.21
+    assert (stepped - left @ right).norm() < 0.2 * (left @ right).norm()    # x's own directions
+
+
+def test_a_gradient_of_zeros_or_of_one_direction_is_stepped_too():
+    one = torch.zeros(1, 8, 8)
+    one[0, 2, 5] = 7.0
+    torch.testing.assert_close(orthogonal(one) / 1.2, one / 7, rtol=0.01, atol=1e-6)
+    assert not orthogonal(torch.zeros(1, 4, 20)).any()
 
 
 def test_without_muon_the_optimizer_is_adamw_to_the_last_bit():
