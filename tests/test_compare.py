@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +20,7 @@ import train
 import weights
 from tokenizer import BPE
 from tools import compare, compare_contenders, compare_page, compare_plan, compare_quality, compare_result, compare_run
-from tools.compare_contenders import Contender
+from tools.compare_contenders import CONTENDERS, Contender
 from tools.compare_quality import ALL, BOTH, LEFT, Quality
 from tools.compare_result import Curve
 from tools.compare_run import Track
@@ -350,6 +351,14 @@ def test_the_originals_way_has_the_same_losses(world, tmp_path, flags):
     for name, (loss, hits) in expected.items():
         assert found[name][0].item() == pytest.approx(loss.item(),
                                                       rel=1e-5) and found[name][1] == hits
+
+
+@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.folder)
+def test_every_contender_of_the_table_takes_training_steps(world, tmp_path, contender):
+    flags = (*TRAIN_FLM, "--data", str(world), "--tokenizer", str(world / "tok"), "--global-batch",
+             "8", *shlex.split(contender.flags))
+    track = Track(str(tmp_path), flags, 2, 0.2, contender.every_row)
+    assert compare_run.measure_speed(track, steps=1) > 0
 
 
 def test_a_loss_of_weight_0_is_not_computed(world, tmp_path):

@@ -179,11 +179,11 @@ def flm_steps(task_class, original, args):
     return [Way(name, forward, model, optimizer) for name, forward in forwards.items()]
 
 
-def original_pretraining(model, batch):
+def original_pretraining(model, batch, count_hits=True):
     """The losses of FLM.forward in the original's way: the head on all L rows of all outputs.
 
-    Rows that predict nothing are scored too and then ignored. For every objective, without
-    image-text matching.
+    Rows that predict nothing are scored too and then ignored; hits are always counted. For every
+    objective, without image-text matching.
     """
     ids, results = batch["ids"], {}
     text = model.encode_text(batch.get("masked_ids", ids), batch.get("first"), batch.get("last"),
@@ -191,6 +191,7 @@ def original_pretraining(model, batch):
     fused = model.fuse(model.encode_image(batch["image"]), text)
     for name in model.config.loss_weights:
         rows = batch[f"{name}_rows"]
+        rows = rows[rows >= 0]                                              # without the padding
         targets = torch.full_like(ids, -100).flatten()                      # (B L)
         targets[rows] = ids.flatten()[rows + masks.SHIFT[name]]
         logits = model.vocab_logits(getattr(fused, name)).flatten(0, 1)     # (B L, V)
