@@ -1,4 +1,7 @@
-"""What several test files need: where the shared material lies, and small Arrow files made on the spot."""
+"""What several test files need.
+
+Where the shared material lies, and small Arrow files made on the spot.
+"""
 
 import functools
 import io
@@ -42,7 +45,8 @@ SHARED = Path(os.environ.get("FLM_SHARED") or ROOT.parent / "shared")
 def shared():
     """Real photographs, captions and tokenizer tables, which are not ours to ship."""
     if not SHARED.is_dir():
-        pytest.skip(f"{SHARED} is not there: real photographs, captions and tokenizer tables are needed")
+        pytest.skip(f"{SHARED} is not there: "
+                    "real photographs, captions and tokenizer tables are needed")
     return SHARED
 
 
@@ -62,12 +66,15 @@ def picture(seed, size=(40, 32), format="JPEG"):
     return out.getvalue()
 
 
-WORDS = ("a red blue green small big dog cat house tree car on under near the with two three old new white black "
-         "running sitting sleeping").split()
+WORDS = ("a red blue green small big dog cat house tree car on under near the with two three old "
+         "new white black running sitting sleeping").split()
 
 
 def write_captions(path, rows, seed=0, captions=2, broken=(), batch_rows=7, sizes=((40, 32),)):
-    """A caption file of `rows` random pictures, of these sizes in turn; rows in `broken` hold bytes that are no picture."""
+    """A caption file of `rows` random pictures, of these sizes in turn.
+
+    Rows in `broken` hold bytes that are no picture.
+    """
     rng = np.random.default_rng(seed)
     with Writer(path, CAPTIONS, batch_rows=batch_rows) as out:
         for row in range(rows):
@@ -83,7 +90,8 @@ def trained_toy():
     for path in (ROOT / "models" / "toy.safetensors", ROOT / "runs" / "toy" / "last.pt"):
         if path.is_file():
             return path
-    pytest.skip("no trained model: neither models/toy.safetensors nor runs/toy/last.pt (made by `make`)")
+    pytest.skip("no trained model: neither models/toy.safetensors nor runs/toy/last.pt "
+                "(made by `make`)")
 
 
 # -- tiny models -----------------------------------------------------------------------------------
@@ -96,7 +104,10 @@ TINY = flm.Config(image_size=24, patch_size=8, vit_width=32, vit_layers=2, vit_h
 
 
 def tiny(seed=0, **changes):
-    """A tiny model whose every parameter has a non-trivial value, so that no term can be missing unseen."""
+    """A tiny model whose every parameter has a non-trivial value.
+
+    So no term can be missing unseen.
+    """
     torch.manual_seed(seed)
     model = flm.FLM(replace(TINY, **changes)).eval()
     with torch.no_grad():
@@ -135,7 +146,10 @@ SIZES = ((40, 32), (24, 48), (30, 30))
 
 
 def write_questions(path, rows, seed, broken=()):
-    """A VQA file: up to three questions to a picture, of which some have no answer in the list -> {question id: labels}."""
+    """A VQA file: up to three questions to a picture -> {question id: labels}.
+
+    Some questions have no answer in the list.
+    """
     rng, labels_of = np.random.default_rng(seed), {}
     with Writer(path, VQA, batch_rows=3) as out:
         for row in range(rows):
@@ -174,7 +188,10 @@ def write_statements(path, rows, seed, broken=()):
 
 
 def write_world(root):
-    """Captions, questions and statements (dataset "mine"), a tokenizer, and a checkpoint of each kind of pretrained model."""
+    """Captions, questions and statements (dataset "mine"), a tokenizer, and checkpoints.
+
+    There is a checkpoint of each kind of pretrained model.
+    """
     write_captions(root / "mine_caption_train.arrow", 12, sizes=SIZES)
     write_captions(root / "mine_caption_val.arrow", 5, seed=1, sizes=SIZES)
     write_captions(root / "mine_caption_test.arrow", 7, seed=2, broken=(4,), batch_rows=3,
@@ -231,7 +248,10 @@ def original(name, folder):
 
 
 def write_page_models(root):
-    """Untrained models of all tasks that know the toy world's words, for the demo page -> their paths."""
+    """Untrained models of all tasks, for the demo page -> their paths.
+
+    They know the toy world's words.
+    """
     captions = [text for index in range(60)
                 for text in toy.picture_rows(0, 32, "train", index)[0]["caption"]]
     tok, paths = BPE.train(captions, 330), []
@@ -254,12 +274,14 @@ def write_page_models(root):
 # -- runs of train.py
 # -------------------------------------------------------------------------------
 
-TRAIN_FLM = ("--image-size 16 --patch-size 8 --vit-width 16 --vit-layers 1 --vit-heads 2 --text-width 16 --text-layers 1 "
-         "--text-heads 2 --width 16 --heads 2 --fusion-layers 2 --reconstructor-text-layers 1 --max-positions 66 "
-         "--reconstructor-fusion-layers 2 --model toy --no-silent-attention --precision fp32 --device cpu "
-         "--workers 0").split()
-TRAIN_VILT = ("--model vilt-toy --image-size 16 --patch-size 8 --width 16 --layers 2 --heads 2 --mlp-width 40 --max-positions 40 "
-        "--max-patches 5 --mpp --precision fp32 --device cpu --workers 0").split()
+TRAIN_FLM = ("--image-size 16 --patch-size 8 --vit-width 16 --vit-layers 1 --vit-heads 2 "
+             "--text-width 16 --text-layers 1 --text-heads 2 --width 16 --heads 2 "
+             "--fusion-layers 2 --reconstructor-text-layers 1 --max-positions 66 "
+             "--reconstructor-fusion-layers 2 --model toy --no-silent-attention "
+             "--precision fp32 --device cpu --workers 0").split()
+TRAIN_VILT = ("--model vilt-toy --image-size 16 --patch-size 8 --width 16 --layers 2 --heads 2 "
+              "--mlp-width 40 --max-positions 40 --max-patches 5 --mpp "
+              "--precision fp32 --device cpu --workers 0").split()
 
 
 def write_caption_world(root):
@@ -275,7 +297,8 @@ def train_command(world, out, *more, sizes=TRAIN_FLM):
             *map(str, more)]
 
 
-TRAIN = "--global-batch 16 --steps 6 --lr 1e-2 --warmup 0.2 --log-every 1 --eval-every 3 --save-every 2 --clip 1.0".split()
+TRAIN = ("--global-batch 16 --steps 6 --lr 1e-2 --warmup 0.2 --log-every 1 --eval-every 3 "
+         "--save-every 2 --clip 1.0").split()
 
 
 def train_outcome(out):

@@ -104,8 +104,8 @@ def test_a_run_of_two_processes_resumes_as_if_it_had_never_stopped(world, tmp_pa
 def test_a_run_does_not_resume_in_another_precision(world, tmp_path):
     train.main(command(world, tmp_path / "run", *RUN))
     for precision in ("bf16", "fp16"):
-        with pytest.raises(SystemExit,
-                           match=f"other settings than the run's: precision 'fp32' -> '{precision}'"):
+        sentence = f"other settings than the run's: precision 'fp32' -> '{precision}'"
+        with pytest.raises(SystemExit, match=sentence):
             train.main(command(world, tmp_path / "run", *RUN, "--precision", precision, "--resume"))
 
 
@@ -116,8 +116,8 @@ def test_a_run_does_not_resume_on_other_data(world, tmp_path):
     arguments = [*RUN, "--data", tmp_path, "--steps", 2]
     train.main(command(world, tmp_path / "run", *arguments))
     write_captions(tmp_path / "more_caption_train.arrow", 9)
-    with pytest.raises(SystemExit,
-                       match=r"other data than the run's, .*mine_caption_train.arrow', 60.* -> .*more_caption"):
+    sentence = r"other data than the run's, .*mine_caption_train.arrow', 60.* -> .*more_caption"
+    with pytest.raises(SystemExit, match=sentence):
         train.main(command(world, tmp_path / "run", *arguments, "--resume"))
 
 
@@ -234,7 +234,8 @@ def test_a_run_that_is_stopped_before_training_has_begun_ends_at_once(world, tmp
                         lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))
     with pytest.raises(SystemExit) as stop:
         train.main(command(world, tmp_path / "run", *RUN))
-    assert stop.value.code == 143 and "stopped by SIGTERM before training began" in capsys.readouterr().err
+    assert stop.value.code == 143
+    assert "stopped by SIGTERM before training began" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -435,7 +436,8 @@ def test_a_finished_run_is_extended_and_says_what_becomes_of_the_rate(world, tmp
     out = copy_of(trained, tmp_path / "run")
     train.main(command(world, out, *RUN, "--resume", "--steps", 9))
     told = capsys.readouterr().out
-    assert "6 steps become 9: the schedule stretches, and the rate at step 6 goes from 0.0e+00 to 4.3e-03" in told
+    assert ("6 steps become 9: the schedule stretches, "
+            "and the rate at step 6 goes from 0.0e+00 to 4.3e-03") in told
     assert "| 0 steps skipped | 0 loss spikes" in told.splitlines()[-1]
     assert weights.read(out / "last.pt")["step"] == 9
     assert "steps 9 -> 6" in refused(world, out)
@@ -444,7 +446,10 @@ def test_a_finished_run_is_extended_and_says_what_becomes_of_the_rate(world, tmp
 @pytest.mark.slow
 def test_the_best_checkpoint_is_kept_also_over_a_resume_that_extends_the_run(world, tmp_path,
                                                                              capsys):
-    """Step 5 is validated only because it is the last of the first run: the second one knows its value all the same."""
+    """Step 5 is validated only because it is the last of the first run.
+
+    The second one knows its value all the same.
+    """
     best = [*RUN, "--eval-every", 2, "--save-every", 100, "--keep-best", "val_loss"]
 
     def losses():
@@ -489,17 +494,19 @@ def test_a_disk_without_hard_links_gets_copies(tmp_path, monkeypatch):
     monkeypatch.setattr(disk.os, "link",
                         lambda *_: (_ for _ in ()).throw(OSError(1, "no links here")))
     disk.also_as(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b").read_text() == "weights" and sorted(path.name
-                                                                for path in tmp_path.iterdir()) == ["a", "b"]
+    assert (tmp_path / "b").read_text() == "weights"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_a_validation_that_is_not_a_number_is_never_the_best(tmp_path):
     run = SimpleNamespace(settings=Settings(keep_best="val_loss"), out=tmp_path)
     run.machine, run.saved = SimpleNamespace(rank=0, union=dict), None
     best = checkpoints.Best(run)
-    assert not best.is_beaten_by({"val_loss": float("nan")}) and best.is_beaten_by({"val_loss": 5.0})
+    assert not best.is_beaten_by({"val_loss": float("nan")})
+    assert best.is_beaten_by({"val_loss": 5.0})
     best.value = 5.0
-    assert best.is_beaten_by({"val_loss": 4.0}) and not best.is_beaten_by({"val_loss": float("nan")})
+    assert best.is_beaten_by({"val_loss": 4.0})
+    assert not best.is_beaten_by({"val_loss": float("nan")})
     best.name = "val_accuracy"
     assert best.is_beaten_by({"val_accuracy": 6.0}) and not best.is_beaten_by({"val_accuracy": 4.0})
 
@@ -545,13 +552,17 @@ def test_a_full_disk_names_the_file_and_the_checkpoint_that_stands(world, tmp_pa
     with pytest.raises(SystemExit) as stop:
         train.main(command(world, tmp_path / "run", *RUN))
     told = stop.value.code
-    assert f"No space left on device ({tmp_path / 'run/last.pt'} of step 4 is whole); free some space" in told
-    assert weights.read(tmp_path / "run/last.pt")["step"] == 4
+    whole = tmp_path / "run/last.pt"
+    assert f"No space left on device ({whole} of step 4 is whole); free some space" in told
+    assert weights.read(whole)["step"] == 4
 
 
 @pytest.mark.slow
 def test_a_run_whose_folder_has_a_name_without_unicode_resumes(world, tmp_path, trained):
-    """In a locale without Unicode, Python knows é as two bytes that are no characters, and settings hold them."""
+    """In a locale without Unicode, Python knows é as two bytes that are no characters.
+
+    The settings hold them.
+    """
     saved = torch.load(trained / "step_4.pt", weights_only=False)
     out = copy_of(trained, tmp_path / "run",
                   **saved | {"settings": saved["settings"] | {"out": "runs/\udcc3\udca9"}})

@@ -1,4 +1,7 @@
-"""A comparison: fair to every moment and contender, goes on where it was stopped, and its arithmetic is right."""
+"""A comparison is fair to every moment and contender, and goes on where it was stopped.
+
+And its arithmetic is right.
+"""
 
 import json
 import re
@@ -19,7 +22,8 @@ import tokenizer
 import train
 import weights
 from tokenizer import BPE
-from tools import compare, compare_contenders, compare_page, compare_plan, compare_quality, compare_result, compare_run
+from tools import (compare, compare_contenders, compare_page, compare_plan, compare_quality,
+                   compare_result, compare_run)
 from tools.compare_contenders import CONTENDERS, Contender
 from tools.compare_quality import ALL, BOTH, LEFT, Quality
 from tools.compare_result import Curve
@@ -60,7 +64,10 @@ def tiny_flags(world):
 
 
 def in_small(patch, world):
-    """Tiny contenders in the place of the table, and a clock that counts steps -> the flags of a comparison of seconds."""
+    """Tiny contenders in the place of the table -> the flags of a comparison of seconds.
+
+    The clock counts steps.
+    """
     sizes = tiny_flags(world)
     patch.setattr(compare_plan, "CONTENDERS", [
         Contender("FLM", sizes, principal=True),
@@ -123,11 +130,15 @@ def test_it_ends_with_tables_pictures_and_all_that_they_need(undisturbed, capsys
             # the trunk until the branch, and the branch: all steps, each once
             for moment in run["moments"]:
                 assert moment["seconds"] == pytest.approx(0.01 * moment["steps"])
-                assert moment["branch_seconds"] == pytest.approx(0.01 * (moment["steps"] - moment["branched_at"]))
+                steps = moment["steps"] - moment["branched_at"]
+                assert moment["branch_seconds"] == pytest.approx(0.01 * steps)
 
 
 def test_ways_of_asking_are_never_mixed(undisturbed):
-    """Words asked from the left and from both sides stand in rows of their own, and are compared with their own kind alone."""
+    """Words asked from the left and from both sides stand in rows of their own.
+
+    They are compared with their own kind alone.
+    """
     found = json.loads((undisturbed / "compare.json").read_text())
     ways = {c["name"]: [set(moment["cloze"]) for run in c["runs"] for moment in run["moments"]]
             for c in found["contenders"]}
@@ -144,7 +155,10 @@ def test_ways_of_asking_are_never_mixed(undisturbed):
 @pytest.mark.parametrize("where", [7, 31, 35, 52])
 def test_an_interrupted_comparison_goes_on_to_the_same_moments(small, undisturbed, tmp_path,
                                                                monkeypatch, where):
-    """Interrupted in a measurement of speed, in a trunk, in the branch of a first moment, and of a second one."""
+    """Interrupted in a measurement of speed, in a trunk, and in two branches.
+
+    One branch is that of a first moment, the other that of a second one.
+    """
     small += ["--only", "FLM", "AR", "--seeds", "1", "--rates", "1"]
     steps, step = [], train.train_step
 
@@ -188,7 +202,10 @@ def test_more_seeds_and_contenders_add_to_what_is_there(small, undisturbed, worl
 
 
 def test_the_best_rate_of_a_search_is_trained_with(small, world, tmp_path, monkeypatch):
-    """Each objective by its own way of asking; a contender added to the table takes the rate of its objective."""
+    """Each objective by its own way of asking.
+
+    A contender added to the table takes the rate of its objective.
+    """
     tried, rates = [], {}
 
     def rate_of(track):
@@ -291,7 +308,10 @@ def test_what_cannot_be_done_is_said_in_a_sentence(small, world, tmp_path):
 
 @pytest.mark.parametrize("decay", [0.25, 1.0])
 def test_a_branch_ends_with_the_model_of_a_run_of_its_own_length(world, tmp_path, decay):
-    """With spans and dropout, so random numbers matter; the second branch comes from a trunk that was saved and resumed."""
+    """With spans and dropout, so random numbers matter.
+
+    The second branch comes from a trunk that was saved and resumed.
+    """
     flags = [*TRAIN_FLM, "--task", "pretrain", "--data", str(world), "--tokenizer",
              str(world / "tok"), "--global-batch", "16",
              "--bucket", "2", "--corruption-rate", "0.3", "--dropout", "0.1", "--lr", "3e-3",
@@ -313,7 +333,8 @@ def test_a_branch_ends_with_the_model_of_a_run_of_its_own_length(world, tmp_path
                    for name, tensor in whole["model"].items())
     # what eval.py, tools.probe and --load open
     model = weights.load(tmp_path / "track/moment_2.pt")
-    assert model.tokenizer and model.task == "pretrain" and not (tmp_path / "track/next.pt").exists()
+    assert model.tokenizer and model.task == "pretrain"
+    assert not (tmp_path / "track/next.pt").exists()
 
 
 def test_a_trunk_that_is_past_a_branch_is_refused(world, tmp_path):
@@ -321,8 +342,8 @@ def test_a_trunk_that_is_past_a_branch_is_refused(world, tmp_path):
                   (*TRAIN_FLM, "--data", str(world), "--tokenizer", str(world / "tok"),
                    "--global-batch", "16"), 2, 0.2)
     compare_run.advance(track, 2, 12, Quality(GROUPS, "test", 4))
-    with pytest.raises(ValueError,
-                       match="its trunk is at step 10, and its next branch leaves it at step 4: remove the folder"):
+    sentence = "its trunk is at step 10, and its next branch leaves it at step 4: remove the folder"
+    with pytest.raises(ValueError, match=sentence):
         compare_run.advance(track, 1, 5, Quality(GROUPS, "test", 4))
 
 
@@ -331,7 +352,10 @@ def test_a_trunk_that_is_past_a_branch_is_refused(world, tmp_path):
                                    "--objective ar", "--objective prefix",
     "--left-to-right-weight 0 --right-to-left-weight 0"])
 def test_the_originals_way_has_the_same_losses(world, tmp_path, flags):
-    """Captions padded to 50 and the head on every row, beside captions padded to the longest and the rows that predict."""
+    """Theirs: captions padded to 50, and the head on every row.
+
+    Ours: captions padded to the longest, and the head on the rows that predict.
+    """
     batches, common = [], [*TRAIN_FLM, "--data", str(world), "--tokenizer", str(world / "tok"),
                            "--global-batch", "8", "--seed", "1"]
     for name, more in (("ours", []), ("original", ["--pad-to", "50"])):
@@ -362,7 +386,10 @@ def test_every_contender_of_the_table_takes_training_steps(world, tmp_path, cont
 
 
 def test_a_loss_of_weight_0_is_not_computed(world, tmp_path):
-    """Neither in training nor in validation; the others are the same, and every parameter is still trained."""
+    """Neither in training nor in validation.
+
+    The others are the same, and every parameter is still trained.
+    """
     flags = (*TRAIN_FLM, "--data", str(world), "--tokenizer", str(world / "tok"), "--global-batch",
              "8")
     none = ("--left-to-right-weight", "0", "--right-to-left-weight", "0")
@@ -374,7 +401,8 @@ def test_a_loss_of_weight_0_is_not_computed(world, tmp_path):
         results.append(state.model(train.to_device(batch, torch.device("cpu"), run.config)))
         assert set(results[-1]) == set(notes["counts"]) == set(run.config.loss_weights)
     everything, one = results
-    assert run.config.loss_weights == {"reconstructed": 1.0} and torch.equal(one["reconstructed"][0], everything["reconstructed"][0])
+    assert run.config.loss_weights == {"reconstructed": 1.0}
+    assert torch.equal(one["reconstructed"][0], everything["reconstructed"][0])
     one["reconstructed"][0].backward()
     assert [name for name, p in state.bare.named_parameters() if p.grad is None
             or not p.grad.any()] == []
@@ -415,7 +443,10 @@ def test_every_word_is_asked_and_counts_once(world, monkeypatch):
 
 @torch.no_grad()
 def test_guesses_know_what_the_way_of_asking_allows_and_no_more():
-    """A changed word moves no guess of itself; words from the fifth on move, from the left, guesses behind it alone."""
+    """A changed word moves no guess of itself.
+
+    Words from the fifth on move, from the left, guesses behind it alone.
+    """
     model, ids = tiny(objective="flm"), caption(9, 9)
     visual = model.encode_image(torch.randn(1, 3, 24, 24))
     base = compare_quality.guesses(model, visual, ids)
@@ -465,11 +496,12 @@ def test_tasks_are_scored_by_the_commands_that_everybody_runs(world, tmp_path, m
     compare.main([*flags, "--moments", "1", "--seeds", "1", "--only", "FLM"])
     moments = moments_of(out, "flm-0")
     assert 0 <= moments["flm-0", 1]["tasks"]["vqa"]["overall"] <= 1
-    assert json.loads((out / "flm-0/vqa_1/config.json").read_text())["settings"]["load"].endswith("flm-0/moment_1.pt")
+    config = json.loads((out / "flm-0/vqa_1/config.json").read_text())
+    assert config["settings"]["load"].endswith("flm-0/moment_1.pt")
     assert not list((out / "flm-0/vqa_1").glob("*.pt"))
     assert "## Seconds until VQA" in (out / "compare.md").read_text()
-    with pytest.raises(ValueError,
-                       match="train.py: .*nowhere.pt: there is no such checkpoint .*log.txt has all of it"):
+    sentence = "train.py: .*nowhere.pt: there is no such checkpoint .*log.txt has all of it"
+    with pytest.raises(ValueError, match=sentence):
         compare_quality.task_scores("vqa", str(tmp_path / "nowhere.pt"), str(tmp_path / "x"), 3, 0,
                                     str(world), "toy", "test", "cpu")
 
@@ -516,7 +548,8 @@ def test_a_quality_that_is_never_reached_is_said_and_counts_against_ours():
     assert never["ratio"] is None and never["seconds"]["ours"] is None and never["interval"] == [0,
                                                                                                  0]
     row = {"yardstick": "y", "contender": "c", "another": None, "last": 20}
-    assert "| not within 20 s | FLM does not get there | 0.0 - 0.0 |" in compare_page.ratio_table([row | never])
+    table = compare_page.ratio_table([row | never])
+    assert "| not within 20 s | FLM does not get there | 0.0 - 0.0 |" in table
     early = compare_result.compare(slow, fast)
     assert "| 20 s | within 10 s | at least 2.0 |" in compare_page.ratio_table([row | early])
 
@@ -539,7 +572,8 @@ def summary(**contenders):
 def test_seeds_are_averaged_over_the_moments_that_all_have():
     found = summary(flm=[[record(10, 0.2), record(20, 0.6)], [record(12, 0.4)]])
     [row] = [row for row in found["times"] if row["yardstick"] == "red, both sides"]
-    assert row["seeds"] == 2 and row["last"] == 11 and row["best"] == pytest.approx(0.3) and row["another"] == pytest.approx(0.1)
+    assert row["seeds"] == 2 and row["last"] == 11
+    assert row["best"] == pytest.approx(0.3) and row["another"] == pytest.approx(0.1)
 
 
 def test_rivals_are_compared_by_the_yardsticks_that_both_have():
@@ -555,7 +589,10 @@ def test_rivals_are_compared_by_the_yardsticks_that_both_have():
 
 
 def test_the_table_of_contenders_is_one_that_train_py_takes(world):
-    """Every line parses, has a name and folder of its own, and takes its rate from a line that searches for one."""
+    """Every line parses, and has a name and folder of its own.
+
+    It takes its rate from a line that searches for one.
+    """
     options = SimpleNamespace(recipe="toy", data=str(world), device="")
     table = compare_contenders.CONTENDERS
     sources = {c.name for c in table if not c.rate_of}

@@ -6,7 +6,8 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-from conftest import ROOT, TRAIN_FLM, finetune, names_in, picture, prepare_main, train_command, write_caption_world, write_world
+from conftest import (ROOT, TRAIN_FLM, finetune, names_in, picture, prepare_main, train_command,
+                      write_caption_world, write_world)
 
 import masks
 import predict

@@ -1,6 +1,7 @@
-"""Arrow files that the original ViLT's own converters wrote: they open, are checked, trained on and evaluated as they are.
+"""Arrow files that the original ViLT's own converters wrote.
 
-The files lie in ../shared/fixtures/converters, with the official annotations beside them.
+They open, are checked, trained on and evaluated as they are. The files lie in
+../shared/fixtures/converters, with the official annotations beside them.
 """
 
 import json
@@ -57,7 +58,10 @@ def world(tmp_path_factory):
 
 
 def linked(originals, folder, *names):
-    """A folder with some of the files; "new=old" gives one another name. And the model, for conftest.finetune."""
+    """A folder with some of the files, and the model, for conftest.finetune.
+
+    "new=old" gives a file another name.
+    """
     folder.mkdir()
     for name in names:
         new, _, old = name.partition("=")
@@ -146,7 +150,10 @@ def test_captioning_and_retrieval_on_their_test_files(world, originals, tmp_path
 # -- VQA -------------------------------------------------------------------------------------------
 
 def test_their_answer_list_is_rebuilt_from_their_labels(originals, tmp_path, capsys):
-    """The recording is the list of the whole files: here, 153 of its 411 answers are no question's label."""
+    """The recording is the list of the whole files.
+
+    Here, 153 of its 411 answers are no question's label.
+    """
     folder = linked(originals, tmp_path / "data", "vqav2_train", "vqav2_rest_val", "vqav2_test")
     answers = VQATask.answers(Settings(task="vqa", data=str(folder)))
     recorded = json.loads((originals / "vqav2_answers_rebuilt.json").read_text())
@@ -154,7 +161,8 @@ def test_their_answer_list_is_rebuilt_from_their_labels(originals, tmp_path, cap
         recorded[label] for label, a in enumerate(answers) if not a.startswith("(label ")]
     assert sum(a == b for a, b in zip(answers, recorded)) == 257 and answers[0] == "(label 0)"
     printed = capsys.readouterr().out
-    assert "vqav2_answers.json: there is no such file" in printed and "410 answers, of which 153 never occur" in printed
+    assert "vqav2_answers.json: there is no such file" in printed
+    assert "410 answers, of which 153 never occur" in printed
     assert VQATask.answers(Settings(task="vqa",
                                     data=str(folder))) == answers and not capsys.readouterr().out
 
@@ -213,10 +221,11 @@ def test_targets_are_the_official_accuracy_of_each_answer_of_the_list(originals)
                                          for label, score in zip(labels, scores, strict=True)}
     # Every answer that somebody gave, normalised or not, and that the list has: if it has no label,
     # it scores nothing.
-    given = {entry["question_id"]: sorted({form(answer["answer"]) for answer in entry["answers"]
-                                           for form in (str,
-                                                        metrics.normalize_answer)} & label_of.keys())
-             for entry in content}
+    given = {}
+    for entry in content:
+        forms = {form(answer["answer"])
+                 for answer in entry["answers"] for form in (str, metrics.normalize_answer)}
+        given[entry["question_id"]] = sorted(forms & label_of.keys())
     for rank in range(max(map(len, given.values()))):
         chosen = {question_id: (answers[rank:] or [""])[0]
                   for question_id, answers in given.items()}
@@ -225,8 +234,8 @@ def test_targets_are_the_official_accuracy_of_each_answer_of_the_list(originals)
         found = metrics.vqa_accuracy(predictions, {"annotations": content})["per_question"]
         for question_id, answer in chosen.items():
             if answer:
-                assert found[question_id] == pytest.approx(100 * targets[question_id].get(answer,
-                                                                                          0.0)), (question_id, answer)
+                expected = 100 * targets[question_id].get(answer, 0.0)
+                assert found[question_id] == pytest.approx(expected), (question_id, answer)
     assert sum(map(len, given.values())) > 600
 
 
@@ -274,7 +283,10 @@ def test_three_steps_of_nlvr2_on_their_file_and_a_prediction_file_with_official_
 
 
 def test_our_rows_of_the_official_statements_are_theirs(originals, tmp_path):
-    """Their pictures and the official lines, through our converter: their file and one more column."""
+    """Their pictures and the official lines, through our converter.
+
+    This gives their file and one more column.
+    """
     theirs = table_of(originals / "nlvr2_dev.arrow").to_pylist()
     for row in theirs:
         for which in (0, 1):

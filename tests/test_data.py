@@ -33,7 +33,7 @@ def tok():
     return BPE.train([" ".join(WORDS)] * 3, 330)
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 def test_captions_and_images_come_back_in_order_from_several_files(tmp_path):
     files = [write_captions(tmp_path / f"{i}.arrow", rows, seed=i, captions=3)
@@ -48,7 +48,10 @@ def test_captions_and_images_come_back_in_order_from_several_files(tmp_path):
 
 
 def test_sliced_and_uneven_caption_lists_are_indexed_right(tmp_path):
-    """Arrow batches may start inside their buffers (a sliced table), and rows may have no caption."""
+    """Arrow batches may start inside their buffers (a sliced table).
+
+    Rows may have no caption.
+    """
     rows = [{"image": b"x", "caption": ["é" * i + str(j) for j in range(i % 4)], "image_id": "",
              "split": ""} for i in range(40)]
     whole = pa.Table.from_pylist(rows, schema=CAPTIONS)
@@ -109,7 +112,7 @@ def test_bad_files_are_named_in_one_sentence(tmp_path, name, message):
 
 
 def in_a_child(function):
-    """Runs a function in a forked process, which it may kill -> (its exit status, its peak memory in MB)."""
+    """(exit status, peak memory in MB) of a function in a forked process, which it may kill."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -270,7 +273,7 @@ def test_a_file_that_was_replaced_is_not_read_unchecked(tmp_path):
         pickle.loads(pickle.dumps(table)).text(0)
 
 
-# -- labels ------------------------------------------------------------------------------------------------------------
+# -- labels ----------------------------------------------------------------------------------------
 
 VQA_COLUMNS = {"image": [b"x", b"y"], "questions": [["a", "b"], ["c"]],
                "question_id": [[1, 2], [3]],
@@ -333,7 +336,7 @@ def test_statements_are_true_or_false_and_nothing_else(tmp_path, answers, senten
         assert [table.details(i)["label"] for i in range(2)] == [1, 0]
 
 
-# -- names -------------------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 def test_dataset_names_find_vilts_files(tmp_path):
     names = ["coco_caption_karpathy_train.arrow", "coco_caption_karpathy_restval.arrow",
@@ -377,7 +380,7 @@ def test_json_that_is_none_is_named(tmp_path):
             disk.read_json(path, list)
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size", [(40, 32), (32, 40), (17, 90), (31, 31)])
 def test_decoding_equals_torchvisions_clip_transform(size):
@@ -390,7 +393,10 @@ def test_decoding_equals_torchvisions_clip_transform(size):
 
 @pytest.mark.parametrize("size, mean, most", [((90, 120), 0.1, 2), ((800, 600), 2, 60)])
 def test_fast_decoding_shows_the_same_picture(size, mean, most):
-    """The second picture is decoded at a quarter of its size by libjpeg: softer, but the same picture."""
+    """The second picture is decoded at a quarter of its size by libjpeg.
+
+    It is softer, but the same picture.
+    """
     encoded = picture(3, size)
     exact, fast = (pictures.decode(encoded, pictures.Square(64), fast=fast).float()
                    for fast in (False, True))
@@ -423,8 +429,8 @@ def test_every_orientation_of_a_camera_is_turned_upright(format, turn):
         2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.items()} | {1: upright}
     exif = Image.Exif()
     exif[0x0112] = turn
-    more = {"lossless": True} if format == "WEBP" else {"quality": 100,
-                                                        "subsampling": 0} if format == "JPEG" else {}
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
+    more = options.get(format, {})
     found = pictures.open_image(encoded(stored[turn], format, exif=exif, **more))
     assert found.size == (24,
                           16) and np.abs(np.asarray(found,
@@ -509,7 +515,8 @@ def test_a_group_that_moves_on_to_an_image_with_fewer_captions_keeps_its_size(tm
     assert [sample["index"] for sample in dataset.samples([(0, 0, 1, 2)])] == [3, 4, 3]
 
 
-def test_a_group_is_the_same_captions_with_its_image_decoded_once_and_augmented_by_the_first(tmp_path, tok, monkeypatch):
+def test_a_group_is_the_same_captions_with_its_image_decoded_once_and_augmented_by_the_first(
+        tmp_path, tok, monkeypatch):
     table = Captions([write_captions(tmp_path / "a.arrow", 4, captions=3)])
     dataset = CaptionDataset(table, tok, pictures.Square(16), 50, True, augment=True)
     one_by_one = [dataset[2, i] for i in (3, 5, 4, 6)]
@@ -576,7 +583,7 @@ def test_batches_are_padded_to_a_multiple():
                                                                                                10)
 
 
-# -- masking -----------------------------------------------------------------------------------------------------------
+# -- masking ---------------------------------------------------------------------------------------
 
 def test_masking_takes_whole_words_at_the_asked_rate():
     rng, ids = np.random.default_rng(0), [0] + list(range(10, 28)) + [2]
@@ -613,7 +620,7 @@ def test_short_captions_lose_at_least_one_word_and_empty_ones_none():
     assert ids.tolist() == [0, 2] and len(picked) == 0
 
 
-# -- order -------------------------------------------------------------------------------------------------------------
+# -- order -----------------------------------------------------------------------------------------
 
 LENGTHS = np.random.default_rng(5).integers(3, 60, 1003)
 
@@ -680,7 +687,10 @@ def test_small_batches_from_one_bucket_hold_captions_of_like_length_and_come_in_
                          [(1, "8c78f3ee72fb11b1"), (3, "0b20444e039db56c"),
                           (50, "48b10f0870adf595")])
 def test_without_groups_the_order_is_that_of_runs_before_there_were_groups(bucket, recorded):
-    """Or a run that was started then would go on with other captions. The digests are of that code."""
+    """Or a run that was started then would go on with other captions.
+
+    The digests are of that code.
+    """
     sampler = GlobalBatches(LENGTHS, 100, 1, bucket)
     order = np.stack([sampler.batch(step) for step in range(25)]).astype("<i8")
     assert hashlib.blake2b(order.tobytes(), digest_size=8).hexdigest() == recorded
@@ -771,7 +781,10 @@ def test_evaluation_sees_each_caption_exactly_once():
 
 
 def test_real_captions_in_a_published_global_batch_leave_little_padding(shared):
-    """At most a tenth of the tokens of the published batch (4,096 in micro-batches of 64) is padding."""
+    """At most a tenth of the tokens of the published batch is padding.
+
+    It has 4,096 captions, in micro-batches of 64.
+    """
     roberta = BPE.load(shared / "tokenizers/roberta-base/vocab.json",
                        shared / "tokenizers/roberta-base/merges.txt")
     texts = [s["raw"]

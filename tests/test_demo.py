@@ -1,4 +1,7 @@
-"""What the demo page shows, without Gradio: words, answers, scenes, masks, and what visitors do wrong."""
+"""What the demo page shows, without Gradio.
+
+Words, answers, scenes, masks, and what visitors do wrong.
+"""
 
 import importlib.util
 import re
@@ -68,7 +71,8 @@ def test_a_model_that_no_tab_can_use_is_named(tmp_path, paths):
     saved = weights.read(paths[4])
     weights.save(tmp_path / "ar.pt", saved["model"], weights.config_of(saved), "pretrain",
                  saved["tokenizer"])
-    assert f"`{tmp_path / 'ar.pt'}` is of no use here" in answers.missing_tabs(answers.open_models([tmp_path / "ar.pt"]))
+    missing = answers.missing_tabs(answers.open_models([tmp_path / "ar.pt"]))
+    assert f"`{tmp_path / 'ar.pt'}` is of no use here" in missing
 
 
 # -- fill in ---------------------------------------------------------------------------------------
@@ -163,8 +167,8 @@ def test_bad_pictures_and_texts_get_a_sentence(models, tmp_path, monkeypatch):
 
 def test_a_sentence_does_not_tell_where_uploads_lie():
     error = ValueError("/tmp/demo_x/9f3c/my photo.jpg: not a picture that can be read (truncated)")
-    assert answers.sentence(error,
-                            "/tmp/demo_x") == "my photo.jpg: not a picture that can be read (truncated)"
+    sentence = answers.sentence(error, "/tmp/demo_x")
+    assert sentence == "my photo.jpg: not a picture that can be read (truncated)"
 
 
 def test_a_turned_photograph_is_read_upright(models, drawn, tmp_path):
@@ -227,7 +231,8 @@ def test_all_that_is_said_of_a_drawn_scene_is_true(tmp_path):
         drawn = answers.draw_scene(tmp_path, seed)
         assert all(drawn.truth(caption) for caption in drawn.captions)
         said = answers.facts(drawn)
-        shapes = said.splitlines()[0].removeprefix("**In this scene:** ").removesuffix(".").split("; ")
+        line = said.splitlines()[0]
+        shapes = line.removeprefix("**In this scene:** ").removesuffix(".").split("; ")
         assert len(shapes) == len(drawn.scene.shapes) and all(map(drawn.truth, shapes))
         assert not any(map(drawn.truth, answers.wrong_captions(drawn, seed)))
 

@@ -1,7 +1,12 @@
-"""The demo page in a real browser, each tab used as a person would, at the width of a desk and of a telephone.
+"""The demo page in a real browser, at the width of a desk and of a telephone.
+
+Each tab is used as a person would.
 
     pip install '.[demo-test]'; apt install chromium chromium-driver
-    DEMO_PICTURE=docs/demo.png python -m pytest tests/test_demo_page.py -k picture      # the README's, with trained models
+
+The README's picture, with trained models:
+
+    DEMO_PICTURE=docs/demo.png python -m pytest tests/test_demo_page.py -k picture
 """
 
 import base64
@@ -62,7 +67,8 @@ class Page:
             except Exception as e:          # an element went away while the page drew itself anew
                 error = e
             time.sleep(0.1)
-        raise AssertionError(f"not on the page after {PATIENCE} s: {what} {error or ''}\n{self.text()[:800]}")
+        raise AssertionError(f"not on the page after {PATIENCE} s: {what} {error or ''}\n"
+                             f"{self.text()[:800]}")
 
     def seen(self, selector, text=None):
         """The visible elements of a CSS selector (whose text is this)."""
@@ -87,9 +93,11 @@ class Page:
         self.press(name, "button[role=tab], .overflow-dropdown button")
 
     def type(self, label, text):
+        script = "return arguments[0].closest('label')?.innerText || ''"
+
         def typed():
             [field] = [e for e in self.seen("textarea, input[type=text]")
-                       if self.browser.execute_script("return arguments[0].closest('label')?.innerText || ''", e).startswith(label)]
+                       if self.browser.execute_script(script, e).startswith(label)]
             field.click()
             self.browser.execute_script("arguments[0].select()", field)
             field.send_keys(webdriver.Keys.BACKSPACE)
@@ -106,11 +114,12 @@ class Page:
             return True
         self.until(cleared, "the cross of the picture")
 
+        selector = "[data-testid=image] input[type=file], input[type=file]"
+        script = "return arguments[0].closest('.tabitem')?.offsetParent !== null"
+
         def given():
-            fields = [e
-                      for e in self.browser.find_elements("css selector",
-                                                          "[data-testid=image] input[type=file], input[type=file]")
-                      if self.browser.execute_script("return arguments[0].closest('.tabitem')?.offsetParent !== null", e)]
+            fields = [e for e in self.browser.find_elements("css selector", selector)
+                      if self.browser.execute_script(script, e)]
             fields[0].send_keys(str(path))
             return True
         self.until(given, "the field of a file")
@@ -206,7 +215,8 @@ def test_each_tab_used_once_as_a_person_would(page):
     page.wait_for("Share of masked words", r"On average, a row that predicts does without \d+ %")
     page.press("Draw again")
 
-    sides = page.browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    script = "return [document.documentElement.scrollWidth, window.innerWidth]"
+    sides = page.browser.execute_script(script)
     assert sides[0] <= sides[1] <= page.width, "the page is wider than its window"
     asked = [json.loads(entry["message"])["message"]
              for entry in page.browser.get_log("performance")]
@@ -266,7 +276,10 @@ def test_other_machines_cannot_reach_it(served):
 
 
 def test_the_readme_picture_can_be_made(tmp_path):
-    """With DEMO_PICTURE=docs/demo.png it is made, from the models that `python -m tools.demo` opens."""
+    """With DEMO_PICTURE=docs/demo.png it is made.
+
+    The models are those that `python -m tools.demo` opens.
+    """
     target = os.environ.get("DEMO_PICTURE")
     models = [] if target else write_page_models(tmp_path)[:1]
     if target and not demo_answers.existing_defaults():

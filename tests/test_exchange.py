@@ -82,7 +82,8 @@ def words(tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["flm", "mlm", "ar"])
-def test_matching_sees_the_own_image_with_the_exchanged_caption_and_another_image_with_the_own(world, tmp_path, words, objective):
+def test_matching_sees_the_own_image_with_the_exchanged_caption_and_another_image_with_the_own(
+        world, tmp_path, words, objective):
     settings, _ = parse(command(world, tmp_path, "--itm", "--exchange", words))
     tok = load(world / "tok")
     model = tiny(objective=objective, itm=True, vocab_size=len(tok), mask_id=tok.mask_id)
@@ -109,9 +110,12 @@ def test_matching_sees_the_own_image_with_the_exchanged_caption_and_another_imag
         pairs = [(ids, b) for b, ids in enumerate(batch["ids"])]
         pairs += [(ids, int(m))
                   for ids, m in zip(batch["wrong_ids"], batch["other_image"], strict=True)]
-        scores = torch.cat([model.itm_head(model.fuse(visual[m:m + 1],
-                                                      model.encode_text(ids[ids != config.pad_id][None])).pooled)
-                            for ids, m in pairs])
+        scores = []
+        for ids, m in pairs:
+            text = model.encode_text(ids[ids != config.pad_id][None])
+            fused = model.fuse(visual[m:m + 1], text)
+            scores.append(model.itm_head(fused.pooled))
+        scores = torch.cat(scores)
     targets = torch.tensor([1] * len(samples) + [0] * len(samples))
     assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(scores, targets,
                                                                           reduction="sum").item(),

@@ -1,4 +1,7 @@
-"""What transformers opens of an FLM: its ViT as CLIP's, its text layers as RoBERTa's, with equal features."""
+"""What transformers opens of an FLM, with equal features.
+
+Its ViT opens as CLIP's, its text layers as RoBERTa's.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""The campaign of `make faults` recognises what goes wrong, and reports it; how much does, it tells when it is run."""
+"""The campaign of `make faults` recognises what goes wrong, and reports it.
+
+How much does, it tells when it is run.
+"""
 
 import json
 import os
@@ -74,7 +77,8 @@ def test_what_breaks_is_counted_kept_and_made_again(monkeypatch, tmp_path, capsy
     with pytest.raises(SystemExit) as stop:
         faults.main([*flags, "--tries", "4"])
     printed = capsys.readouterr().out
-    assert stop.value.code == 1 and "seed 5" in printed and "signal x 1: tar, trying (try 2)" in printed
+    assert stop.value.code == 1
+    assert "seed 5" in printed and "signal x 1: tar, trying (try 2)" in printed
     assert printed.split("\ntar ")[1].split()[:3] == ["4", "3", "1"]
     assert [path.name for path in tmp_path.iterdir()] == ["tar_2"]
     kept = (tmp_path / "tar_2" / "input").read_bytes()

@@ -450,7 +450,8 @@ def test_a_flipped_byte_is_noticed_or_changes_nothing(ours, kind, place, bits, w
 def test_weights_that_changed_on_the_disk_are_refused_by_every_command(ours):
     for kind in ("pt", "safetensors"):
         whole = bytearray((ours / f"ours.{kind}").read_bytes())
-        place = whole.index(weights.read(ours / f"ours.{kind}")["model"]["vit.cls"].numpy().tobytes())
+        token = weights.read(ours / f"ours.{kind}")["model"]["vit.cls"]
+        place = whole.index(token.numpy().tobytes())
         whole[place + 5] ^= 4
         path = ours / f"changed.{kind}"
         path.write_bytes(whole)
@@ -489,7 +490,10 @@ def test_entries_of_a_zip_that_overlap_or_hide_are_refused(tmp_path):
 # -- a writer's errors -----------------------------------------------------------------------------
 
 def in_a_child(action, **limits):
-    """What action() returns or raises, as text, in a process with other limits that must not crash."""
+    """What action() returns or raises, as text, in a process with other limits.
+
+    The process must not crash.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if not child:

@@ -1,4 +1,7 @@
-"""--micro-batch auto: the largest micro-batch that fits is found, said, saved, and resumed as it was."""
+"""--micro-batch auto: the largest micro-batch that fits is found.
+
+It is said, saved, and resumed as it was.
+"""
 
 import json
 import re
@@ -45,7 +48,8 @@ def test_the_micro_batch_is_the_largest_that_fits_and_no_larger_one_is_tried(wor
     fitting.fit_micro_batch(run, state)
     # 16 would take 1,650
     assert memory == [1, 2, 4, 8] and (run.micro_batch, run.accumulation) == (8, 2)
-    assert "--micro-batch auto: 8 pairs, 0.00 GB of at most 0.00; 16 do not fit" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "--micro-batch auto: 8 pairs, 0.00 GB of at most 0.00; 16 do not fit" in printed
     assert run.settings.micro_batch == 8
 
 

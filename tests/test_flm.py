@@ -1,4 +1,7 @@
-"""The masks, the model and its losses, against the original's recorded numbers and against transformers."""
+"""The masks, the model and its losses.
+
+They are held against the original's recorded numbers and against transformers.
+"""
 
 import re
 from dataclasses import replace
@@ -15,7 +18,8 @@ import flm
 import layers
 import masks
 import weights
-from layers import Mask, ReconstructorLayer, StreamLayer, TextEmbedding, ViT, VocabHead, roberta_positions
+from layers import (Mask, ReconstructorLayer, StreamLayer, TextEmbedding, ViT, VocabHead,
+                    roberta_positions)
 from released import names
 from training.optimizer import parameter_groups, rate_at
 from training.settings import Settings
@@ -23,7 +27,9 @@ from training.settings import Settings
 TOL = 1e-5      # rounding is 3e-6, every known mistake at least 1e-5 (a wrong eps) and mostly 3e-2
 FIXTURE = Path(__file__).parent / "fixtures" / "seed0_flm.pt"
 FIXTURE3 = Path(__file__).parent / "fixtures" / "seed3_downstream.pt"
-# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+# -- masks -----------------------------------------------------------------------------------------
 
 def drawing(function):
     """The x and . of a docstring as a bool matrix."""
@@ -70,7 +76,8 @@ def test_span_corruption_hides_the_requested_share(n, rate):
     for _ in range(draws):
         first, last = masks.draw_spans(n, 60, rate, rng)
         i = np.arange(1, n)
-        assert (first[1:n] >= 1).all() and (last[1:n] <= n - 1).all() and (first[1:n] <= i).all() and (last[1:n] >= i).all()
+        assert (first[1:n] >= 1).all() and (last[1:n] <= n - 1).all()
+        assert (first[1:n] <= i).all() and (last[1:n] >= i).all()
         hidden += (last - first + 1)[1:n]
     expected = max(rate, 1 / (n - 1))
     assert abs(hidden.mean() / draws / (n - 1) - expected) < 0.006
@@ -86,7 +93,10 @@ def test_no_span_corruption_hides_the_word_alone():
 # ---------------------------------------------------------------------------
 
 def ours(recorded):
-    """The original's state dict under our names; what has no place in the models here is left out."""
+    """The original's state dict under our names.
+
+    What has no place in the models here is left out.
+    """
     return renamed(recorded, names.FLM_NAMES)
 
 
@@ -161,7 +171,10 @@ def test_every_layer_equals_the_original(original):
 
 @torch.no_grad()
 def test_only_the_leaking_query_differs_from_the_original(original):
-    """Our last query is <mask>, theirs is </s> itself; queries never see each other, so all other rows are the same."""
+    """Our last query is <mask>, theirs is </s> itself.
+
+    Queries never see each other, so all other rows are the same.
+    """
     model, recorded = original
     real, fused = recorded["inputs"]["text_masks"].bool(), run(model, recorded,
                                                                original_queries=False)
@@ -172,7 +185,10 @@ def test_only_the_leaking_query_differs_from_the_original(original):
 
 
 def batch_of(recorded, leaks):
-    """The fixture's captions as a training batch; with `leaks`, the original's free targets are added back."""
+    """The fixture's captions as a training batch.
+
+    With `leaks`, the original's free targets are added back.
+    """
     ids, lens = recorded["inputs"]["text_ids"], recorded["inputs"]["lens"]
     rows = {"reconstructed": [], "left_to_right": [], "right_to_left": []}
     for b, n in enumerate(lens):
@@ -225,7 +241,10 @@ def test_losses_equal_the_original_with_its_leaks(original):
 
 
 def with_pad_row_leak(model, batch):
-    """Runs the model with the original's view of pad rows in the reverse stream: they see every word."""
+    """Runs the model with the original's view of pad rows in the reverse stream.
+
+    They see every word.
+    """
     reverse = flm.right_to_left_mask
     flm.right_to_left_mask = lambda real: torch.where(real[:, :, None], reverse(real),
                                                       masks.left_to_right_mask(real))
@@ -288,8 +307,8 @@ def test_optimizer_steps_equal_the_original(original):
     for step in range(3):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate_at(step, settings)
-        assert sorted({g["lr"]
-                       for g in optimizer.param_groups}) == pytest.approx(sorted(set(t["step_lrs"][step])))
+        rates = {group["lr"] for group in optimizer.param_groups}
+        assert sorted(rates) == pytest.approx(sorted(set(t["step_lrs"][step])))
         optimizer.zero_grad()
         loss = total(model, with_pad_row_leak(model, batch), batch)
         loss.backward()
@@ -561,7 +580,10 @@ def test_vit_equals_transformers_clip(image, patch, width, heads, layers):
 
 
 def clip_vision_state(state):
-    """transformers' CLIP names -> ours, spelt out here so that the test does not lean on the loader it stands beside."""
+    """transformers' CLIP names -> ours.
+
+    They are spelt out here so that the test does not lean on the loader it stands beside.
+    """
     ours = {}
     for key, tensor in state.items():
         key = key.removeprefix("vision_model.")
@@ -598,7 +620,7 @@ def test_vocabulary_head_equals_transformers_lm_head():
     torch.testing.assert_close(ours(x), theirs(x), atol=TOL, rtol=0)
 
 
-# -- losses ------------------------------------------------------------------------------------------------------------
+# -- losses ----------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def test_vit_accepts_other_resolutions():

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TRAIN as RUN, TRAIN_FLM, TRAIN_VILT, assert_same, train_command, train_outcome, write_caption_world
+from conftest import (TRAIN as RUN, TRAIN_FLM, TRAIN_VILT, assert_same, train_command,
+                      train_outcome, write_caption_world)
 
 import train
 import weights
@@ -75,12 +76,14 @@ def test_counting_and_measuring_change_no_number_of_training(world, tmp_path, mo
     more = [*RUN, "--dropout", 0.1, "--steps", 4]
     train.main(train_command(world, tmp_path / "with", *more, "--peak-tflops", 0.5))
     printed = capsys.readouterr().out
-    assert "0.5 TFLOP/s (as --peak-tflops says)" in printed.splitlines()[0] and "samples/s | MFU " in printed
+    assert "0.5 TFLOP/s (as --peak-tflops says)" in printed.splitlines()[0]
+    assert "samples/s | MFU " in printed
     lines = [json.loads(line)
              for line in (tmp_path / "with/metrics.jsonl").read_text().splitlines()]
     for line in lines:
         if "lr" in line:
-            assert 0 < line["mfu"] < 1 and line["pairs_per_second_per_device"] == line["samples_per_second"]
+            assert 0 < line["mfu"] < 1
+            assert line["pairs_per_second_per_device"] == line["samples_per_second"]
     monkeypatch.setattr(train, "work_of", lambda run, step: None)
     train.main(train_command(world, tmp_path / "without", *more))
     assert "MFU" not in capsys.readouterr().out

@@ -1,4 +1,7 @@
-"""The house itself: imports run one way, files hold one idea, and the maps lead to what is there."""
+"""The house itself.
+
+Imports run one way, files hold one idea, and the maps lead to what is there.
+"""
 
 import argparse
 import ast
@@ -12,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each file imports only from those before it. weights and released/ are the door to other people's
 # checkpoints, prepare and sources/ that to other people's downloads.
 ORDER = """
-    storage.disk vocabulary wordpiece tokenizer pictures storage.tars storage.files storage.rebuilt data
+    storage.disk vocabulary wordpiece tokenizer pictures storage.tars storage.files storage.rebuilt
+    data
     storage.tar_index exchange batches losses layers masks flm vilt recipes tasks released weights
     training.machine training.parallel training.flops training.loggers training.settings
     training.optimizer training.memory training.report training.plan training.checkpoints
@@ -80,7 +84,7 @@ def test_a_file_is_read_in_one_sitting(name, path):
 
 
 def public_functions(node, prefix=""):
-    """(name, function, whether its first argument is self or cls) of what a module or class offers."""
+    """(name, function, whether it takes self or cls) of what a module or class offers."""
     for child in node.body:
         if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
             yield from public_functions(child, f"{child.name}.")
@@ -108,7 +112,10 @@ def test_public_functions_say_what_they_take_and_return(name, path):
 
 
 def places():
-    """(file, dotted name) of every place that a map names: in README `file.py`: `name`, in flm.py file.name."""
+    """(file, dotted name) of every place that a map names.
+
+    The README writes `file.py`: `name`, flm.py writes file.name.
+    """
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = readme[readme.index("## Where to find what"):]
     table = table[:table.index("\n## ", 5)]

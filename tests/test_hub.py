@@ -1,4 +1,7 @@
-"""The Hub, played by a small server on this machine that speaks the calls that huggingface_hub makes."""
+"""The Hub, played by a small server on this machine.
+
+It speaks the calls that huggingface_hub makes.
+"""
 
 import base64
 import hashlib
@@ -31,12 +34,16 @@ TOKEN = "hf_test"
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Repositories in memory: name -> {"private", "main": a commit}; commits: sha -> {path: bytes}. `asked`: its requests."""
+    """Repositories in memory: name -> {"private", "main": a commit}.
+
+    commits: sha -> {path: bytes}. asked: its requests.
+    """
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories, self.commits, self.asked, self.address = {}, {}, [], f"http://127.0.0.1:{self.server_port}"
+        self.repositories, self.commits, self.asked = {}, {}, []
+        self.address = f"http://127.0.0.1:{self.server_port}"
 
     def put(self, name, files, private=False):
         sha = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
@@ -127,7 +134,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.refuse(403)
         if self.path == "/api/repos/create":
             asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            name = asked["name"]
+            if asked.get("organization"):
+                name = f"{asked['organization']}/{name}"
             if name in self.server.repositories:
                 return self.answer({"error": "exists", "url": f"{self.server.address}/{name}"}, 409)
             self.server.put(name, {},
@@ -149,7 +158,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A Hub without repositories, which huggingface_hub asks; an empty cache; no token; tmp_path as the working directory."""
+    """A Hub without repositories, which huggingface_hub asks.
+
+    The cache is empty, there is no token, and tmp_path is the working directory.
+    """
     from huggingface_hub import constants
     monkeypatch.chdir(tmp_path)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "HF_TOKEN",
@@ -251,7 +263,8 @@ def test_commands_take_an_address_of_the_hub(server, capsys):
     ("hf:owner/../x", "is no repository of the Hub"),
     ("hf:owner/none", "hf:owner/none: the Hub has no such repository, or it is private"),
     ("hf:owner/secret",
-     "hf:owner/secret: the Hub has no such repository, or it is private and your token does not open it"),
+     "hf:owner/secret: the Hub has no such repository, "
+     "or it is private and your token does not open it"),
     ("hf:owner/empty", "hf:owner/empty: it has none of model.safetensors"),
     ("hf:owner/small@v9", "hf:owner/small@v9: the repository has no such revision")])
 def test_what_is_not_there_is_one_sentence(address, message, server):
@@ -260,7 +273,9 @@ def test_what_is_not_there_is_one_sentence(address, message, server):
     server.put("owner/empty", {"README.md": b"#"})
     with pytest.raises(SystemExit) as stop:
         weights.main(["info", address])
-    assert str(stop.value.code).startswith("weights.py: ") and message in stop.value.code and "\n" not in stop.value.code
+    sentence = stop.value.code
+    assert str(sentence).startswith("weights.py: ")
+    assert message in sentence and "\n" not in sentence
 
 
 def test_a_private_repository_opens_with_its_token(server, monkeypatch):
@@ -270,9 +285,8 @@ def test_a_private_repository_opens_with_its_token(server, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["offline", "gone"])
-def test_of_a_hub_that_is_not_reached_what_was_fetched_opens_and_all_else_is_one_sentence(how,
-                                                                                          server,
-                                                                                          monkeypatch):
+def test_of_a_hub_that_is_not_reached_what_was_fetched_opens_and_all_else_is_one_sentence(
+        how, server, monkeypatch):
     from huggingface_hub import constants
     server.put("owner/small", {"model.safetensors": checkpoint_bytes()})
     weights.load("hf:owner/small")
@@ -288,10 +302,11 @@ def test_of_a_hub_that_is_not_reached_what_was_fetched_opens_and_all_else_is_one
 
 def test_without_the_package_the_sentence_says_what_to_install(server, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    sentence = (r"^owner/small is on the Hugging Face Hub, which needs a package: "
+                r"pip install '.\[hub\]'$")
     for load in (lambda: weights.load("hf:owner/small"),
                  lambda: hub.push(Path("."), "owner/small", False)):
-        with pytest.raises(ValueError,
-                           match=r"^owner/small is on the Hugging Face Hub, which needs a package: pip install '.\[hub\]'$"):
+        with pytest.raises(ValueError, match=sentence):
             load()
 
 
@@ -325,15 +340,18 @@ def test_what_is_pushed_opens_as_it_was_with_a_card_that_tells_no_paths(server, 
     assert set(files) >= {"model.safetensors", "config.json", "README.md", "vocab.json",
                           "merges.txt"}
     assert not any(b"secret" in data for data in files.values())
-    text, reports = files["README.md"].decode(), [json.loads(line)
-                                                  for line in (run / "metrics.jsonl").read_text().splitlines()]
+    text = files["README.md"].decode()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    reports = [json.loads(line) for line in lines]
     trained = [line for line in reports if "seconds" in line][-1]
     validated = [line for line in reports if "val_loss" in line][-1]
     assert f"| loss | {trained['loss']:.4f} | {validated['val_loss']:.4f} |" in text
-    assert "FLM with" in text and "| data | data |" in text and 'weights.load("hf:owner/mine")' in text
+    assert "FLM with" in text and "| data | data |" in text
+    assert 'weights.load("hf:owner/mine")' in text
     assert json.loads(files["config.json"])["config"]["width"] == 16
     whole, found = weights.load(run / "last.pt"), weights.load("hf:owner/mine")
-    assert found.config == whole.config and found.tokenizer.encode("red cat") == whole.tokenizer.encode("red cat")
+    assert found.config == whole.config
+    assert found.tokenizer.encode("red cat") == whole.tokenizer.encode("red cat")
     assert all(torch.equal(tensor, found.state_dict()[name])
                for name, tensor in whole.state_dict().items())
     push(run / "last.pt", "owner/mine")             # again, by its checkpoint
@@ -344,8 +362,8 @@ def test_a_public_repository_is_made_and_written_only_when_that_is_said(server, 
     push(run, "owner/open", "--public")
     assert not server.repositories["owner/open"]["private"]
     before = server.repositories["owner/open"]["main"]
-    with pytest.raises(SystemExit,
-                       match="owner/open: it exists and is public; --public says that this is meant"):
+    sentence = "owner/open: it exists and is public; --public says that this is meant"
+    with pytest.raises(SystemExit, match=sentence):
         push(run, "owner/open")
     assert server.repositories["owner/open"]["main"] == before
 

@@ -1,4 +1,7 @@
-"""--log: every line of metrics.jsonl arrives, once, also over a resume; and training does not depend on it."""
+"""--log: every line of metrics.jsonl arrives, once, also over a resume.
+
+Training does not depend on it.
+"""
 
 import importlib.util
 import json
@@ -109,7 +112,8 @@ def test_a_logger_that_is_new_to_a_resumed_run_gets_the_lines_so_far(world, tmp_
     train.main(train_command(world, tmp_path / "run", *RUN, "--keep", 4))
     back_to_step_4(tmp_path / "run")
     train.main(train_command(world, tmp_path / "run", *RUN, "--resume", "--log", "json"))
-    assert made[0].is_new and made[0].lines == lines_of(tmp_path / "run") and made[0].lines[0]["step"] == 1
+    assert made[0].is_new and made[0].lines == lines_of(tmp_path / "run")
+    assert made[0].lines[0]["step"] == 1
 
 
 @pytest.mark.parametrize("damaged",
@@ -204,7 +208,8 @@ def test_an_unknown_logger_is_refused(world, tmp_path):
 @pytest.mark.slow
 def test_tensorboards_reader_reads_each_number_once(world, tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
-                                 reason="tensorboard is not installed: pip install '.[tensorboard]'")
+                                 reason="tensorboard is not installed: "
+                                        "pip install '.[tensorboard]'")
     lines = interrupted(world, tmp_path / "run", "tensorboard")
     found = reader.EventAccumulator(str(tmp_path / "run/tensorboard"))
     found.Reload()
@@ -219,7 +224,10 @@ def test_tensorboards_reader_reads_each_number_once(world, tmp_path):
 
 
 def wandb_records(path):
-    """The records of a .wandb file: LevelDB's log format, in blocks of 32 KB, behind a header of 7 bytes."""
+    """The records of a .wandb file.
+
+    It has LevelDB's log format, in blocks of 32 KB, behind a header of 7 bytes.
+    """
     from wandb.proto import wandb_internal_pb2
     data, place, record = path.read_bytes(), 7, b""
     while place + 7 <= len(data):

@@ -1,4 +1,7 @@
-"""Heat maps: attention by hand is the kernel's, maps are what the rows read, a trained model looks where it should."""
+"""Heat maps: attention by hand is the kernel's, and maps are what the rows read.
+
+A trained model looks where it should.
+"""
 
 import functools
 import json
@@ -28,7 +31,10 @@ def special_ids():
 
 
 def model_of(name):
-    """A tiny model with a tokenizer; FLM's reconstructor stands beside the last of two fusion layers."""
+    """A tiny model with a tokenizer.
+
+    FLM's reconstructor stands beside the last of two fusion layers.
+    """
     if name == "vilt":
         model = vilt_model(looking.vilt.Config(**{**vars(TINY_VILT), **special_ids()}))
     else:
@@ -102,9 +108,8 @@ def test_each_output_has_a_map_for_every_layer_and_token(name, layers, grid, pho
     for map_of in found.named_maps().values():
         assert map_of.shape == (n, *grid) and (map_of >= 0).all()
         assert (map_of.flatten(1).sum(1) <= 1 + 1e-5).all() and map_of.sum() > 0
-    assert (found.may_read is not None) == (name
-                                            == "flm") and (found.transport is not None) == (name
-                                                                                            == "vilt")
+    assert (found.may_read is not None) == (name == "flm")
+    assert (found.transport is not None) == (name == "vilt")
     if name == "vilt":
         torch.testing.assert_close(found.transport[1:-1].sum((1, 2)), torch.ones(n - 2))
         assert not found.transport[[0, -1]].any()
@@ -120,7 +125,10 @@ def test_what_a_query_may_read_leaves_out_its_own_word_and_nothing_else(photo):
 
 
 def test_a_query_looks_where_the_rows_that_it_reads_look(photo):
-    """The first word's query reads the right-to-left stream alone, the last token's the left-to-right one."""
+    """The first word's query reads the right-to-left stream alone.
+
+    The last token's reads the left-to-right one.
+    """
     model = model_of("flm")
     found = looking.look(model, photo, TEXT)
     last = {output: maps.layers[-1].flatten(1) for output, maps in found.maps.items()}
@@ -133,7 +141,10 @@ def test_a_query_looks_where_the_rows_that_it_reads_look(photo):
 
 @pytest.mark.parametrize("name", ["flm", "vilt"])
 def test_rollout_of_a_model_that_looks_at_one_patch_alone_arrives_there(name, photo, monkeypatch):
-    """Every attention that can see patch 6 gives it all: then no share may come from another patch."""
+    """Every attention that can see patch 6 gives it all.
+
+    Then no share may come from another patch.
+    """
     model = model_of(name)
     n = len(looking.blanked_ids(model, TEXT)[0])
 
@@ -197,7 +208,10 @@ def test_plot_look_refuses_in_one_sentence(photo, tmp_path):
 
 @pytest.mark.slow
 def test_a_trained_model_looks_at_the_shape_that_a_word_names(tmp_path):
-    """Chance is the share of the patches that would have been right, about 7 %. A query does not read its own word."""
+    """Chance is the share of the patches that would have been right, about 7 %.
+
+    A query does not read its own word.
+    """
     checkpoint = trained_toy()
     toy.make(tmp_path, images=1, eval_images=60, workers=1)
     probe.main(["look", str(checkpoint), "--data", str(tmp_path), "--captions", "60", "--device",

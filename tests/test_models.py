@@ -1,4 +1,7 @@
-"""Models by name: the door to them, the cards that tools/cards.py measures, and what lies in models/."""
+"""Models by name.
+
+The door to them, the cards that tools/cards.py measures, and what lies in models/.
+"""
 
 import json
 import os
@@ -41,19 +44,22 @@ def test_a_name_opens_the_model_of_models_in_float32_equal_to_its_halves(here):
         assert torch.equal(tensor, whole[name].half().float())
     # they were rounded
     assert not torch.equal(model.embed.word.weight, whole["embed.word.weight"])
-    assert model.tokenizer.encode("a red cat") == weights.load("small.pt").tokenizer.encode("a red cat")
+    tok = weights.load("small.pt").tokenizer
+    assert model.tokenizer.encode("a red cat") == tok.encode("a red cat")
 
 
 def test_a_path_that_exists_wins_over_a_name(here):
     os.rename("small.pt", "small")
-    assert weights.load("small").embed.word.weight.equal(weights.load(here / "small").embed.word.weight)
+    words = weights.load("small").embed.word.weight
+    assert words.equal(weights.load(here / "small").embed.word.weight)
     assert named.locate("small") == Path("small")
 
 
 def test_an_unknown_name_is_told_those_that_there_are(here, monkeypatch):
     weights.save_model(named.MODELS / "other.safetensors", weights.load("small"))
-    with pytest.raises(FileNotFoundError,
-                       match=r"smal: there is no such checkpoint, and no model of this name \(models/ has other, small\)"):
+    sentence = (r"smal: there is no such checkpoint, "
+                r"and no model of this name \(models/ has other, small\)")
+    with pytest.raises(FileNotFoundError, match=sentence):
         weights.load("smal")
     with pytest.raises(FileNotFoundError, match="^x/smal: there is no such checkpoint$"):
         weights.load("x/smal")
@@ -93,8 +99,8 @@ def test_weights_beyond_half_precision_are_refused(here):
     model = weights.load("small.pt")
     with torch.no_grad():
         model.embed.word.weight[3, 3] = 70_000.0
-    with pytest.raises(ValueError,
-                       match="x.safetensors: in half precision: embed.word.weight holds NaN or infinite"):
+    sentence = "x.safetensors: in half precision: embed.word.weight holds NaN or infinite"
+    with pytest.raises(ValueError, match=sentence):
         weights.save_model("x.safetensors", model, half=True)
     assert not Path("x.safetensors").exists()
 

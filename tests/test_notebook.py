@@ -61,26 +61,30 @@ def test_outputs_are_written_and_a_cell_that_fails_is_named(client, tmp_path):
     code = json.loads(path.read_text())["cells"]
     assert code[0]["outputs"][0]["text"] == ["42\n"] and code[1]["execution_count"] == 2
     before = write(path, "print(1)", "1 / 0", "print(2)").read_text()
-    with pytest.raises(SystemExit,
-                       match=r"^notebook.py: .*x.ipynb: code cell 2 fails: ZeroDivisionError: division by zero$"):
+    sentence = (r"^notebook.py: .*x.ipynb: code cell 2 fails: "
+                r"ZeroDivisionError: division by zero$")
+    with pytest.raises(SystemExit, match=sentence):
         notebook.main([str(path)])
     assert path.read_text() == before
 
 
 def test_what_is_no_notebook_is_refused_in_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "x.ipynb").write_text("hello")
-    with pytest.raises(SystemExit,
-                       match="^notebook.py: .*(x.ipynb: not a notebook|is not installed: pip install)"):
+    sentence = "^notebook.py: .*(x.ipynb: not a notebook|is not installed: pip install)"
+    with pytest.raises(SystemExit, match=sentence):
         notebook.main([str(tmp_path / "x.ipynb")])
     monkeypatch.setitem(sys.modules, "nbformat", None)
-    with pytest.raises(SystemExit,
-                       match=r"^notebook.py: nbformat is not installed: pip install '.\[notebook\]'$"):
+    sentence = r"^notebook.py: nbformat is not installed: pip install '.\[notebook\]'$"
+    with pytest.raises(SystemExit, match=sentence):
         notebook.main([str(tmp_path / "x.ipynb")])
 
 
 @pytest.mark.slow
 def test_the_tour_runs_from_top_to_bottom(client, monkeypatch):
-    """Its assertions hold too: by hand is the model's, a query's gradient is 0, the losses agree."""
+    """Its assertions hold too.
+
+    By hand is the model's, a query's gradient is 0, the losses agree.
+    """
     checkpoint = trained_toy()
     if checkpoint.parent.name != "models":          # by default the tour opens the released one
         monkeypatch.setenv("MODEL", str(checkpoint))

@@ -202,7 +202,8 @@ def test_what_needs_whole_matrices_is_refused():
 
 def test_colossalais_vilt_on_four_processes_is_a_command_that_fits():
     """The README's: mpirun -np 4 python train.py --model vilt --recipe vilt-coco …"""
-    flags = shlex.split("--model vilt --recipe vilt-coco --tensor-parallel 2 --data d --out nowhere")
+    line = "--model vilt --recipe vilt-coco --tensor-parallel 2 --data d --out nowhere"
+    flags = shlex.split(line)
     chosen, config_flags = train.parse(flags)
     place = Machine(3, 4, torch.device("cuda"), "bf16", tensor=chosen.tensor_parallel)
     settings.check(chosen, place)

@@ -117,10 +117,12 @@ def test_a_zip_that_is_none_is_one_sentence(tmp_path, capsys):
 
 # Each says the same, and most as others write it.
 TABLES = {
-    "captions.txt": "image,caption\na 1.jpg,one\nb.jpg,\"two, and \"\"more\"\"\"\na 1.jpg, three \n",
+    "captions.txt": "image,caption\na 1.jpg,one\nb.jpg,\"two, and \"\"more\"\"\"\n"
+                    "a 1.jpg, three \n",
     "captions.csv": "\ufeffcaption;Image\r\none;a 1.jpg\r\n\"two, and \"\"more\"\"\";b.jpg\r\n\r\n"
                     "three;./a 1.jpg\r\n",
-    "captions.tsv": "n\timage\tcaption\n1\ta 1.jpg\tone\n2\tb.jpg\ttwo, and \"more\"\n3\ta 1.jpg\tthree"}
+    "captions.tsv": "n\timage\tcaption\n1\ta 1.jpg\tone\n2\tb.jpg\ttwo, and \"more\"\n"
+                    "3\ta 1.jpg\tthree"}
 
 
 @pytest.mark.parametrize("file", TABLES)
@@ -381,7 +383,7 @@ def test_broken_pictures_and_empty_captions_are_left_out_counted_and_named(tmp_p
         "half.jpg": "empty caption (image kept)", "odd.jpg": "caption is not Unicode",
         "folder.jpg": "unreadable file", "pipe.jpg": "unreadable file",
         "endless.jpg": "unreadable file", long: "unreadable file", "gone.jpg": "missing file",
-                                                                           "nul\0.jpg": "unreadable file"}
+        "nul\0.jpg": "unreadable file"}
     assert "bomb" in left["bomb.png"]
     printed = capsys.readouterr().out
     assert "2 images, 2 captions" in printed and "3 undecodable, 2 truncated" in printed

@@ -1,4 +1,7 @@
-"""Switches that make a step smaller or faster: what each computes is what the plain way computes."""
+"""Switches that make a step smaller or faster.
+
+What each computes is what the plain way computes.
+"""
 
 from dataclasses import replace
 
@@ -146,7 +149,12 @@ def test_layers_computed_again_keep_less_for_the_backward_pass(preset):
 
     def kept_bytes():
         kept = {}
-        pack = lambda tensor: kept.update({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()}) or tensor
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model.fuse(model.encode_image(images), model.encode_text(ids)).reconstructed.sum()
         return sum(kept.values()) - sum(4 * p.numel() for p in model.parameters()

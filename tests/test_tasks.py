@@ -1,4 +1,7 @@
-"""The four downstream tasks: the original's recorded logits and losses, and what their batches hold."""
+"""The four downstream tasks.
+
+The original's recorded logits and losses, and what their batches hold.
+"""
 
 import json
 from dataclasses import replace
@@ -6,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ANSWERS, TOL, finetune, original, task_on, write_captions, write_questions, write_world
+from conftest import (ANSWERS, TOL, finetune, original, task_on, write_captions, write_questions,
+                      write_world)
 
 import flm
 import layers
@@ -46,7 +50,10 @@ def assert_losses(model, batch, expected):
 
 @torch.no_grad()
 def test_the_published_recipes_train_on_the_published_splits(tmp_path, capsys):
-    """Flickr30k's retrieval on train and val, FLM's VQA on train and all of val; --hold-out keeps val apart."""
+    """Flickr30k's retrieval on train and val, FLM's VQA on train and all of val.
+
+    --hold-out keeps val apart.
+    """
     for split, rows in (("train", 8), ("val", 4), ("test", 2)):
         write_captions(tmp_path / f"f30k_caption_karpathy_{split}.arrow", rows, seed=rows)
     for name, rows in (("train", 9), ("trainable_val", 4), ("rest_val", 2), ("val", 6)):
@@ -105,7 +112,10 @@ def test_retrievals_scores_and_loss_are_the_originals(tmp_path):
 
 @torch.no_grad()
 def test_captioning_learns_from_the_stream_that_does_not_know_the_next_word(tmp_path):
-    """The published command learns from the reconstructor, which has read the answer; recorded beside it is the right loss."""
+    """The published command learns from the reconstructor, which has read the answer.
+
+    Recorded beside it is the right loss.
+    """
     model, inputs, outputs = original("ar_flm_backbone", tmp_path)
     model = replaced_objective(model)
     batch = {"ids": inputs["text_ids"], "image": inputs["image"][0]}
@@ -123,7 +133,7 @@ def replaced_objective(model):
     return adapted
 
 
-# -- batches ---------------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 def test_vqa_targets_are_the_soft_scores_at_their_labels(world):
     task = task_on(world, "vqa")
@@ -140,8 +150,9 @@ def test_a_label_past_the_end_of_the_answer_list_is_named(world, tmp_path):
     for path in world.glob("mine_vqa_t*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "mine_vqa_answers.json").write_text('["yes"]')
-    with pytest.raises(ValueError,
-                       match=r"mine_vqa_train.arrow row \d: label \d is past the end of the answer list, which has 1 answers"):
+    sentence = (r"mine_vqa_train.arrow row \d: "
+                r"label \d is past the end of the answer list, which has 1 answers")
+    with pytest.raises(ValueError, match=sentence):
         collated(replace_data(task_on(world, "vqa"), tmp_path))
     with pytest.raises(FileNotFoundError, match="no answer list"):
         tasks.VQA.answers(Settings(data=str(world), datasets=("other",)))
@@ -198,7 +209,8 @@ def test_captions_are_framed_end_with_one_full_stop_and_predict_from_bos_to_the_
         # <bos> says the first word, <eos> says </s>
         assert sorted(here) == list(range(1, n - 1))
         predicted += n - 2
-    assert notes["counts"] == {"left_to_right": predicted} and task.config.loss_weights == {"left_to_right": 1.0}
+    assert notes["counts"] == {"left_to_right": predicted}
+    assert task.config.loss_weights == {"left_to_right": 1.0}
     assert [tasks.full_stop(t)
             for t in ("a dog", "a dog.", "a dog . ", "A. B..")] == ["a dog.", "a dog.", "a dog.",
                                                                     "A. B."]
@@ -224,7 +236,8 @@ def test_retrieval_batches_have_the_own_caption_first_and_then_others_new_in_eve
     for epoch in (0, 1, 0):
         samples, batch, notes = collated(task, epoch=epoch)
         texts = [tuple(row[row != 1].tolist()) for row in batch["ids"]]
-        assert len(texts) == 6 * len(samples) and len(batch["image"]) == len(samples) and notes["samples"] == 6
+        assert len(texts) == 6 * len(samples)
+        assert len(batch["image"]) == len(samples) and notes["samples"] == 6
         for k, sample in enumerate(samples):
             own, *others = texts[6 * k:6 * k + 6]
             assert own == tuple(dataset.tokens(k)[0]) and sample["row"] in row_of[own]
@@ -238,8 +251,8 @@ def test_captions_of_one_image_alone_have_no_false_ones(world, tmp_path):
     write_captions(tmp_path / "one_caption_train.arrow", 1, captions=3)
     task = task_on(world, "retrieval")
     task.settings = replace(task.settings, data=str(tmp_path))
-    with pytest.raises(ValueError,
-                       match="one_caption_train.arrow: captions of one image only, so none is false"):
+    sentence = "one_caption_train.arrow: captions of one image only, so none is false"
+    with pytest.raises(ValueError, match=sentence):
         collated(task, count=1)
 
 
@@ -267,7 +280,10 @@ def test_every_task_trains_every_parameter_it_has(world, name, kind):
                          [("vqa", "flm"), ("nlvr2", "vilt"), ("retrieval", "mlm"), ("vqa", "ar"),
                           ("retrieval", "vilt")])
 def test_what_a_head_says_does_not_depend_on_the_rest_of_the_batch(world, name, kind):
-    """Neither on padding, nor on other pictures' shapes, nor on whether all rows are computed or the class row alone."""
+    """Neither on padding, nor on other pictures' shapes, nor on which rows are computed.
+
+    Either all rows are, or the class row alone.
+    """
     task = task_on(world, name, kind, false_captions=2)
     torch.manual_seed(3)
     model = weights.model_of(task.config).eval()
@@ -303,7 +319,10 @@ def groups_of(table, most):
 
 
 def with_repeated_images(batch):
-    """The same batch with an image for each text: as if all texts had come one by one and drawn the same."""
+    """The same batch with an image for each text.
+
+    As if all texts had come one by one and drawn the same.
+    """
     image_of = batch["image_of"]
     repeated = {name: value for name, value in batch.items() if name != "image_of"}
     for name in {"image", "image_1", "sizes", "patches", "hidden_patches"} & batch.keys():
@@ -354,7 +373,8 @@ def test_a_batch_without_groups_is_what_it_was(world, kind):
 
 
 @pytest.mark.parametrize("kind, shown", [("flm", "other_image"), ("vilt", "shown_image")])
-def test_wrong_images_come_from_other_groups_and_same_image_says_where_they_are_of_the_same_row(world, kind, shown):
+def test_wrong_images_come_from_other_groups_and_same_image_says_where_they_are_of_the_same_row(
+        world, kind, shown):
     task = task_on(world, "pretrain", kind)
     task.config = replace(task.config, itm=True, pooler=True)
     dataset = task.dataset(task.table(task.settings, "train"), True)
@@ -376,8 +396,8 @@ def test_wrong_images_come_from_other_groups_and_same_image_says_where_they_are_
 # -- from the pretrained model to the fine-tuned one
 # ---------------------------------------------------------------------
 
-def test_fine_tuning_begins_from_the_pretrained_weights_and_carries_all_that_evaluation_needs(world,
-                                                                                              tmp_path, capsys):
+def test_fine_tuning_begins_from_the_pretrained_weights_and_carries_all_that_evaluation_needs(
+        world, tmp_path, capsys):
     checkpoint = finetune(world, "vqa", "flm", tmp_path, "--lr", 0)
     before, after = weights.load(world / "flm.pt"), weights.load(checkpoint)
     assert (after.task, after.answer_list, after.config.head) == ("vqa", ANSWERS, "vqa")
@@ -448,7 +468,8 @@ def test_with_another_answer_list_the_head_starts_from_random_weights_and_no_run
     (tmp_path / "mine_vqa_answers.json").write_text(json.dumps(ANSWERS[::-1]))
     finetune(tmp_path, "vqa", "a", tmp_path / "other", "--seed", 5, "--lr", 0)
     printed = capsys.readouterr().out
-    assert "the head starts from random weights" in printed and "a.pt, " in printed and "questions of 9 images" in printed
+    assert "the head starts from random weights" in printed
+    assert "a.pt, " in printed and "questions of 9 images" in printed
     first, same, other = (weights.load(tmp_path / name / "last.pt")
                           for name in ("a", "same", "other"))
     for name in ("head.0.weight", "head.3.weight"):

@@ -502,8 +502,8 @@ def test_wordpiece_never_gives_plain_text_the_id_of_an_added_token(tmp_path):
     assert tok.encode("a dog <bos>") == [1, 0, 0, 0, 0]
     assert tok.encode("a dog<bos>", specials=True) == [1, 2, 3]
     (tmp_path / "added_tokens.json").write_text('{"dog": 3}')
-    with pytest.raises(ValueError,
-                       match=r"vocab\.txt and .*added_tokens\.json: the ids of its 3 tokens are not 0, 1, 2"):
+    sentence = r"vocab\.txt and .*added_tokens\.json: the ids of its 3 tokens are not 0, 1, 2"
+    with pytest.raises(ValueError, match=sentence):
         tokenizer.load(tmp_path)
 
 

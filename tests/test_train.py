@@ -102,7 +102,10 @@ def test_data_loading_processes_change_nothing(world, tmp_path):
 
 @pytest.mark.slow
 def test_the_compiled_model_is_the_one_that_is_trained(world, tmp_path, monkeypatch):
-    """With the backend that runs the captured graphs as they are: that needs no compiler, and gives the same numbers."""
+    """With the backend that runs the captured graphs as they are.
+
+    That needs no compiler, and gives the same numbers.
+    """
     compiled, compile_module = [], torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile",
                         lambda self, **how: compiled.append(how)
@@ -133,8 +136,8 @@ def test_float16_trains_with_a_gradient_scaler_and_resumes_its_scale(world, tmp_
     assert all(torch.equal(again["model"][name], tensor) for name, tensor in saved["model"].items())
 
 
-def test_a_torn_file_of_token_lengths_stops_no_later_start_and_another_tokenizer_counts_again(world,
-                                                                                              tmp_path, monkeypatch):
+def test_a_torn_file_of_token_lengths_stops_no_later_start_and_another_tokenizer_counts_again(
+        world, tmp_path, monkeypatch):
     save = train.np.save
     monkeypatch.setattr(train.np, "save",
                         lambda file, lengths: (file.write(b"half"),
@@ -152,7 +155,10 @@ def test_a_torn_file_of_token_lengths_stops_no_later_start_and_another_tokenizer
 
 
 def test_dropouts_seed_is_a_fixed_function_of_seed_step_and_rank(world, tmp_path):
-    """hash() of a tuple, from which the seed came once, may differ between versions of Python; this number may not."""
+    """hash() of a tuple, from which the seed came once, may differ between versions of Python.
+
+    This number may not.
+    """
     seeds = []
     original = torch.manual_seed
     try:
@@ -172,7 +178,8 @@ def test_a_dry_run_says_what_would_run_and_trains_nothing(world, tmp_path, capsy
     train.main(command(world, tmp_path / "run", *RUN, "--dry-run"))
     printed = capsys.readouterr().out
     assert "global batch 16 = 1 processes x 1 x 16" in printed and "lr 0.01" in printed
-    assert "memory of a process at the peak of a step, fp32 on a CPU, micro-batch of 16" in printed and "activations" in printed
+    assert "memory of a process at the peak of a step, fp32 on a CPU, micro-batch of 16" in printed
+    assert "activations" in printed
     assert not (tmp_path / "run/last.pt").exists() and not (tmp_path / "run/metrics.jsonl").exists()
 
 
@@ -253,7 +260,8 @@ def test_spans_and_prediction_rate_are_for_training_only(world, tmp_path):
     (training, _), (evaluation,
                     notes) = (task.collate([task.dataset(table, train)[0, i] for i in range(40)])
                               for train in (True, False))
-    assert "first" in training and (training["last"] > training["first"]).any() and "first" not in evaluation
+    assert "first" in training and (training["last"] > training["first"]).any()
+    assert "first" not in evaluation
     words = notes["tokens"] - 40
     assert len(evaluation["reconstructed_rows"]) == words
     assert 0.35 * words < len(training["reconstructed_rows"]) < 0.65 * words
@@ -265,7 +273,8 @@ def test_loss_falls_and_every_reported_number_is_there(world, tmp_path, capsys):
                        "--eval-every", 20))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     training, validation = [x for x in lines if "lr" in x], [x for x in lines if "val_loss" in x]
-    assert training[-1]["loss"] < 0.8 * training[0]["loss"] and validation[-1]["val_loss"] < validation[0]["val_loss"]
+    assert training[-1]["loss"] < 0.8 * training[0]["loss"]
+    assert validation[-1]["val_loss"] < validation[0]["val_loss"]
     assert [x["step"] for x in validation] == [10, 20,
                                                40] and [x["step"]
                                                         for x in training][:3] == [1, 5, 10]
@@ -279,8 +288,8 @@ def test_loss_falls_and_every_reported_number_is_there(world, tmp_path, capsys):
     assert "ETA" in printed and "samples/s" in printed and "data wait" in printed
     model = weights.load(tmp_path / "run/last.pt")
     assert model.task == "pretrain" and model.step == 40 and not model.training
-    assert model.tokenizer.encode("a red cat") == BPE.load(world / "tok/vocab.json",
-                                                           world / "tok/merges.txt").encode("a red cat")
+    tok = BPE.load(world / "tok/vocab.json", world / "tok/merges.txt")
+    assert model.tokenizer.encode("a red cat") == tok.encode("a red cat")
 
 
 @pytest.mark.slow
@@ -319,10 +328,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(world, tmp
 
 def test_the_run_stops_when_gradients_stay_not_finite(world, tmp_path, monkeypatch):
     forward = flm.FLM.forward
-    monkeypatch.setattr(flm.FLM, "forward", lambda self, *given: {k: (loss * float("inf"), hits)
-                                                                  for k, (loss,
-                                                                          hits) in forward(self,
-                                                                                           *given).items()})
+
+    def overflowing(self, *given):
+        return {k: (loss * float("inf"), hits) for k, (loss, hits) in forward(self, *given).items()}
+
+    monkeypatch.setattr(flm.FLM, "forward", overflowing)
     with pytest.raises(SystemExit, match="4 gradients in a row were not finite"):
         train.main(command(world, tmp_path / "run", *RUN, "--max-skipped", 4))
 
@@ -362,7 +372,7 @@ def test_impossible_settings_are_refused_in_one_sentence(world, tmp_path, argume
     assert not (tmp_path / "run/last.pt").exists()
 
 
-def test_another_global_batch_takes_the_largest_micro_batch_that_divides_it_and_a_cpu_gets_no_large_one():
+def test_another_global_batch_takes_the_largest_micro_batch_dividing_it_and_a_cpu_no_large_one():
     def split(world=1, device="cpu", **how):
         return split_batch(Settings(**how), machine.Machine(0, world, torch.device(device), "fp32"))
     assert split(global_batch=24, micro_batch=64) == (24, 1)
@@ -533,8 +543,8 @@ def test_inside_a_slurm_allocation_without_srun_a_process_runs_alone_and_says_so
 
 
 def test_a_launcher_that_sets_half_of_its_variables_is_named():
-    with pytest.raises(ValueError,
-                       match="LOCAL_RANK is not set: torchrun sets RANK, WORLD_SIZE and LOCAL_RANK"):
+    sentence = "LOCAL_RANK is not set: torchrun sets RANK, WORLD_SIZE and LOCAL_RANK"
+    with pytest.raises(ValueError, match=sentence):
         machine.find_ranks({"RANK": "0", "WORLD_SIZE": "2"})
 
 

@@ -1,6 +1,7 @@
-"""ViLT: its optimal transport and picture sizes against the original's recordings, its batches, what is hidden and asked.
+"""ViLT: its optimal transport and picture sizes against the original's recordings.
 
-(The model itself is compared with transformers' where its weights are opened, in test_weights.py.)
+Then its batches, and what is hidden and asked. (The model itself is compared with transformers'
+where its weights are opened, in test_weights.py.)
 """
 
 import shutil
@@ -122,7 +123,10 @@ def test_positions_are_the_grid_stretched_as_interpolate_does():
 
 
 def batch_of_shapes(sizes, side=16, seed=0):
-    """Random pictures of these rows and columns of patches -> each alone, and padded together with noise around them."""
+    """Random pictures of these rows and columns of patches -> each alone, and all together.
+
+    Together they are padded, with noise around them.
+    """
     generator = torch.Generator().manual_seed(seed)
     alone = [torch.randn(3, side * h, side * w, generator=generator) for h, w in sizes]
     together = torch.randn(len(sizes), 3, side * max(h for h, _ in sizes),
@@ -176,7 +180,8 @@ def test_training_shows_a_seeded_choice_of_at_most_max_patches_and_evaluation_al
     columns = batch["image"].shape[3] // 16
     for places, (h, w) in zip(batch["patches"], batch["sizes"].tolist()):
         places = places[places >= 0]
-        assert len(places.unique()) == len(places) and (places // columns < h).all() and (places % columns < w).all()
+        assert len(places.unique()) == len(places)
+        assert (places // columns < h).all() and (places % columns < w).all()
     evaluated = collated(world, tmp_path, TINY_VILT, train_mode=False)[2]
     assert torch.equal((evaluated["patches"] >= 0).sum(1), areas)
 
@@ -195,8 +200,9 @@ def test_every_patch_is_as_likely_to_be_shown():
 @pytest.mark.slow
 def test_whole_words_are_masked_at_the_asked_rate():
     """Over 10,000 captions: 15 % of the words, all pieces of a word or none of them."""
-    tok = WordPiece({token: i for i, token in enumerate(
-        "[PAD] [UNK] [CLS] [SEP] [MASK] a red dog ##house ##boat sky ##scrap ##er runs near the old".split())})
+    tokens = ("[PAD] [UNK] [CLS] [SEP] [MASK] a red dog ##house ##boat sky ##scrap ##er "
+              "runs near the old").split()
+    tok = WordPiece({token: i for i, token in enumerate(tokens)})
     rng, rate = np.random.default_rng(0), 0.15
     words, masked = 0, 0
     for _ in range(10_000):
@@ -217,7 +223,8 @@ def test_whole_words_are_masked_at_the_asked_rate():
 def test_half_of_the_captions_are_shown_another_picture_and_its_label_says_so(world, tmp_path):
     _, dataset, batch, notes = collated(world, tmp_path, TINY_VILT, count=10)
     own = torch.arange(10)
-    assert (batch["shown_image"] != own).sum() == 5 and notes["counts"]["itm"] == notes["counts"]["wpa"] == 10
+    assert (batch["shown_image"] != own).sum() == 5
+    assert notes["counts"]["itm"] == notes["counts"]["wpa"] == 10
     rows = torch.tensor([dataset[0, 2 * i]["row"] for i in range(10)])
     assert torch.equal(batch["same_image"], rows == rows[batch["shown_image"]])
 
@@ -229,7 +236,8 @@ def test_the_losses_are_what_the_formulas_say(world, tmp_path):
     batch = train.to_device(batch, torch.device("cpu"), config)
     results = model(batch)
     side, expected = config.patch_size, dict.fromkeys(config.loss_weights, 0.0)
-    L, K, columns = batch["ids"].shape[1], batch["patches"].shape[1], batch["image"].shape[3] // side
+    L, K = batch["ids"].shape[1], batch["patches"].shape[1]
+    columns = batch["image"].shape[3] // side
     for b in range(6):
         n = int((batch["ids"][b] != config.pad_id).sum())
         ids, masked = batch["ids"][b:b + 1, :n], batch["masked_ids"][b:b + 1, :n]
@@ -265,7 +273,8 @@ def test_the_losses_are_what_the_formulas_say(world, tmp_path):
                             column * side:(column + 1) * side].mean((1, 2)) * 255
             expected["mpp"] += F.cross_entropy(model.patch_head(x).view(3, 256), colour.long(),
                                                reduction="sum").item()
-    assert notes["counts"]["mpp"] == 3 * len(batch["mpp_rows"]) > 0 and set(results) == set(expected)
+    assert notes["counts"]["mpp"] == 3 * len(batch["mpp_rows"]) > 0
+    assert set(results) == set(expected)
     for name, value in expected.items():
         assert results[name][0].item() == pytest.approx(value, rel=2e-5), name
 
@@ -313,8 +322,9 @@ def test_captions_longer_than_the_position_table_are_refused():
 # -- the loop and what comes after it
 # ---------------------------------------------------------------------------------
 
-SMALL = ("--model vilt-toy --image-size 48 --patch-size 16 --width 16 --layers 1 --heads 2 --mlp-width 32 --max-positions 40 "
-         "--device cpu --precision fp32 --workers 0 --global-batch 8 --steps 3 --log-every 1 --eval-every 3 --lr 1e-2").split()
+SMALL = ("--model vilt-toy --image-size 48 --patch-size 16 --width 16 --layers 1 --heads 2 "
+         "--mlp-width 32 --max-positions 40 --device cpu --precision fp32 --workers 0 "
+         "--global-batch 8 --steps 3 --log-every 1 --eval-every 3 --lr 1e-2").split()
 
 
 def command(world, out, *more):
@@ -395,9 +405,11 @@ def test_the_loss_falls_on_real_photographs(shared, tmp_path):
     import prepare
     prepare.main(["karpathy", str(shared / "data/coco_small"), "--out", str(tmp_path / "data"),
                   "--name", "photos"])
-    arguments = (f"--recipe vilt-small --image-size 96 --data {tmp_path / 'data'} --tokenizer {shared / 'tokenizers/bert-base-uncased'}"
-                 f" --out {tmp_path / 'run'} --steps 12 --global-batch 16 --micro-batch 16 --width 64 --layers 3 --heads 4"
-                 f" --mlp-width 256 --log-every 3 --eval-every 0 --lr 2e-3 --precision fp32 --device cpu --workers 0").split()
+    bert = shared / "tokenizers/bert-base-uncased"
+    arguments = (f"--recipe vilt-small --image-size 96 --data {tmp_path / 'data'} "
+                 f"--tokenizer {bert} --out {tmp_path / 'run'} --steps 12 --global-batch 16 "
+                 "--micro-batch 16 --width 64 --layers 3 --heads 4 --mlp-width 256 --log-every 3 "
+                 "--eval-every 0 --lr 2e-3 --precision fp32 --device cpu --workers 0").split()
     train.main(arguments)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [line["mlm_loss"] for line in lines]

@@ -1139,9 +1139,9 @@ print(opened, memory("VmHWM") - before)
 def test_opening_a_file_takes_far_less_than_its_size_and_using_it_little_more(tmp_path):
     """Ours and a released one of 500 MB, in a process of its own: opened, then every weight read.
 
-    Opening reads every byte, for its checksum and for NaN: pages of the file, which the system takes
-    back when it likes. Counted here is what it cannot take back. Only keys and values of a released file are
-    copied, because two of its tensors are one of ours.
+    Opening reads every byte, for its checksum and for NaN: pages of the file, which the system
+    takes back when it likes. Counted here is what it cannot take back. Only keys and values of a
+    released file are copied, because two of its tensors are one of ours.
     """
     config = replace(flm.PRESETS["base-b32"], text_layers=2, fusion_layers=2, vit_layers=4,
                      reconstructor_text_layers=2, reconstructor_fusion_layers=2)
