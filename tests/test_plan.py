@@ -89,7 +89,7 @@ def test_a_plan_needs_no_data_and_says_memory_time_and_what_is_assumed(planned):
     printed = planned(*TOY, "--processes", 2, "--tokens", 9)
     assert "global batch 32 = 2 processes x 4 x 4" in printed and "2,000 steps" in printed
     assert "bf16 on a GPU, micro-batch of 4, 4 texts of 56 tokens" in printed
-    assert "texts of 9.0 tokens; the run has 0.0 M pairs" in printed
+    assert "texts of 9.0 tokens; the run has 0.1 M pairs" in printed
     assert "an assumption: none was measured" in printed
     assert "on 2 cards" in printed and "DDP holds" in printed
     assert all(card.name in printed for card in plan.CARDS)
