@@ -58,7 +58,8 @@ def backbone_of(config: Config) -> str:
 
 
 # Settings of a Config that the first checkpoints lack: their defaults are meant.
-ADDED = ("image_positions", "label_smoothing")
+ADDED = ("image_positions", "label_smoothing", "silent_attention")
+
 
 def config_of(contents: dict) -> Config:
     """The Config of a checkpoint of ours, as `read` returned it.

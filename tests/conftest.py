@@ -271,8 +271,7 @@ def write_page_models(root):
     return paths
 
 
-# -- runs of train.py
-# -------------------------------------------------------------------------------
+# -- runs of train.py ------------------------------------------------------------------------------
 
 TRAIN_FLM = ("--image-size 16 --patch-size 8 --vit-width 16 --vit-layers 1 --vit-heads 2 "
              "--text-width 16 --text-layers 1 --text-heads 2 --width 16 --heads 2 "

@@ -155,8 +155,7 @@ def test_a_run_of_a_version_that_had_fewer_settings_resumes():
         check_same_run("last.pt", saved, replace(settings, bucket=8), config, [["a.arrow", 9]])
 
 
-# -- stopping
-# ----------------------------------------------------------------------------------------
+# -- stopping --------------------------------------------------------------------------------------
 
 def started(arguments, environment=None, group=False):
     return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments],
@@ -290,8 +289,7 @@ def test_a_process_that_dies_is_named_by_the_others(world, tmp_path):
     assert "train.py: process 1 of 0 … 1 ended, so this one cannot go on" in words
 
 
-# -- what comes back
-# ---------------------------------------------------------------------------------
+# -- what comes back -------------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_the_sums_of_losses_go_on_after_a_resume(world, tmp_path):
@@ -407,8 +405,7 @@ def test_a_kill_between_two_names_loses_nothing(world, tmp_path, trained):
     assert_same(outcome(out), outcome(trained), 0)
 
 
-# -- more than one run
-# -------------------------------------------------------------------------------
+# -- more than one run -----------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_two_runs_do_not_write_into_one_folder(world, tmp_path):

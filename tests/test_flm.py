@@ -89,8 +89,7 @@ def test_no_span_corruption_hides_the_word_alone():
     assert (first == np.arange(12)).all() and (last == first).all()
 
 
-# -- against the original's recorded numbers
-# ---------------------------------------------------------------------------
+# -- against the original's recorded numbers -------------------------------------------------------
 
 def ours(recorded):
     """The original's state dict under our names.
@@ -370,8 +369,7 @@ def test_position_grid_resizes_as_the_original(side):
                                atol=TOL, rtol=0)
 
 
-# -- leaks and padding
-# -------------------------------------------------------------------------------------------------
+# -- leaks and padding -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.7, 1.0])
 @torch.no_grad()
@@ -527,8 +525,7 @@ def test_image_tokens_are_told_their_places_where_they_enter_the_fusion_layers()
                                atol=1e-5, rtol=0)
 
 
-# -- against transformers
-# ----------------------------------------------------------------------------------------------
+# -- against transformers --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("width, heads, layers, length",
                          [(32, 4, 2, 11), (24, 3, 1, 7), (40, 5, 3, 17)])

@@ -50,8 +50,7 @@ def interrupted(world, out, *names):
     return lines_of(out)
 
 
-# -- with a stand-in
-# ------------------------------------------------------------------------------------
+# -- with a stand-in -------------------------------------------------------------------------------
 
 class StandIn:
     PURGES = False
@@ -202,8 +201,7 @@ def test_an_unknown_logger_is_refused(world, tmp_path):
         train.main(train_command(world, tmp_path / "run", *RUN, "--log", "tensorbord"))
 
 
-# -- with the packages themselves
-# -----------------------------------------------------------------------
+# -- with the packages themselves ------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_tensorboards_reader_reads_each_number_once(world, tmp_path):

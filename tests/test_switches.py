@@ -129,8 +129,7 @@ def test_a_run_with_chunks_learns_the_same_and_counts_hits_where_it_reports(worl
     assert_same(([], model), ([], same), 2e-5)
 
 
-# -- Layers that are computed again, weights that are cast once
-# -------------------------------------
+# -- Layers that are computed again, weights that are cast once ------------------------------------
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [TRAIN_FLM, TRAIN_VILT], ids=["flm", "vilt"])

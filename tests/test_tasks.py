@@ -33,8 +33,7 @@ def collated(task, split="train", train_mode=True, count=6, epoch=0):
     return samples, *task.collate(samples)
 
 
-# -- the original's recorded numbers
-# ---------------------------------------------------------------------------------------
+# -- the original's recorded numbers ---------------------------------------------------------------
 
 def samples_of(ids, pad=1, **more):
     return [{"ids": row[row != pad].tolist()} | {name: values[i] for name, values in more.items()}
@@ -303,8 +302,7 @@ def test_what_a_head_says_does_not_depend_on_the_rest_of_the_batch(world, name, 
     assert together.std(0).min() > 1e-2         # or nothing was compared
 
 
-# -- captions that share an image
-# ------------------------------------------------------------------------------------------
+# -- captions that share an image ------------------------------------------------------------------
 
 PAIRS = [("pretrain", "flm"), ("pretrain", "mlm"), ("pretrain", "ar"), ("pretrain", "vilt"),
          ("vqa", "flm"), ("vqa", "vilt"),
@@ -393,8 +391,7 @@ def test_wrong_images_come_from_other_groups_and_same_image_says_where_they_are_
             assert (batch["shown_image"] != batch["image_of"]).sum() == 4
 
 
-# -- from the pretrained model to the fine-tuned one
-# ---------------------------------------------------------------------
+# -- from the pretrained model to the fine-tuned one -----------------------------------------------
 
 def test_fine_tuning_begins_from_the_pretrained_weights_and_carries_all_that_evaluation_needs(
         world, tmp_path, capsys):

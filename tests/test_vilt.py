@@ -52,8 +52,7 @@ def collated(world, tmp_path, config, train_mode=True, count=8, **settings):
     return config, dataset, *task.collate([dataset[0, 2 * i] for i in range(count)])
 
 
-# -- optimal transport and sizes
-# --------------------------------------------------------------------------------------
+# -- optimal transport and sizes -------------------------------------------------------------------
 
 def test_plans_distances_and_gradients_of_the_transport_are_the_originals(recorded):
     assert len(recorded["optimal_transport"]) == 3
@@ -108,8 +107,7 @@ def test_picture_sizes_are_the_originals(recorded):
     assert shape(1200, 10)[0] == (608, 32)      # where the original divides by zero patches
 
 
-# -- pictures of different shapes
-# -------------------------------------------------------------------------------------
+# -- pictures of different shapes ------------------------------------------------------------------
 
 def test_positions_are_the_grid_stretched_as_interpolate_does():
     model = vilt_model(TINY_VILT)
@@ -194,8 +192,7 @@ def test_every_patch_is_as_likely_to_be_shown():
     assert abs(shown / 2000 - 5 / 12).max() < 0.04
 
 
-# -- what is hidden, what is asked
-# ------------------------------------------------------------------------------------
+# -- what is hidden, what is asked -----------------------------------------------------------------
 
 @pytest.mark.slow
 def test_whole_words_are_masked_at_the_asked_rate():
@@ -319,8 +316,7 @@ def test_captions_longer_than_the_position_table_are_refused():
         vilt_model(TINY_VILT).encode_text(torch.zeros(1, 30, dtype=torch.int64))
 
 
-# -- the loop and what comes after it
-# ---------------------------------------------------------------------------------
+# -- the loop and what comes after it --------------------------------------------------------------
 
 SMALL = ("--model vilt-toy --image-size 48 --patch-size 16 --width 16 --layers 1 --heads 2 "
          "--mlp-width 32 --max-positions 40 --device cpu --precision fp32 --workers 0 "

@@ -901,6 +901,24 @@ def test_what_is_saved_is_loaded(config, kind, tmp_path):
     assert (again.config.dropout, again.tokenizer, again.step) == (0.3, None, 0)
 
 
+# The settings that the checkpoints of the first version hold.
+FIRST = {
+    "flm": """objective image_size patch_size vit_width vit_layers vit_heads vocab_size text_width
+        text_layers text_heads max_positions cls_id pad_id sep_id mask_id width heads fusion_layers
+        reconstructor_text_layers reconstructor_fusion_layers dropout init_std left_to_right_weight
+        right_to_left_weight corruption_rate prediction_rate mask_rate head answers pooler itm""",
+    "vilt": """image_size patch_size max_patches vocab_size max_positions cls_id pad_id sep_id
+        mask_id width layers heads mlp_width eps text_eps dropout init_std mask_rate wpa_weight mpp
+        patch_mask_rate head answers pooler itm"""}
+
+
+@pytest.mark.parametrize("backbone", FIRST)
+def test_a_checkpoint_without_the_settings_that_came_later_opens(backbone):
+    config = {"flm": flm.Config(), "vilt": vilt.Config()}[backbone]
+    values = {name: getattr(config, name) for name in FIRST[backbone].split()}
+    assert weights.config_of({"backbone": backbone, "config": values}) == config
+
+
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
 def test_training_a_loaded_model_does_not_change_its_file(name, tmp_path):
     path = saved(tiny_flm(), tmp_path / name)
