@@ -902,7 +902,7 @@ def test_what_is_saved_is_loaded(config, kind, tmp_path):
 
 
 # The settings that the checkpoints of the first version hold.
-FIRST = {
+FIRST_SETTINGS = {
     "flm": """objective image_size patch_size vit_width vit_layers vit_heads vocab_size text_width
         text_layers text_heads max_positions cls_id pad_id sep_id mask_id width heads fusion_layers
         reconstructor_text_layers reconstructor_fusion_layers dropout init_std left_to_right_weight
@@ -912,10 +912,10 @@ FIRST = {
         patch_mask_rate head answers pooler itm"""}
 
 
-@pytest.mark.parametrize("backbone", FIRST)
+@pytest.mark.parametrize("backbone", FIRST_SETTINGS)
 def test_a_checkpoint_without_the_settings_that_came_later_opens(backbone):
     config = {"flm": flm.Config(), "vilt": vilt.Config()}[backbone]
-    values = {name: getattr(config, name) for name in FIRST[backbone].split()}
+    values = {name: getattr(config, name) for name in FIRST_SETTINGS[backbone].split()}
     assert weights.config_of({"backbone": backbone, "config": values}) == config
 
 
