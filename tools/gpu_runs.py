@@ -109,7 +109,7 @@ def killed(place: Place) -> dict:
 def toy(place: Place) -> dict:
     """A whole pretraining on the toy world until colours and shapes are right 95 times in 100."""
     sizes = ("--flags=--steps 4 --device cpu", "--first", 2, "--captions", 20) if place.small \
-        else ("--flags=--steps 700", "--first", 500)
+        else ("--flags=--steps 700 --decay 1", "--first", 500)
     run("-m", "tools.speedrun", "--data", world(place), "--out", place.scratch / "speedrun",
         "--seeds", 1, *sizes)
     found = json.loads((place.scratch / "speedrun/seed_0.json").read_text())

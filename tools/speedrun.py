@@ -1,6 +1,6 @@
 """Time to quality: CPU seconds of training until the toy model reads its pictures.
 
-    python -m tools.speedrun --data data/toy --out runs/speedrun --flags="--steps 700"
+    python -m tools.speedrun --data data/toy --out runs/speedrun --flags="--steps 700 --decay 1"
     python -m tools.speedrun --data data/toy --out runs/mine --flags="--steps 500 --muon-lr 0.02"
 
 From random weights until the words for colours and those for shapes are both right 95 times in 100
