@@ -146,10 +146,11 @@ ROBERTA_LARGE = dict(text_width=1024, text_heads=16)
 # faster from weights of std 0.08, near 128^-1/2, than from BERT's 0.02 (docs/LOG.md).
 NARROW = dict(patch_size=16, vit_width=128, vit_heads=4, text_width=128, text_layers=1,
               text_heads=4, max_positions=66, mask_id=4, width=128, heads=4,
-              reconstructor_text_layers=1, init_std=0.08, silent_attention=True)
+              reconstructor_text_layers=1, init_std=0.08)
 PRESETS = {
     "toy": Config(image_size=64, vit_layers=2, vocab_size=400, fusion_layers=2,
-                  reconstructor_fusion_layers=2, image_positions=1.0, dropout=0.0, **NARROW),
+                  reconstructor_fusion_layers=2, image_positions=1.0, dropout=0.0,
+                  silent_attention=True, **NARROW),
     "small": Config(image_size=112, vit_layers=4, vocab_size=4096, fusion_layers=3,  # photographs
                     reconstructor_fusion_layers=3, **NARROW),
     # For a GPU of 8 GB: CLIP's ViT-B/32 and RoBERTa's first layers fit in, few layers are new.

@@ -115,8 +115,8 @@ class Attention(nn.Module):
 def silence_attention(model: nn.Module) -> None:
     """Sets the output matrices of all attention to 0: at first no row hears of another.
 
-    What untrained attention adds, the mean of all rows, is noise. A start for small models that is
-    learned away from within a few steps (docs/RECORDS.md).
+    What untrained attention adds, the mean of all rows, is noise. The toy model learns sooner
+    without it (docs/RECORDS.md).
     """
     for module in model.modules():
         if isinstance(module, Attention):

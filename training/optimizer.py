@@ -185,10 +185,13 @@ def orthogonal(x: Tensor) -> Tensor:
     """
     wide = x.mT if x.shape[-2] > x.shape[-1] else x         # the products are of the shorter side
     wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    if wide.shape[-1] <= 2 * wide.shape[-2]:
+    # Two long products in place of eight. Not on a GPU: its products may be rounded (TF32), and the
+    # squares of small values would not survive that.
+    short = x.device.type == "cpu" and wide.shape[-1] > 2 * wide.shape[-2]
+    if not short:
         for step in POLAR_EXPRESS:
             wide = quadratic(wide @ wide.mT, *step) @ wide
-    else:                               # the same with two long products in place of eight
+    else:
         square, product = wide @ wide.mT, None
         for step in POLAR_EXPRESS:
             factor = quadratic(square, *step)
