@@ -39,7 +39,7 @@ $(DATA)/toy_words.json: | .venv/.installed
 # Pretraining. last.pt is there long before the end; an interrupted run goes on from it.
 
 $(RUN)/.trained: | $(DATA)/toy_words.json
-	$(PY) train.py --task pretrain --recipe toy --data $(DATA) --out $(RUN) --resume $(FLAGS)
+	$(PY) train.py --task pretrain --recipe toy --data $(DATA) --out $(RUN) --workers 1 --resume $(FLAGS)
 	@touch $@
 
 # Image-text matching trains the class vector, which retrieval ranks by. Half of its wrong captions have one word exchanged.
