@@ -191,9 +191,9 @@ def original_pretraining(model, batch, count_hits=True):
     fused = model.fuse(model.encode_image(batch["image"]), text)
     for name in model.config.loss_weights:
         rows = batch[f"{name}_rows"]
-        rows = rows[rows >= 0]                                              # without the padding
-        targets = torch.full_like(ids, -100).flatten()                      # (B L)
+        targets = torch.full((ids.numel() + 1,), -100, device=ids.device)   # (B L + 1)
         targets[rows] = ids.flatten()[rows + masks.SHIFT[name]]
+        targets = targets[:-1]      # (B L): the last one took what padding rows, -1, say
         logits = model.vocab_logits(getattr(fused, name)).flatten(0, 1)     # (B L, V)
         loss = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
         results[name] = loss, (logits.argmax(-1) == targets).float().sum()
