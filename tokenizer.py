@@ -3,7 +3,8 @@
     python tokenizer.py train --vocab-size 1000 --out DIR captions.txt    # one text per line
     python tokenizer.py encode DIR "A girl plays."                        # prints ids and tokens
 
-Both tokenizers have the same methods, and give the ids of `tokenizers` and `transformers`:
+BPE is here, WordPiece in wordpiece.py, what both share in vocabulary.py. Both have the same
+methods, and give the ids of `tokenizers` and `transformers`:
 
     tok = load("roberta-base")        # a directory with vocab.json and merges.txt, or vocab.txt
     tok.encode("a cat")               # [102, 4758], without special tokens around it
