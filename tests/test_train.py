@@ -451,12 +451,16 @@ def test_muon_steps_as_torch_does(monkeypatch):
     optimizer = Muon([{"params": list(ours.parameters()), "muon": True, "weight_decay": 0.1}],
                      lr=0.02)
     oracle = torch.optim.Muon(theirs.parameters(), lr=0.02, weight_decay=0.1, momentum=0.9)
-    for _ in range(5):
+    for k in range(5):
         x = torch.randn(100, 24)
         for model, stepped in ((ours, optimizer), (theirs, oracle)):
             stepped.zero_grad()
             model(x).square().sum().backward()
             stepped.step()
+        if k == 0:              # both had the same gradients so far
+            for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+                torch.testing.assert_close(optimizer.state[a]["mean"],
+                                           oracle.state[b]["momentum_buffer"])
     for start, a, b in zip(before, ours.parameters(), theirs.parameters(), strict=True):
         assert (a - b).norm() < 0.1 * (b - start).norm()        # torch iterates in bfloat16
 
