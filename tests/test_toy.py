@@ -42,6 +42,16 @@ def world():
 
 
 @pytest.fixture(scope="module")
+def asked_of(world):
+    """The scenes with the questions of evaluation, and with those of training."""
+    trained = [toy.questions(scene, random.Random(i), training=True)
+               for i, (scene, _, _) in enumerate(world)]
+    scenes = [scene for scene, _, _ in world]
+    return {"evaluation": [(scene, asked) for scene, _, asked in world],
+            "training": list(zip(scenes, trained, strict=True))}
+
+
+@pytest.fixture(scope="module")
 def pairs():
     """2,000 rows of NLVR2 with their scenes, the pictures left out."""
     with pytest.MonkeyPatch.context() as patch:
@@ -244,13 +254,15 @@ def answer(question, scene):
     return shape.kind
 
 
-def test_every_answer_is_right(world):
-    assert [(question, given, scene) for scene, _, asked in world for question, given in asked
+@pytest.mark.parametrize("use", ["evaluation", "training"])
+def test_every_answer_is_right(asked_of, use):
+    assert [(question, given, scene) for scene, asked in asked_of[use] for question, given in asked
             if answer(question, scene) != given] == []
 
 
-def test_answers_are_balanced_and_in_the_list(world):
-    counts = collections.Counter(given for _, _, asked in world for _, given in asked)
+@pytest.mark.parametrize("use", ["evaluation", "training"])
+def test_answers_are_balanced_and_in_the_list(asked_of, use):
+    counts = collections.Counter(given for _, asked in asked_of[use] for _, given in asked)
     assert set(counts) <= set(ANSWERS) and len(set(ANSWERS)) == len(ANSWERS)
     assert abs(counts["yes"] / (counts["yes"] + counts["no"]) - .5) < .02
     for group in (COLOURS, KINDS):
@@ -280,10 +292,23 @@ def naive_bayes(rows):
                     for text, label in rows[half:]])
 
 
-def test_the_words_of_a_question_alone_do_not_tell_yes_from_no(world):
-    rows = [(question, given == "yes") for _, _, asked in world for question, given in asked
+@pytest.mark.parametrize("use", ["evaluation", "training"])
+def test_the_words_of_a_question_alone_do_not_tell_yes_from_no(asked_of, use):
+    rows = [(question, given == "yes") for _, asked in asked_of[use] for question, given in asked
             if given in ("yes", "no")]
     assert len(rows) > 4000 and naive_bayes(rows) < .55
+
+
+def test_evaluation_asks_each_kind_once_and_training_asks_mostly_about_relations(asked_of):
+    about_two = {use: [[" of " in question or "above" in question or "below" in question
+                        for question, _ in asked] for _, asked in rows]
+                 for use, rows in asked_of.items()}
+    assert max(map(sum, about_two["evaluation"])) == 2
+    assert all(len(asked) <= 7 for asked in about_two["evaluation"])
+    assert np.mean(sum(about_two["evaluation"], [])) < .3 < .55 < \
+        np.mean(sum(about_two["training"], [])) < .65
+    for _, asked in asked_of["training"]:
+        assert len({question for question, _ in asked}) == len(asked) <= 11
 
 
 # ---- statements
@@ -435,7 +460,7 @@ def test_the_world_of_a_seed_stays_what_it_was():
         pair_row, _ = toy.pair_row(0, 64, split, index)
         said.update(json.dumps([caption_row["caption"], vqa_row["questions"], vqa_row["answers"],
                                 line, pair_row["questions"], pair_row["answers"]]).encode())
-    assert said.hexdigest()[:16] == "6b99ab4cf8d41ba7"
+    assert said.hexdigest()[:16] == "a379828e768c235b"
 
 
 def test_make_refuses_in_one_sentence(tmp_path):

@@ -9,7 +9,7 @@
 `make` writes
 
     toy_caption_{train,val,test,holdout}.arrow   pictures, five captions each
-    toy_vqa_{train,val,test,holdout}.arrow       the same pictures, up to seven questions each
+    toy_vqa_{train,val,test,holdout}.arrow       the same pictures, up to eleven questions each
     toy_nlvr2_{train,dev,test,holdout}.arrow     pairs of other pictures, half as many
     toy_scenes.jsonl                             what is in each picture
     toy_vqa_answers.json                         the answer that each label stands for
@@ -70,13 +70,13 @@ def picture_rows(seed: int, size: int, split: str, index: int) -> tuple[dict, di
     image_id = SPLITS.index(split) * 10 ** 8 + index
     caption_row = {"image": image, "caption": captions(scene, rng), "image_id": str(image_id),
                    "split": split}
-    asked = questions(scene, rng)
+    asked = questions(scene, rng, training=split == "train")
     vqa_row = {"image": image, "image_id": image_id, "split": split,
                "questions": [question for question, _ in asked],
                "answers": [[answer] for _, answer in asked],
                "answer_labels": [[ANSWERS.index(answer)] for _, answer in asked],
                "answer_scores": [[1.0]] * len(asked),
-               "question_id": [image_id * 10 + k for k in range(len(asked))]}
+               "question_id": [image_id * 100 + k for k in range(len(asked))]}
     line = {"split": split, "image_id": image_id, "shapes": [astuple(s) for s in scene.shapes]}
     return caption_row, vqa_row, json.dumps(line) + "\n"
 
