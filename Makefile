@@ -42,7 +42,7 @@ $(RUN)/.trained: | $(DATA)/toy_words.json
 	$(PY) train.py --task pretrain --recipe toy --data $(DATA) --out $(RUN) --workers 1 --resume $(FLAGS)
 	@touch $@
 
-# Image-text matching trains the class vector, which retrieval ranks by. Half of its wrong captions have one word exchanged.
+# Image-text matching trains the class vector, which VQA and retrieval read. Half of its wrong captions have one word exchanged.
 $(RUN)-itm/.trained: | $(RUN)/.trained
 	$(PY) train.py --task pretrain --recipe toy-itm --load $(RUN)/last.pt --data $(DATA) --out $(RUN)-itm \
 	    --exchange $(DATA)/toy_exchange.json --resume
@@ -86,8 +86,8 @@ demo: .venv/.demo  ## a web page to try models on: fill in words, ask, describe,
 
 ifeq ($(RECIPE),toy)
 
-$(RUN)-vqa/.trained: | $(RUN)/.trained
-	$(PY) train.py --task vqa --recipe toy --load $(RUN)/last.pt --data $(DATA) --out $(RUN)-vqa --resume $(FLAGS)
+$(RUN)-vqa/.trained: | $(RUN)-itm/.trained
+	$(PY) train.py --task vqa --recipe toy --load $(RUN)-itm/last.pt --data $(DATA) --out $(RUN)-vqa --resume $(FLAGS)
 	@touch $@
 
 vqa: $(RUN)-vqa/.trained  ## fine-tune for visual question answering, score it, show examples

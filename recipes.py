@@ -87,8 +87,8 @@ RECIPES = {
             model="vilt", max_tokens=40, datasets=("vqav2",), augment=True, epochs=10,
             global_batch=256, lr=1e-4, warmup=0.1, head_lr_scale=10.0),
         "toy": TOY | dict(
-            steps=800, global_batch=64, micro_batch=64, eval_every=400, lr=5e-4,
-            head_lr_scale=2.0, muon_lr=0.005),
+            steps=1500, global_batch=64, micro_batch=64, eval_every=500, lr=5e-4,
+            head_lr_scale=2.0, muon_lr=0.005, decay=0.4),
         "small": SMALL | dict(steps=400, global_batch=32, lr=3e-4, head_lr_scale=3.0),
         "medium": MEDIUM_TASK | dict(global_batch=256, micro_batch=32, lr=5e-6, head_lr_scale=50.0),
     },
@@ -101,7 +101,7 @@ RECIPES = {
             model="vilt", max_tokens=40, datasets=("nlvr2",), augment=True, epochs=10,
             global_batch=128, lr=1e-4, warmup=0.1, head_lr_scale=1.0),
         "toy": TOY | dict(
-            steps=1000, eval_every=500, lr=1e-4, head_lr_scale=5.0, muon_lr=0.003),
+            steps=1400, eval_every=700, lr=1e-4, head_lr_scale=5.0, muon_lr=0.003, decay=0.4),
         "small": SMALL | dict(steps=400, global_batch=32, lr=1e-4, head_lr_scale=10.0),
         "medium": MEDIUM_TASK | dict(global_batch=128, micro_batch=16, lr=1e-5, head_lr_scale=10.0),
     },
