@@ -79,8 +79,8 @@ def write_captions(path, rows, seed=0, captions=2, broken=(), batch_rows=7, size
     with Writer(path, CAPTIONS, batch_rows=batch_rows) as out:
         for row in range(rows):
             texts = [" ".join(rng.choice(WORDS, rng.integers(2, 12))) for _ in range(captions)]
-            image = b"not a picture" if row in broken else picture([seed, row],
-                                                                   sizes[row % len(sizes)])
+            size = sizes[row % len(sizes)]
+            image = b"not a picture" if row in broken else picture([seed, row], size)
             out.write({"image": image, "caption": texts, "image_id": str(row), "split": "train"})
     return path
 
@@ -158,8 +158,8 @@ def write_questions(path, rows, seed, broken=()):
                       for _ in range(count)]
             scores = [rng.choice([0.3, 0.6, 0.9, 1.0], len(some)).tolist() for some in labels]
             ids = [1000 * seed + 10 * row + k for k in range(count)]
-            image = b"no picture" if row in broken else picture([seed, row],
-                                                                SIZES[row % len(SIZES)])
+            size = SIZES[row % len(SIZES)]
+            image = b"no picture" if row in broken else picture([seed, row], size)
             out.write({"image": image,
                        "questions": [" ".join(rng.choice(WORDS, rng.integers(1, 9))) + "?"
                                      for _ in ids],

@@ -116,8 +116,8 @@ def test_check_finds_wrong_statements(tmp_path, capsys):
     check_finds(capsys, path, "row 1: an answer that is neither")
 
 
-def test_pictures_that_are_missing_are_wrong_in_training_and_counted_in_evaluation(tmp_path,
-                                                                                   capsys):
+def test_pictures_that_are_missing_are_wrong_in_training_and_counted_in_evaluation(
+        tmp_path, capsys):
     path = tmp_path / "x.arrow"
     for split, status in (("val", 0), ("trainable_val", 1)):
         arrow(path, QUESTIONS | {"image": [b"", noise_picture()], "split": [split] * 2})
@@ -135,8 +135,8 @@ def test_check_takes_folders(tmp_path, finished, capsys):
     (tmp_path / "bad.arrow").write_text("hello")
     status, printed = checked(capsys, tmp_path)
     assert status == 1 and "five_caption_train.arrow" in printed and "bad.arrow" in printed
-    assert "no .arrow or .tar files are in this folder" in sentence(capsys, "check",
-                                                                    tmp_path / "empty")
+    said = sentence(capsys, "check", tmp_path / "empty")
+    assert "no .arrow or .tar files are in this folder" in said
 
 
 def test_check_finds_labels_that_the_answer_list_beside_them_does_not_have(tmp_path, capsys):

@@ -122,8 +122,8 @@ def test_a_run_does_not_resume_on_other_data(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_neither_overwritten_nor_resumed_under_other_settings(world, tmp_path,
-                                                                                capsys):
+def test_a_finished_run_is_neither_overwritten_nor_resumed_under_other_settings(
+        world, tmp_path, capsys):
     train.main(command(world, tmp_path / "run", *RUN))
     with pytest.raises(SystemExit, match="last.pt exists: --resume goes on"):
         train.main(command(world, tmp_path / "run", *RUN))
@@ -180,9 +180,8 @@ def signal_at(step, number):
 @pytest.mark.parametrize("number, code", [
     (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
     pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow)])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_been(world, tmp_path,
-                                                                              trained, monkeypatch,
-                                                                              number, code, capsys):
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_been(
+        world, tmp_path, trained, monkeypatch, number, code, capsys):
     arguments = command(world, tmp_path / "run", *RUN, "--keep", 2)
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
@@ -227,8 +226,8 @@ def test_a_signal_to_the_data_loading_processes_too_loses_nothing(world, tmp_pat
     assert weights.read(tmp_path / "run/last.pt")["step"] >= 5
 
 
-def test_a_run_that_is_stopped_before_training_has_begun_ends_at_once(world, tmp_path, monkeypatch,
-                                                                      capsys):
+def test_a_run_that_is_stopped_before_training_has_begun_ends_at_once(
+        world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "open_run",
                         lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))
     with pytest.raises(SystemExit) as stop:
@@ -238,8 +237,8 @@ def test_a_run_that_is_stopped_before_training_has_begun_ends_at_once(world, tmp
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_in_a_validation_validates_again(world, tmp_path, trained,
-                                                               monkeypatch):
+def test_a_run_that_is_stopped_in_a_validation_validates_again(
+        world, tmp_path, trained, monkeypatch):
     arguments = command(world, tmp_path / "run", *RUN, "--keep", 2)
     original, calls = train.evaluate, []
 
@@ -324,9 +323,8 @@ BROKEN = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes, words", BROKEN.values(), ids=BROKEN.keys())
-def test_a_checkpoint_that_lacks_something_is_refused_and_the_good_one_is_named(world, tmp_path,
-                                                                                trained, changes,
-                                                                                words):
+def test_a_checkpoint_that_lacks_something_is_refused_and_the_good_one_is_named(
+        world, tmp_path, trained, changes, words):
     out = copy_of(trained, tmp_path / "run", **changes)
     told = refused(world, out)
     assert words in told and f"{out / 'previous.pt'} of step 4 is whole" in told
@@ -336,10 +334,8 @@ def test_a_checkpoint_that_lacks_something_is_refused_and_the_good_one_is_named(
 
 
 def test_files_of_another_kind_are_other_data(world, tmp_path, trained):
-    assert "other data than the run's, [file, rows]: 7 -> " in refused(world,
-                                                                       copy_of(trained,
-                                                                               tmp_path / "run",
-                                                                               files=7))
+    other = copy_of(trained, tmp_path / "run", files=7)
+    assert "other data than the run's, [file, rows]: 7 -> " in refused(world, other)
 
 
 def moments(saved, **changes):
@@ -428,8 +424,8 @@ def test_two_runs_do_not_write_into_one_folder(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_extended_and_says_what_becomes_of_the_rate(world, tmp_path, trained,
-                                                                      capsys):
+def test_a_finished_run_is_extended_and_says_what_becomes_of_the_rate(
+        world, tmp_path, trained, capsys):
     out = copy_of(trained, tmp_path / "run")
     train.main(command(world, out, *RUN, "--resume", "--steps", 9))
     told = capsys.readouterr().out
@@ -441,8 +437,8 @@ def test_a_finished_run_is_extended_and_says_what_becomes_of_the_rate(world, tmp
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_is_kept_also_over_a_resume_that_extends_the_run(world, tmp_path,
-                                                                             capsys):
+def test_the_best_checkpoint_is_kept_also_over_a_resume_that_extends_the_run(
+        world, tmp_path, capsys):
     """Step 5 is validated only because it is the last of the first run.
 
     The second one knows its value all the same.
@@ -458,9 +454,8 @@ def test_the_best_checkpoint_is_kept_also_over_a_resume_that_extends_the_run(wor
     before = losses()
     step = weights.read(tmp_path / "run/best.pt")["step"]
     assert sorted(before) == [2, 4, 5] and before[step] == min(before.values())
-    assert json.loads((tmp_path / "run/best.json").read_text()) == {"name": "val_loss",
-                                                                    "value": before[step],
-                                                                    "step": step}
+    assert json.loads((tmp_path / "run/best.json").read_text()) == {
+        "name": "val_loss", "value": before[step], "step": step}
     train.main(command(world, tmp_path / "run", *best, "--steps", 9, "--resume"))
     after = losses()
     assert weights.read(tmp_path / "run/best.pt")["step"] == min(after, key=after.get)

@@ -153,8 +153,8 @@ def test_ways_of_asking_are_never_mixed(undisturbed):
 
 
 @pytest.mark.parametrize("where", [7, 31, 35, 52])
-def test_an_interrupted_comparison_goes_on_to_the_same_moments(small, undisturbed, tmp_path,
-                                                               monkeypatch, where):
+def test_an_interrupted_comparison_goes_on_to_the_same_moments(
+        small, undisturbed, tmp_path, monkeypatch, where):
     """Interrupted in a measurement of speed, in a trunk, and in two branches.
 
     One branch is that of a first moment, the other that of a second one.
@@ -378,8 +378,8 @@ def test_the_originals_way_has_the_same_losses(world, tmp_path, flags):
     expected, found = state.bare(prepared[0]), state.model(prepared[1])
     assert found.keys() == expected.keys()
     for name, (loss, hits) in expected.items():
-        assert found[name][0].item() == pytest.approx(loss.item(),
-                                                      rel=1e-5) and found[name][1] == hits
+        assert found[name][0].item() == pytest.approx(loss.item(), rel=1e-5)
+        assert found[name][1] == hits
 
 
 @pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.folder)
@@ -477,12 +477,12 @@ def test_only_what_was_trained_is_asked():
 def test_words_come_with_the_data_or_from_a_file_or_from_the_list_of_frequent_ones(world, tmp_path):
     assert compare_quality.open_quality(str(world), "", 5) == Quality(GROUPS, "test", 5)
     (tmp_path / "words.json").write_text(json.dumps({"a": ["red"]}))
-    assert compare_quality.open_quality(str(world), str(tmp_path / "words.json"),
-                                        5).groups == {"a": ["red"]}
+    given = compare_quality.open_quality(str(world), str(tmp_path / "words.json"), 5)
+    assert given.groups == {"a": ["red"]}
     write_captions(tmp_path / "mine_caption_val.arrow", 3)
     own = compare_quality.open_quality(str(tmp_path), "", 5)
-    assert own.split == "val" and {"people", "animals", "colours", "numbers",
-                                   "verbs"} < own.groups.keys()
+    assert own.split == "val"
+    assert {"people", "animals", "colours", "numbers", "verbs"} < own.groups.keys()
     words = [word for group in own.groups.values() for word in group]
     assert len(words) == len(set(words)) and all(word == word.lower() for word in words)
 
@@ -496,8 +496,8 @@ def test_tasks_are_scored_by_the_commands_that_everybody_runs(world, tmp_path, m
     flags = [*small, "vqa", "--rates", "1", "--task-steps", "3", "--out", str(out)]
     units = [unit for stage in compare_plan.Comparison(compare.parse(flags)).stages()
              for unit in stage if unit.kind == "task"]
-    assert [(u.contender.name, u.seed, u.moment) for u in units] == [(name, 0, k) for k in (1, 2)
-                                                                     for name in ("FLM", "MLM")]
+    assert [(u.contender.name, u.seed, u.moment) for u in units] == [
+        (name, 0, k) for k in (1, 2) for name in ("FLM", "MLM")]
     compare.main([*flags, "--moments", "1", "--seeds", "1", "--only", "FLM"])
     moments = moments_of(out, "flm-0")
     assert 0 <= moments["flm-0", 1]["tasks"]["vqa"]["overall"] <= 1
@@ -531,8 +531,8 @@ def test_the_ratio_is_that_of_the_times_to_the_rivals_best_quality():
     ours = [curve((10, 0.2), (20, 0.6), (30, 0.9))]
     rival = [curve((10, 0.1), (20, 0.2), (30, 0.4), (40, 0.3))]
     found = compare_result.compare(rival, ours)
-    assert found["quality"] == 0.4 and found["seconds"] == {"rival": 30,
-                                                            "ours": 15} and found["ratio"] == 2
+    assert found["quality"] == 0.4 and found["ratio"] == 2
+    assert found["seconds"] == {"rival": 30, "ours": 15}
     assert found["interval"] is None and found["within"] == {"rival": False, "ours": False}
 
 
@@ -550,8 +550,8 @@ def test_the_interval_spans_the_ratios_of_resampled_seeds():
 def test_a_quality_that_is_never_reached_is_said_and_counts_against_ours():
     slow, fast = [curve((10, 0.0), (20, 0.1))] * 2, [curve((10, 0.3), (20, 0.8))] * 2
     never = compare_result.compare(fast, slow)
-    assert never["ratio"] is None and never["seconds"]["ours"] is None and never["interval"] == [0,
-                                                                                                 0]
+    assert never["ratio"] is None and never["seconds"]["ours"] is None
+    assert never["interval"] == [0, 0]
     row = {"yardstick": "y", "contender": "c", "another": None, "last": 20}
     table = compare_page.ratio_table([row | never])
     assert "| not within 20 s | FLM does not get there | 0.0 - 0.0 |" in table
@@ -602,8 +602,8 @@ def test_the_table_of_contenders_is_one_that_train_py_takes(world):
     table = compare_contenders.CONTENDERS
     sources = {c.name for c in table if not c.rate_of}
     objectives = {c.name: compare_contenders.settings_of(c, options)[1].objective for c in table}
-    assert len({c.folder
-                for c in table}) == len(table) and set(objectives.values()) == set(flm.OBJECTIVES)
+    assert len({c.folder for c in table}) == len(table)
+    assert set(objectives.values()) == set(flm.OBJECTIVES)
     for c in table:
         assert not c.rate_of or (c.rate_of in sources
                                  and objectives[c.rate_of] == objectives[c.name])

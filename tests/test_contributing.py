@@ -46,9 +46,8 @@ def test_a_task_of_the_page_trains_and_answers(tmp_path, monkeypatch):
     (tmp_path / "photo.jpg").write_bytes(picture(1))
     model = predict.open_model(checkpoint)
     assert model.task == "entailment"
-    assert {answer
-            for answer, _ in predict.ask(model, tmp_path / "photo.jpg",
-                                         "a red dog")} == set(conftest.ANSWERS)
+    said = predict.ask(model, tmp_path / "photo.jpg", "a red dog")
+    assert {answer for answer, _ in said} == set(conftest.ANSWERS)
 
 
 def test_an_objective_of_the_page_trains_and_does_not_see_what_it_predicts(tmp_path):

@@ -163,12 +163,12 @@ def test_their_answer_list_is_rebuilt_from_their_labels(originals, tmp_path, cap
     printed = capsys.readouterr().out
     assert "vqav2_answers.json: there is no such file" in printed
     assert "410 answers, of which 153 never occur" in printed
-    assert VQATask.answers(Settings(task="vqa",
-                                    data=str(folder))) == answers and not capsys.readouterr().out
+    assert VQATask.answers(Settings(task="vqa", data=str(folder))) == answers
+    assert not capsys.readouterr().out
 
 
-def test_three_steps_of_vqa_on_their_files_and_the_official_accuracy(world, originals, tmp_path,
-                                                                     capsys):
+def test_three_steps_of_vqa_on_their_files_and_the_official_accuracy(
+        world, originals, tmp_path, capsys):
     folder = linked(originals, tmp_path / "data", "vqav2_train", "vqav2_rest_val", "vqav2_test")
     (folder / "flm.pt").symlink_to(world / "flm.pt")
     checkpoint = finetune(folder, "vqa", "flm", tmp_path / "run", "--steps", 3)
@@ -258,10 +258,8 @@ def test_their_statements_have_no_identifier_but_that_of_the_official_lines(orig
     assert 100 < sum(name != invented for name, invented in zip(names, place_in_row, strict=True))
 
 
-def test_three_steps_of_nlvr2_on_their_file_and_a_prediction_file_with_official_names(world,
-                                                                                      originals,
-                                                                                      tmp_path,
-                                                                                      capsys):
+def test_three_steps_of_nlvr2_on_their_file_and_a_prediction_file_with_official_names(
+        world, originals, tmp_path, capsys):
     folder = linked(originals, tmp_path / "data", "nlvr2_train=nlvr2_dev")
     (folder / "flm.pt").symlink_to(world / "flm.pt")
     some = table_of(originals / "nlvr2_dev.arrow").slice(0, 60)
@@ -341,10 +339,10 @@ def statements(path, identifier, **more):
 def test_statements_are_named_by_their_own_column_or_in_older_files_by_their_row(tmp_path):
     table = statements(tmp_path / "x", ["dev-7-0", "dev-8-0"],
                        identifiers=[["dev-7-0-3", "dev-7-0-1"], ["dev-8-0-0", "x"]])
-    assert [table.details(i)["identifier"] for i in range(4)] == ["dev-7-0-3", "dev-7-0-1",
-                                                                  "dev-8-0-0", "x"]
-    assert [table.details(i)["pair"] for i in range(4)] == ["dev-7-0", "dev-7-0", "dev-8-0",
-                                                            "dev-8-0"]
+    assert [table.details(i)["identifier"] for i in range(4)] == [
+        "dev-7-0-3", "dev-7-0-1", "dev-8-0-0", "x"]
+    assert [table.details(i)["pair"] for i in range(4)] == [
+        "dev-7-0", "dev-7-0", "dev-8-0", "dev-8-0"]
     with pytest.raises(ValueError, match="x row 1: not one of identifiers for each statement"):
         statements(tmp_path / "x", ["dev-7-0", "dev-8-0"], identifiers=[["a", "b"], ["c"]])
     arrow(tmp_path / "old",

@@ -95,8 +95,8 @@ def broken_files(tmp_path):
                         ("none",
                          pa.table({"image": [b"x"],
                                    "caption": pa.array([[]], pa.list_(pa.string()))}))):
-        with pa.OSFile(str(tmp_path / f"{name}.arrow"),
-                       "wb") as f, pa.ipc.new_file(f, table.schema) as out:
+        path = str(tmp_path / f"{name}.arrow")
+        with pa.OSFile(path, "wb") as f, pa.ipc.new_file(f, table.schema) as out:
             out.write_table(table)
 
 
@@ -239,8 +239,8 @@ def test_a_hundred_files_are_read_with_sixty_four_descriptors(tmp_path):
     def read():
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         table = Captions(paths)
-        assert [table.text(i) for i in range(100)] == [str(i)
-                                                       for i in range(100)] == list(table.texts())
+        expected = [str(i) for i in range(100)]
+        assert [table.text(i) for i in range(100)] == expected == list(table.texts())
         assert len(table.files) == 16 and table.place(99) == (str(paths[99]), 0)
         assert table.rows_of_files() == [[path.name, 1] for path in paths]
         table.files.clear()
@@ -346,9 +346,8 @@ def test_dataset_names_find_vilts_files(tmp_path):
     for name in names:
         (tmp_path / name).touch()
     found = lambda split, *sets: [p.name for p in files.find_files(tmp_path, sets, split)]
-    assert found("train", "coco") == names[:2] and found("val",
-                                                         "coco") == [names[2]] and found("val",
-                                                                                         "vg") == []
+    assert found("train", "coco") == names[:2]
+    assert found("val", "coco") == [names[2]] and found("val", "vg") == []
     assert found("train", "sbu", "gcc") == names[4:7] and found("train", "mine") == [names[7]]
     assert sorted(found("train")) == sorted(names[:2] + names[3:])
     with pytest.raises(FileNotFoundError, match="f30k"):
@@ -432,9 +431,8 @@ def test_every_orientation_of_a_camera_is_turned_upright(format, turn):
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
     more = options.get(format, {})
     found = pictures.open_image(encoded(stored[turn], format, exif=exif, **more))
-    assert found.size == (24,
-                          16) and np.abs(np.asarray(found,
-                                                    int) - np.asarray(upright, int)).max() < 16
+    assert found.size == (24, 16)
+    assert np.abs(np.asarray(found, int) - np.asarray(upright, int)).max() < 16
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -442,9 +440,8 @@ def test_every_orientation_of_a_camera_is_turned_upright(format, turn):
 @given(st.binary(max_size=60))
 def test_broken_exif_does_not_make_a_picture_unreadable(tags):
     image = Image.new("RGB", (8, 8), (9, 200, 30))
-    assert pictures.open_image(encoded(image, "JPEG",
-                                   exif=b"Exif\0\0MM\0*\0\0\0\x08"
-                                   + tags)).getpixel((3, 3))[1] > 180
+    turned = encoded(image, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08" + tags)
+    assert pictures.open_image(turned).getpixel((3, 3))[1] > 180
 
 
 @pytest.mark.parametrize("dtype, values, expected", [
@@ -495,15 +492,14 @@ def test_undecodable_images_are_replaced_by_the_next_row_and_named(tmp_path, tok
     assert dataset[0, 18]["row"] == 0
 
 
-def test_an_undecodable_image_is_named_once_for_its_group_which_moves_on_to_the_next_row(tmp_path,
-                                                                                         tok):
+def test_an_undecodable_image_is_named_once_for_its_group_which_moves_on_to_the_next_row(
+        tmp_path, tok):
     table = Captions([write_captions(tmp_path / "a.arrow", 6, captions=3, broken={1, 2})])
     dataset = CaptionDataset(table, tok, pictures.Square(16), 50, train=True)
     # row 0; the first and third caption of row 1
     samples = dataset.samples([(0, 0), (0, 3, 5)])
-    assert [sample["row"] for sample in samples] == [0, 3,
-                                                     3] and [sample["index"]
-                                                             for sample in samples] == [0, 9, 10]
+    assert [sample["row"] for sample in samples] == [0, 3, 3]
+    assert [sample["index"] for sample in samples] == [0, 9, 10]
     assert [len(sample["unreadable"]) for sample in samples] == [0, 2, 0]
     assert [sample["shares_image"] for sample in samples] == [False, False, True]
 
@@ -564,8 +560,8 @@ def test_long_captions_are_cut_and_counted(tmp_path, tok):
     samples = [CaptionDataset(table, tok, pictures.Square(16), 7, True)[0, i] for i in range(8)]
     for sample, i in zip(samples, range(8)):
         ids = tok.encode(table.text(i))
-        assert sample["ids"] == [tok.cls_id, *ids[:5],
-                                 tok.sep_id] and sample["cut"] == (len(ids) > 5)
+        assert sample["ids"] == [tok.cls_id, *ids[:5], tok.sep_id]
+        assert sample["cut"] == (len(ids) > 5)
     assert {s["cut"] for s in samples} == {True, False}
 
 
@@ -574,13 +570,10 @@ def test_batches_are_padded_to_a_multiple():
     assert pad_texts(texts, 1, 8).shape == (2, 16) and pad_texts(texts, 1).shape == (2, 10)
     assert pad_texts(texts, 1, 8, limit=13).shape == (2, 13)
     assert pad_texts(texts, 1, 4).tolist()[0] == [0, 5, 2] + [1] * 9
-    assert pad_texts(texts, 1, (4, 12, 20)).shape == (2,
-                                                      12) and pad_texts(texts, 1,
-                                                                        (10, 5)).shape == (2, 10)
-    assert pad_texts(texts, 1, (4, 6), limit=13).shape == (2,
-                                                           13) and pad_texts(texts, 1,
-                                                                             (4, 6)).shape == (2,
-                                                                                               10)
+    assert pad_texts(texts, 1, (4, 12, 20)).shape == (2, 12)
+    assert pad_texts(texts, 1, (10, 5)).shape == (2, 10)
+    assert pad_texts(texts, 1, (4, 6), limit=13).shape == (2, 13)
+    assert pad_texts(texts, 1, (4, 6)).shape == (2, 10)
 
 
 # -- masking ---------------------------------------------------------------------------------------
@@ -595,9 +588,8 @@ def test_masking_takes_whole_words_at_the_asked_rate():
     for _ in range(4000):
         masked, picked = mask_words(ids, starts, 0.15, 4, replacements, rng)
         words = set(word[picked - 1])
-        assert len(words) in (1,
-                              2) and set(picked) == {i + 1 for i, w in enumerate(word)
-                                                     if w in words}
+        assert len(words) in (1, 2)
+        assert set(picked) == {i + 1 for i, w in enumerate(word) if w in words}
         assert masked[0] == 0 and masked[-1] == 2
         picked_share += len(words) / 12
         for i in range(len(ids)):
@@ -639,13 +631,13 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes():
     whole = {s: list(GlobalBatches(LENGTHS, 96, 0).micro_batches(s, s + 1, 96))[0] for s in (3, 25)}
     for world, micro in ((1, 24), (2, 24), (4, 24), (2, 48), (3, 8)):
         for step, everything in whole.items():
-            dealt = [list(GlobalBatches(LENGTHS, 96,
-                                        0).micro_batches(step, step + 1, micro, r, world))
-                     for r in range(world)]
-            assert sorted(k for rank in dealt for batch in rank
-                          for k in batch) == sorted(everything)
-            assert {len(b) for rank in dealt
-                    for b in rank} == {micro} and len({len(rank) for rank in dealt}) == 1
+            dealt = [
+                list(GlobalBatches(LENGTHS, 96, 0).micro_batches(step, step + 1, micro, r, world))
+                for r in range(world)]
+            shown = sorted(k for rank in dealt for batch in rank for k in batch)
+            assert shown == sorted(everything)
+            assert {len(b) for rank in dealt for b in rank} == {micro}
+            assert len({len(rank) for rank in dealt}) == 1
 
 
 def test_processes_get_equal_work_when_each_has_several_micro_batches():
@@ -723,14 +715,14 @@ def test_captions_of_like_length_share_a_group():
                                        for group in range(group_of.max() + 1)])
     rng = np.random.default_rng(0)
     shuffled = np.lexsort((rng.random(1003), ROW_OF))                       # within each image
-    assert spread(draw_groups(LENGTHS, ROW_OF, 2,
-                              rng)) < 0.5 * spread(draw_groups(np.arange(1003)[shuffled], ROW_OF, 2,
-                                                               rng))
+    by_length = spread(draw_groups(LENGTHS, ROW_OF, 2, rng))
+    by_chance = spread(draw_groups(np.arange(1003)[shuffled], ROW_OF, 2, rng))
+    assert by_length < 0.5 * by_chance
 
 
 @pytest.mark.parametrize("most, bucket", [(2, 1), (2, 4), (5, 1), (5, 4)])
-def test_with_groups_every_epoch_shows_every_caption_once_in_batches_of_the_asked_size(most,
-                                                                                       bucket):
+def test_with_groups_every_epoch_shows_every_caption_once_in_batches_of_the_asked_size(
+        most, bucket):
     sampler, seen = grouped(most, 100, bucket), []
     for epoch in range(2):
         keys = [key for batch in sampler.micro_batches(10 * epoch, 10 * epoch + 10, 25)
@@ -808,6 +800,5 @@ def test_shards_that_img2dataset_left_are_found_without_being_named(tmp_path):
     for name in ("mine_00000.arrow", "mine_00001.arrow", "other_caption_val.arrow"):
         write_captions(tmp_path / name, 2)
     assert files.splits_of(tmp_path) == {"mine": ["train"], "other": ["val"]}
-    assert [path.name
-            for path in files.find_files(tmp_path, (), "train")] == ["mine_00000.arrow",
-                                                                     "mine_00001.arrow"]
+    found = [path.name for path in files.find_files(tmp_path, (), "train")]
+    assert found == ["mine_00000.arrow", "mine_00001.arrow"]

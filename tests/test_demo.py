@@ -55,8 +55,8 @@ def test_the_page_names_every_tab_that_is_missing_and_the_command_that_makes_it(
         assert command in said
 
 
-def test_without_checkpoints_it_opens_what_make_left_and_a_name_of_models_first(tmp_path,
-                                                                                monkeypatch):
+def test_without_checkpoints_it_opens_what_make_left_and_a_name_of_models_first(
+        tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(named, "MODELS", tmp_path)
     assert answers.existing_defaults() == []
@@ -77,8 +77,8 @@ def test_a_model_that_no_tab_can_use_is_named(tmp_path, paths):
 
 # -- fill in ---------------------------------------------------------------------------------------
 
-def test_every_word_has_the_probability_that_the_model_gives_it_and_blanks_are_those_of_fill(models,
-                                                                                             drawn):
+def test_every_word_has_the_probability_that_the_model_gives_it_and_blanks_are_those_of_fill(
+        models, drawn):
     model = only(models, "Fill in")
     reading = answers.read_words(model, drawn.path, "a ___ star, and a <mask> ring")
     text, words = predict.fill(model, drawn.path, "a <mask> star, and a <mask> ring")
@@ -89,8 +89,8 @@ def test_every_word_has_the_probability_that_the_model_gives_it_and_blanks_are_t
     for position, word in enumerate(reading.words, 1):
         assert word.share == pytest.approx(shares[position, reading.ids[0, position]].item(),
                                            abs=1e-5)
-        assert [share for _, share in word.choices] == sorted((share for _, share in word.choices),
-                                                              reverse=True)
+        chances = [share for _, share in word.choices]
+        assert chances == sorted(chances, reverse=True)
 
 
 def test_a_text_without_blanks_keeps_its_words(models, drawn):
@@ -103,16 +103,15 @@ def test_words_of_a_masked_language_model_do_not_know_themselves(tmp_path, paths
     """Else the word that stands there would change what the model says in its place."""
     tok = predict.open_model(paths[0]).tokenizer
     model = vilt_model(replace(TINY_VILT, vocab_size=len(tok), cls_id=tok.cls_id, pad_id=tok.pad_id,
-                               sep_id=tok.sep_id,
-                               mask_id=tok.mask_id))
+                               sep_id=tok.sep_id, mask_id=tok.mask_id))
     model.tokenizer, model.task = tok, "pretrain"
     path = answers.draw_scene(tmp_path, 1).path
     one, other = (answers.read_words(model, path, f"a {word} star").words
                   for word in ("red", "big"))
     assert one[1].text != other[1].text and one[1].choices == other[1].choices
     found = pictures.look_for(model, answers.read_words(model, path, "a red star"), 1)
-    assert found.tokens[2].strip() == tok.tokens[tok.mask_id] and pictures.maps(found,
-                                                                                1).width > 100
+    assert found.tokens[2].strip() == tok.tokens[tok.mask_id]
+    assert pictures.maps(found, 1).width > 100
 
 
 def test_the_row_of_the_mask_hides_the_word_itself_and_colours_the_two_streams(models, drawn):
@@ -153,16 +152,16 @@ def test_bad_pictures_and_texts_get_a_sentence(models, tmp_path, monkeypatch):
     dot = tmp_path / "dot.png"
     Image.new("RGB", (1, 1), "red").save(dot)
     assert answers.read_words(model, str(dot), "a star").words
-    assert "at most 88 are read" in refusal(answers.read_words, model, str(dot),
-                                            "star " * 500).replace(
-"this model reads at most 88", "at most 88 are read")
+    said = refusal(answers.read_words, model, str(dot), "star " * 500)
+    said = said.replace("this model reads at most 88", "at most 88 are read")
+    assert "at most 88 are read" in said
     for empty in ("", "  ", None):
         assert refusal(answers.read_words, model, str(dot), empty) == "Type a text first."
     assert refusal(answers.read_words, model, None, "a star").startswith("Choose a picture first")
     with open(tmp_path / "big.jpg", "wb") as big:
         big.truncate(40_000_000)
-    assert "big.jpg: a file of 40 MB; at most 30 MB" in refusal(answers.read_words, model,
-                                                                str(tmp_path / "big.jpg"), "a star")
+    said = refusal(answers.read_words, model, str(tmp_path / "big.jpg"), "a star")
+    assert "big.jpg: a file of 40 MB; at most 30 MB" in said
 
 
 def test_a_sentence_does_not_tell_where_uploads_lie():

@@ -296,8 +296,8 @@ def test_the_readme_picture_can_be_made(tmp_path):
         page.wait_for("left-to-right stream")
         time.sleep(3)
         picture = page.picture()
-        picture = picture.crop((0, 0, picture.width,
-                                min(picture.height, 1000))).quantize(256, dither=Image.Dither.NONE)
+        picture = picture.crop((0, 0, picture.width, min(picture.height, 1000)))
+        picture = picture.quantize(256, dither=Image.Dither.NONE)
         path = Path(target or tmp_path / "demo.png")
         picture.save(path, optimize=True)
         assert path.stat().st_size < 200_000

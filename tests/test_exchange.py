@@ -117,9 +117,8 @@ def test_matching_sees_the_own_image_with_the_exchanged_caption_and_another_imag
             scores.append(model.itm_head(fused.pooled))
         scores = torch.cat(scores)
     targets = torch.tensor([1] * len(samples) + [0] * len(samples))
-    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(scores, targets,
-                                                                          reduction="sum").item(),
-                                        rel=1e-4)
+    expected = torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert hits.item() == (scores.argmax(1) == targets).sum()
 
 

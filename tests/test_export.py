@@ -16,8 +16,8 @@ transformers = pytest.importorskip("transformers")
 
 def opened(kind, folder, **how):
     """A model of transformers; all its tensors come from the file, and the file has no other."""
-    model, found = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True,
-                                                               **how)
+    model, found = getattr(transformers, kind).from_pretrained(
+        folder, output_loading_info=True, **how)
     assert not any(found[what]
                    for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), found
     return model.eval()

@@ -42,8 +42,8 @@ def opened(world, out, *flags):
     return run, train.build_state(run)
 
 
-def test_the_micro_batch_is_the_largest_that_fits_and_no_larger_one_is_tried(world, tmp_path,
-                                                                             memory, capsys):
+def test_the_micro_batch_is_the_largest_that_fits_and_no_larger_one_is_tried(
+        world, tmp_path, memory, capsys):
     run, state = opened(world, tmp_path)
     fitting.fit_micro_batch(run, state)
     # 16 would take 1,650
@@ -110,8 +110,8 @@ def test_trying_leaves_weights_and_gradients_as_they_were_and_measures(world, tm
     assert peak > moments + 50 * 2 ** 20            # Python and torch alone are larger than that
     assert all(torch.equal(tensor, before[name])
                for name, tensor in state.bare.state_dict().items())
-    assert all(parameter.grad is None
-               for parameter in state.bare.parameters()) and not state.optimizer.state
+    assert all(parameter.grad is None for parameter in state.bare.parameters())
+    assert not state.optimizer.state
 
 
 def test_the_memory_that_is_there_is_a_number_of_bytes():

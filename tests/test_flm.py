@@ -175,8 +175,8 @@ def test_only_the_leaking_query_differs_from_the_original(original):
     Queries never see each other, so all other rows are the same.
     """
     model, recorded = original
-    real, fused = recorded["inputs"]["text_masks"].bool(), run(model, recorded,
-                                                               original_queries=False)
+    real = recorded["inputs"]["text_masks"].bool()
+    fused = run(model, recorded, original_queries=False)
     last = real & ~torch.roll(real, -1, 1)
     last[0, -1] = True
     difference = (fused.reconstructed - recorded["outputs"]["text_feats"]).abs().amax(-1)
@@ -297,8 +297,8 @@ def test_gradients_equal_the_original(original):
 
 def test_optimizer_steps_equal_the_original(original):
     recorded = original[1]
-    model, batch, t = original_training_model(recorded), batch_of(recorded,
-                                                                  leaks=True), recorded["train"]
+    model, t = original_training_model(recorded), recorded["train"]
+    batch = batch_of(recorded, leaks=True)
     settings = Settings(lr=1e-3, steps=t["optim"]["max_steps"], warmup=2 / t["optim"]["max_steps"])
     groups = parameter_groups(model, settings)
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-8)
@@ -384,9 +384,8 @@ def test_no_reconstructed_word_knows_itself(rate):
         for j in range(1, n):
             changed = ids.clone()
             changed[0, j] = 50 if ids[0, j] != 50 else 51
-            moved = (model.fuse(visual,
-                                model.encode_text(changed, first,
-                                                  last)).reconstructed[0] - base).abs().amax(-1)
+            found = model.fuse(visual, model.encode_text(changed, first, last)).reconstructed[0]
+            moved = (found - base).abs().amax(-1)
             for i in range(1, n):
                 hidden = first[0, i] <= j <= last[0, i]
                 assert (moved[i] == 0) if hidden else (moved[i] > 1e-6), (n, i, j)

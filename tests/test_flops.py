@@ -40,8 +40,8 @@ def test_pairs_and_tokens_cost_what_their_captions_cost_one_by_one(world, tmp_pa
     """Alone in its batch, a caption has no padding: that is the work which reports count."""
     run = opened(train_command(world, tmp_path, *RUN, *more, sizes=sizes))
     per_pair, per_token = flops.flops_per_pair_and_token(run, step=0)
-    model, dataset = weights.outline_of(run.config), run.task.dataset(run.tables["train"],
-                                                                      train=True)
+    model = weights.outline_of(run.config)
+    dataset = run.task.dataset(run.tables["train"], train=True)
     exact, texts = 0, range(0, 120, 8)
     for text in texts:
         batch, _ = run.task.collate(dataset.samples([(0, text)]))
@@ -54,8 +54,8 @@ def test_pairs_and_tokens_cost_what_their_captions_cost_one_by_one(world, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [("--itm",), ("--captions-per-image", 2)])
-def test_samples_of_the_end_of_an_epoch_and_beyond_the_last_step_are_counted_too(world, tmp_path,
-                                                                                 more):
+def test_samples_of_the_end_of_an_epoch_and_beyond_the_last_step_are_counted_too(
+        world, tmp_path, more):
     run = opened(train_command(world, tmp_path, *RUN, *more))
     costs = [flops.flops_per_pair_and_token(run, step)
              for step in (0, run.sampler.steps_per_epoch - 1, run.settings.steps)]

@@ -88,9 +88,8 @@ def public_functions(node, prefix=""):
     for child in node.body:
         if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
             yield from public_functions(child, f"{child.name}.")
-        elif isinstance(child,
-                        ast.FunctionDef) and (child.name == "__init__"
-                                              or not child.name.startswith("_")):
+        elif isinstance(child, ast.FunctionDef) and (
+                child.name == "__init__" or not child.name.startswith("_")):
             static = any(ast.unparse(decorator) == "staticmethod"
                          for decorator in child.decorator_list)
             yield prefix + child.name, child, bool(prefix) and not static

@@ -225,25 +225,24 @@ def test_a_revision_is_another_version_of_the_same_repository(server):
     before = word("made.safetensors")
     server.put("owner/small", {"model.safetensors": checkpoint_bytes(1)})
     assert torch.equal(word(f"hf:owner/small@{old}"), before)
-    assert torch.equal(word("hf:owner/small"),
-                       word("made.safetensors")) and not torch.equal(word("hf:owner/small"), before)
+    assert torch.equal(word("hf:owner/small"), word("made.safetensors"))
+    assert not torch.equal(word("hf:owner/small"), before)
 
 
 def test_a_folder_of_transformers_opens_with_its_vocabulary_and_older_weights(server):
     """A repository with pytorch_model.bin alone, as transformers' ViLTs are."""
     config = replace(vilt.PRESETS["vilt-toy"], layers=1, vocab_size=9, pad_id=0, cls_id=2, sep_id=3)
     model = weights.model_of(config)
-    model.tokenizer = tokenizer.WordPiece({piece: i
-                                           for i, piece in enumerate(["[PAD]", "[UNK]", "[CLS]",
-                                                                      "[SEP]", "[MASK]", "dog"])})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog"]
+    model.tokenizer = tokenizer.WordPiece({piece: i for i, piece in enumerate(pieces)})
     weights.export(model, "out")
     torch.save(safetensors.torch.load_file("out/model.safetensors"), "out/pytorch_model.bin")
     server.put("dandelin/tiny",
                {name: Path("out", name).read_bytes()
                 for name in ("pytorch_model.bin", "config.json", "vocab.txt")})
     found = weights.load("hf:dandelin/tiny")
-    assert found.tokenizer.encode("dog") == [5] and torch.equal(found.patch.weight,
-                                                                model.patch.weight)
+    assert found.tokenizer.encode("dog") == [5]
+    assert torch.equal(found.patch.weight, model.patch.weight)
 
 
 def test_commands_take_an_address_of_the_hub(server, capsys):
@@ -330,8 +329,8 @@ def push(*arguments):
     weights.main(["push", *map(str, arguments)])
 
 
-def test_what_is_pushed_opens_as_it_was_with_a_card_that_tells_no_paths(server, run, monkeypatch,
-                                                                        capsys):
+def test_what_is_pushed_opens_as_it_was_with_a_card_that_tells_no_paths(
+        server, run, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     push(run, "owner/mine")
     assert f"wrote {server.address}/owner/mine (private)" in capsys.readouterr().out
@@ -378,8 +377,10 @@ def test_a_push_that_cannot_be_is_one_sentence_and_makes_no_repository(server, r
             (TOKEN, ("made", "owner/mine"),
              "made: not the folder of a run, which has config.json and metrics.jsonl")):
         Path("made").mkdir(exist_ok=True)
-        monkeypatch.setenv("HF_TOKEN",
-                           token) if token else monkeypatch.delenv("HF_TOKEN", raising=False)
+        if token:
+            monkeypatch.setenv("HF_TOKEN", token)
+        else:
+            monkeypatch.delenv("HF_TOKEN", raising=False)
         with pytest.raises(SystemExit) as stop:
             push(*arguments)
         assert message in stop.value.code and "\n" not in stop.value.code

@@ -94,8 +94,8 @@ def test_a_resumed_run_goes_on_in_the_same_run_and_repeats_no_line(world, tmp_pa
     assert purging_again.lines == [line for line in lines if line["step"] > 4] != []
 
 
-def test_lines_are_not_repeated_either_where_a_resumed_run_is_killed_before_it_wrote_them(tmp_path,
-                                                                                          made):
+def test_lines_are_not_repeated_either_where_a_resumed_run_is_killed_before_it_wrote_them(
+        tmp_path, made):
     line = {"step": 5, "loss": 1.0}
     (tmp_path / "loggers.json").write_text(json.dumps({"json": {"run": "a", "sent": []}}))
     loggers.Loggers(("json",), tmp_path, 4, [], [line, {"step": 5, "val_loss": 1.0}])
@@ -124,8 +124,8 @@ def test_a_damaged_list_of_runs_begins_a_new_one(tmp_path, made, damaged):
     assert made[0].is_new
 
 
-def test_a_logger_that_fails_is_left_out_and_training_goes_on(world, tmp_path, made, monkeypatch,
-                                                              capsys):
+def test_a_logger_that_fails_is_left_out_and_training_goes_on(
+        world, tmp_path, made, monkeypatch, capsys):
     def fail(self, line):
         raise RuntimeError("the server is gone")
 
@@ -215,9 +215,8 @@ def test_tensorboards_reader_reads_each_number_once(world, tmp_path):
     assert set(found.Tags()["scalars"]) == names
     for name in names:
         expected = [(line["step"], line[name]) for line in lines if name in line]
-        assert [(event.step, event.value)
-                for event in found.Scalars(name)] == [(step, pytest.approx(value, rel=1e-6))
-                                                      for step, value in expected]
+        assert [(event.step, event.value) for event in found.Scalars(name)] == [
+            (step, pytest.approx(value, rel=1e-6)) for step, value in expected]
     assert "global_batch" in str(found.Tensors("config/text_summary"))
 
 

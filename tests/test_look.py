@@ -135,8 +135,8 @@ def test_a_query_looks_where_the_rows_that_it_reads_look(photo):
     for query, stream in ((1, "right_to_left"), (-1, "left_to_right")):
         read = last[stream][2:] if query == 1 else last[stream][1:-1]
         low, high = read.amin(0), read.amax(0)                  # a mean of these rows lies between
-        assert ((low - 1e-6 <= last["reconstructed"][query]) & (last["reconstructed"][query] <= high
-                                                                + 1e-6)).all()
+        looked = last["reconstructed"][query]
+        assert ((low - 1e-6 <= looked) & (looked <= high + 1e-6)).all()
 
 
 @pytest.mark.parametrize("name", ["flm", "vilt"])

@@ -136,8 +136,8 @@ def run(world, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_card_has_what_was_measured_and_is_refused_when_it_lies_by_four_points(run, world,
-                                                                                 capsys):
+def test_a_card_has_what_was_measured_and_is_refused_when_it_lies_by_four_points(
+        run, world, capsys):
     for name in ("toy", "toy-vqa"):
         cards.main(["make", f"runs/{name}", name, "--data", str(world)])
         file = named.MODELS / f"{name}.safetensors"

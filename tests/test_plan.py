@@ -52,11 +52,11 @@ def allocated(run, batch):
     (TRAIN_VILT, "fp32", ("--no-mpp",)), (TRAIN_FLM, "fp32",
                                           ("--objective", "mlm", "--micro-batch", 16))],
     ids=["flm", "bf16 itm", "muon", "vilt", "mlm, no accumulation"])
-def test_the_memory_of_a_plan_is_what_torch_allocates_in_a_real_step(world, tmp_path, sizes,
-                                                                     precision, more):
+def test_the_memory_of_a_plan_is_what_torch_allocates_in_a_real_step(
+        world, tmp_path, sizes, precision, more):
     """Larger than the tests' models, so that a kilobyte more or less is no percent."""
-    wide = ["--width", 64, "--precision",
-            precision] + (["--text-width", 64, "--vit-width", 64] if sizes is TRAIN_FLM else [])
+    more_width = ["--text-width", 64, "--vit-width", 64] if sizes is TRAIN_FLM else []
+    wide = ["--width", 64, "--precision", precision] + more_width
     given, flags = train_settings.parse(train_command(world, tmp_path, *STEP, *wide, *more,
                                                       sizes=sizes))
     run = open_run(given, flags, machine.set_up("cpu", precision))

@@ -111,8 +111,8 @@ def test_a_picture_in_memory_is_seen_as_its_file_is(world, photo, tmp_path):
                            match="the picture: not a picture that can be read .3000 x 2 pixels"):
             predict.open_picture(Image.new("RGB", (3000, 2)), config)
     model = weights.load(world / "vqa/last.pt")
-    assert predict.ask(model, Image.open(photo),
-                       "is it red?") == predict.ask(model, photo, "is it red?")
+    answered = predict.ask(model, Image.open(photo), "is it red?")
+    assert answered == predict.ask(model, photo, "is it red?")
 
 
 @torch.no_grad()

@@ -260,8 +260,8 @@ def test_conceptual_captions_have_train_and_val_shards(tmp_path, command, prefix
 @pytest.mark.parametrize("command, prefix, pictures, shards", [
     ("sbu", "sbu", 10, 9), ("cc3m", "conceptual_caption_train", 40, 30), ("sbu", "sbu", 3, 3),
     ("cc12m", "conceptual_caption12M_train", 40, 40)])
-def test_there_are_as_many_shards_as_the_originals_loaders_read(tmp_path, monkeypatch, command,
-                                                               prefix, pictures, shards):
+def test_there_are_as_many_shards_as_the_originals_loaders_read(
+        tmp_path, monkeypatch, command, prefix, pictures, shards):
     monkeypatch.setattr(captions, "SHARD_ROWS", 1)
     annotation = "annot.json" if command == "sbu" else "train_annot.json"
     names = [f"{number:07}" for number in range(pictures)]

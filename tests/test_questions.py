@@ -216,8 +216,8 @@ def test_soft_scores_are_those_of_ten_annotators_and_fewer_are_repeated(answers,
     (["one way"] * 9 + ["1 way"], {"1 way": 1.0}, {"1 way": 0.3}),
     (["yes"] * 2 + ["Yes"] * 8, {"yes": 1.0}, {"yes": 0.6}), (["yes\n"] * 10, {"yes": 1.0}, {}),
     (["no"] * 9 + ["The"], {"no": 1.0, "": 0.3}, {"no": 1.0})])
-def test_answers_are_counted_as_the_official_accuracy_compares_them_or_as_typed(answers, normalized,
-                                                                              raw):
+def test_answers_are_counted_as_the_official_accuracy_compares_them_or_as_typed(
+        answers, normalized, raw):
     listed = ["yes", "no", "1 way", ""]
     label_of = {answer: label for label, answer in enumerate(listed)}
     for expected, as_typed in ((normalized, False), (raw, True)):

@@ -24,8 +24,8 @@ def run(world, tmp_path, *more):
     return [json.loads(path.read_text()) for path in sorted(tmp_path.glob("seed_*.json"))]
 
 
-def test_a_quality_that_is_never_reached_has_no_time_and_the_median_says_so(world, tmp_path,
-                                                                            capsys):
+def test_a_quality_that_is_never_reached_has_no_time_and_the_median_says_so(
+        world, tmp_path, capsys):
     one, two = run(world, tmp_path, "--seeds", 2, "--quality", 1.01)
     assert one["seconds"] is None and [asked["step"] for asked in one["asked"]] == [2, 4, 6]
     seconds = [asked["seconds"] for asked in one["asked"]]
@@ -34,8 +34,8 @@ def test_a_quality_that_is_never_reached_has_no_time_and_the_median_says_so(worl
     assert "not reached (median of 2 seeds)" in capsys.readouterr().out
 
 
-def test_the_clock_stops_where_the_quality_is_reached_and_a_seed_is_not_run_twice(world, tmp_path,
-                                                                                  capsys):
+def test_the_clock_stops_where_the_quality_is_reached_and_a_seed_is_not_run_twice(
+        world, tmp_path, capsys):
     [found] = run(world, tmp_path, "--seeds", 1, "--quality", 0.0)
     assert (found["step"], found["seconds"]) == (2, found["asked"][0]["seconds"])
     path = tmp_path / "seed_0.json"

@@ -55,8 +55,8 @@ def test_the_loss_in_chunks_is_the_plain_one_and_so_are_its_gradients(way, smoot
     def chunked(x, weight, bias, targets):
         return losses.losses_in_chunks(x, weight, bias, targets, smoothing, count_hits)
 
-    (expected, hits, *gradients), (found, counted,
-                                   *ours) = head_gradients(plain), head_gradients(chunked)
+    expected, hits, *gradients = head_gradients(plain)
+    found, counted, *ours = head_gradients(chunked)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     for theirs, mine in zip(gradients, ours, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=0)
@@ -133,8 +133,8 @@ def test_a_run_with_chunks_learns_the_same_and_counts_hits_where_it_reports(worl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [TRAIN_FLM, TRAIN_VILT], ids=["flm", "vilt"])
-def test_layers_computed_again_draw_the_same_dropout_and_learn_the_same(world, tmp_path, plain,
-                                                                        sizes):
+def test_layers_computed_again_draw_the_same_dropout_and_learn_the_same(
+        world, tmp_path, plain, sizes):
     expected = plain if sizes is TRAIN_FLM else outcome(world, tmp_path / "plain", sizes=sizes)
     assert_same(expected,
                 outcome(world, tmp_path / "again", "--checkpoint-activations", sizes=sizes), 0)
@@ -172,8 +172,8 @@ def test_layers_computed_again_keep_less_for_the_backward_pass(preset):
 
 
 @pytest.mark.slow
-def test_weights_cast_once_a_step_give_the_same_gradients_with_fewer_casts(world, tmp_path,
-                                                                           monkeypatch):
+def test_weights_cast_once_a_step_give_the_same_gradients_with_fewer_casts(
+        world, tmp_path, monkeypatch):
     bf16 = ("--precision", "bf16", "--micro-batch", 4, "--steps", 2, "--itm")
 
     class Casts(TorchDispatchMode):

@@ -196,13 +196,13 @@ def test_vilt_shows_few_patches_of_both_pictures_in_training_and_all_in_evaluati
 def test_captions_are_framed_end_with_one_full_stop_and_predict_from_bos_to_the_end(world):
     task = task_on(world, "caption", max_tokens=38)
     samples, batch, notes = collated(task)
-    tok, table, rows = task.tok, task.table(task.settings,
-                                            "train"), set(batch["left_to_right_rows"].tolist())
+    tok, table = task.tok, task.table(task.settings, "train")
+    rows = set(batch["left_to_right_rows"].tolist())
     predicted = 0
     for i, (sample, row) in enumerate(zip(samples, batch["ids"])):
         ids, n = sample["ids"], len(sample["ids"])
-        assert ids[:2] == [tok.cls_id,
-                           tok.ids["<bos>"]] and ids[-2:] == [tok.ids["<eos>"], tok.sep_id]
+        assert ids[:2] == [tok.cls_id, tok.ids["<bos>"]]
+        assert ids[-2:] == [tok.ids["<eos>"], tok.sep_id]
         assert tok.decode(ids[2:-2]) == table.text(i).rstrip(".") + "."
         here = [r - i * len(row) for r in rows if r // len(row) == i]
         # <bos> says the first word, <eos> says </s>
@@ -210,9 +210,8 @@ def test_captions_are_framed_end_with_one_full_stop_and_predict_from_bos_to_the_
         predicted += n - 2
     assert notes["counts"] == {"left_to_right": predicted}
     assert task.config.loss_weights == {"left_to_right": 1.0}
-    assert [tasks.full_stop(t)
-            for t in ("a dog", "a dog.", "a dog . ", "A. B..")] == ["a dog.", "a dog.", "a dog.",
-                                                                    "A. B."]
+    assert [tasks.full_stop(t) for t in ("a dog", "a dog.", "a dog . ", "A. B..")] == [
+        "a dog.", "a dog.", "a dog.", "A. B."]
 
 
 def test_a_long_caption_is_cut_before_its_end_is_put_on(world):
@@ -223,8 +222,8 @@ def test_a_long_caption_is_cut_before_its_end_is_put_on(world):
 
 
 @pytest.mark.parametrize("kind", ["flm", "vilt"])
-def test_retrieval_batches_have_the_own_caption_first_and_then_others_new_in_every_epoch(world,
-                                                                                         kind):
+def test_retrieval_batches_have_the_own_caption_first_and_then_others_new_in_every_epoch(
+        world, kind):
     task = task_on(world, "retrieval", kind, false_captions=5)
     table = task.table(task.settings, "train")
     dataset = task.dataset(table, True)
@@ -332,9 +331,8 @@ def with_repeated_images(batch):
 
 
 @pytest.mark.parametrize("name, kind", PAIRS)
-def test_texts_that_share_an_image_give_the_losses_and_gradients_of_as_many_copies_of_it(world,
-                                                                                         name,
-                                                                                         kind):
+def test_texts_that_share_an_image_give_the_losses_and_gradients_of_as_many_copies_of_it(
+        world, name, kind):
     task = task_on(world, name, kind)
     task.config = replace(task.config,
                           **({"itm": True, "pooler": True} if name == "pretrain" else {}))
@@ -436,8 +434,8 @@ def test_a_resumed_fine_tuning_equals_one_that_never_stopped(world, tmp_path):
         again = tmp_path / kind / "again"
         again.mkdir()
         (again / "last.pt").write_bytes((whole.parent / "step_1.pt").read_bytes())
-        resumed = weights.read(finetune(world, "nlvr2", kind, again, *more, "--resume", "--keep",
-                                        1))["model"]
+        path = finetune(world, "nlvr2", kind, again, *more, "--resume", "--keep", 1)
+        resumed = weights.read(path)["model"]
         for name, tensor in weights.read(whole)["model"].items():
             assert torch.equal(resumed[name], tensor), name
 
@@ -453,9 +451,8 @@ def test_every_recipe_can_be_asked_for(task):
 
 
 @pytest.mark.slow
-def test_with_another_answer_list_the_head_starts_from_random_weights_and_no_run_resumes(world,
-                                                                                         tmp_path,
-                                                                                         capsys):
+def test_with_another_answer_list_the_head_starts_from_random_weights_and_no_run_resumes(
+        world, tmp_path, capsys):
     for path in (*world.glob("mine_vqa_*"), world / "flm.pt"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     finetune(tmp_path, "vqa", "flm", tmp_path / "a", "--lr", 0)
@@ -472,8 +469,8 @@ def test_with_another_answer_list_the_head_starts_from_random_weights_and_no_run
     for name in ("head.0.weight", "head.3.weight"):
         assert torch.equal(first.state_dict()[name], same.state_dict()[name])
         assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
-    assert torch.equal(first.vit.position,
-                       other.vit.position) and other.answer_list == ANSWERS[::-1]
+    assert torch.equal(first.vit.position, other.vit.position)
+    assert other.answer_list == ANSWERS[::-1]
     with pytest.raises(SystemExit, match="--resume with another answer list"):
         finetune(tmp_path, "vqa", "flm", tmp_path / "a", "--lr", 0, "--resume")
 
@@ -490,7 +487,7 @@ def test_with_another_answer_list_the_head_starts_from_random_weights_and_no_run
      "--label-smoothing 0.1: is for words, which head vqa does not predict"),
     ("caption", "flm", ("--label-smoothing", 1.5), "label_smoothing 1.5 is outside 0..1"),
 ])
-def test_fine_tuning_that_makes_no_sense_is_refused_in_a_sentence(world, tmp_path, task, kind,
-                                                                  arguments, sentence):
+def test_fine_tuning_that_makes_no_sense_is_refused_in_a_sentence(
+        world, tmp_path, task, kind, arguments, sentence):
     with pytest.raises(SystemExit, match=f"^train.py: .*{sentence}"):
         finetune(world, task, kind, tmp_path / "out", *arguments)

@@ -324,8 +324,8 @@ def test_added_tokens_come_last_and_survive_saving_copying_and_transformers(tmp_
 
 
 @pytest.mark.parametrize("older", [small(), WordPiece({"[UNK]": 0, "a": 1}, {"<bos>": 2})])
-def test_a_kill_while_saving_leaves_one_tokenizer_or_none_and_never_a_mixture(tmp_path, older,
-                                                                              monkeypatch):
+def test_a_kill_while_saving_leaves_one_tokenizer_or_none_and_never_a_mixture(
+        tmp_path, older, monkeypatch):
     """Each step of saving is the last one in turn."""
     class Killed(BaseException):
         pass

@@ -37,8 +37,8 @@ def world(tmp_path_factory):
     (VILT, ()), (VILT, ("--no-itm",))],
     ids=["flm", "flm sharded", "flm with shared images", "mlm with itm", "vilt",
          "vilt without itm"])
-def test_any_split_of_the_global_batch_gives_the_same_losses_and_weights(world, tmp_path, sizes,
-                                                                         more):
+def test_any_split_of_the_global_batch_gives_the_same_losses_and_weights(
+        world, tmp_path, sizes, more):
     together(2, command(world, tmp_path / "2x2", *RUN, *more, "--micro-batch", 4, sizes=sizes))
     common = [m for m in more if m != "--shard"]
     train.main(command(world, tmp_path / "1x4", *RUN, *common, "--micro-batch", 4, sizes=sizes))
@@ -52,11 +52,8 @@ def test_any_split_of_the_global_batch_gives_the_same_losses_and_weights(world, 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes, more", [(SIZES, ("--itm", "--bucket", 3)), (VILT, ())],
                          ids=["flm", "vilt"])
-def test_captions_that_share_an_image_resume_in_the_middle_of_an_epoch_as_if_never_stopped(world,
-                                                                                           tmp_path,
-                                                                                           sizes,
-                                                                                           more,
-                                                                                           capsys):
+def test_captions_that_share_an_image_resume_in_the_middle_of_an_epoch_as_if_never_stopped(
+        world, tmp_path, sizes, more, capsys):
     """An epoch has 7 steps: the run stops in its first epoch, and ends in its second."""
     more = [*RUN, "--steps", 9, "--eval-every", 0, "--captions-per-image", 2, "--augment",
             "--dropout", 0.1, "--save-every", 5, *more]
@@ -88,8 +85,8 @@ def test_muon_resumes_as_if_never_stopped_and_leaves_no_parameter_unchanged(worl
     half = weights.read(tmp_path / "whole/step_3.pt")
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
     assert all(not torch.equal(half["model"][name], tensor) for name, tensor in whole.items())
-    assert set(half["optimizer"]["state"]["fusion_layers.0.mlp.0.weight" if sizes is SIZES
-                                          else "patch.weight"]) == {"mean"}
+    name = "fusion_layers.0.mlp.0.weight" if sizes is SIZES else "patch.weight"
+    assert set(half["optimizer"]["state"][name]) == {"mean"}
 
 
 @pytest.mark.slow
@@ -167,10 +164,9 @@ def test_dropouts_seed_is_a_fixed_function_of_seed_step_and_rank(world, tmp_path
                            3))
     finally:
         torch.manual_seed = original
-    assert seeds[-2:] == [int(train.np.random.SeedSequence([3, step,
-                                                            0]).generate_state(1,
-                                                                               train.np.uint64)[0])
-                          for step in (0, 1)]
+    states = [train.np.random.SeedSequence([3, step, 0]).generate_state(1, train.np.uint64)
+              for step in (0, 1)]
+    assert seeds[-2:] == [int(state[0]) for state in states]
 
 
 @pytest.mark.slow
@@ -257,9 +253,9 @@ def test_spans_and_prediction_rate_are_for_training_only(world, tmp_path):
     task = tasks.PretrainFLM(replace(settings, pad_to=8),
                              replace(flm.PRESETS["toy"], **flags, vocab_size=len(tok)), tok)
     table = task.table(settings, "train")
-    (training, _), (evaluation,
-                    notes) = (task.collate([task.dataset(table, train)[0, i] for i in range(40)])
-                              for train in (True, False))
+    (training, _), (evaluation, notes) = (
+        task.collate([task.dataset(table, train)[0, i] for i in range(40)])
+        for train in (True, False))
     assert "first" in training and (training["last"] > training["first"]).any()
     assert "first" not in evaluation
     words = notes["tokens"] - 40
@@ -275,9 +271,8 @@ def test_loss_falls_and_every_reported_number_is_there(world, tmp_path, capsys):
     training, validation = [x for x in lines if "lr" in x], [x for x in lines if "val_loss" in x]
     assert training[-1]["loss"] < 0.8 * training[0]["loss"]
     assert validation[-1]["val_loss"] < validation[0]["val_loss"]
-    assert [x["step"] for x in validation] == [10, 20,
-                                               40] and [x["step"]
-                                                        for x in training][:3] == [1, 5, 10]
+    assert [x["step"] for x in validation] == [10, 20, 40]
+    assert [x["step"] for x in training][:3] == [1, 5, 10]
     assert {"loss", "reconstructed_loss", "reconstructed_accuracy", "samples_per_second",
             "data_wait", "memory_gb", "padding",
             "skipped", "unreadable", "cut", "seconds", "cpu_seconds",
@@ -575,8 +570,8 @@ def test_the_gpu_that_was_asked_for_is_the_one_that_is_used(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_processes_wait_for_each_other_longer_than_nccl_does_and_know_their_gpu(monkeypatch,
-                                                                                device):
+def test_processes_wait_for_each_other_longer_than_nccl_does_and_know_their_gpu(
+        monkeypatch, device):
     joined = {}
     for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1,
                         "MASTER_ADDR": "127.0.0.1"}.items():
@@ -588,8 +583,8 @@ def test_processes_wait_for_each_other_longer_than_nccl_does_and_know_their_gpu(
     monkeypatch.setattr(machine.dist, "rendezvous", lambda *_, timeout: iter([("store", 1, 2)]))
     monkeypatch.setattr(machine.dist, "new_group", lambda backend, timeout: (backend, timeout))
     assert machine.set_up(device, "bf16").messages == ("gloo", machine.TIMEOUT)
-    assert joined["timeout"] >= timedelta(hours=1) and (joined["rank"],
-                                                        joined["world_size"]) == (1, 2)
+    assert joined["timeout"] >= timedelta(hours=1)
+    assert (joined["rank"], joined["world_size"]) == (1, 2)
     expected = ("nccl", torch.device("cuda:1")) if device == "cuda" else ("gloo", None)
     assert (joined["backend"], joined["device_id"]) == expected
 

@@ -521,8 +521,8 @@ def test_a_model_of_ours_comes_back_from_its_export_as_it_was(changes, tmp_path)
     one, two = (model.fuse(model.encode_image(images), model.encode_text(ids)).reconstructed
                 for model in (ours, again))
     assert torch.equal(one, two)
-    theirs = getattr(transformers,
-                     weights.ARCHITECTURES[ours.config.head]).from_pretrained(tmp_path)
+    kind = getattr(transformers, weights.ARCHITECTURES[ours.config.head])
+    theirs = kind.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "theirs")
     # one eps for all there
     assert weights.load(tmp_path / "theirs").config.text_eps == ours.config.text_eps
