@@ -305,10 +305,10 @@ def test_evaluation_asks_each_kind_once_and_training_asks_mostly_about_relations
                  for use, rows in asked_of.items()}
     assert max(map(sum, about_two["evaluation"])) == 2
     assert all(len(asked) <= 7 for asked in about_two["evaluation"])
-    assert np.mean(sum(about_two["evaluation"], [])) < .3 < .5 < \
-        np.mean(sum(about_two["training"], [])) < .65
+    assert np.mean(sum(about_two["evaluation"], [])) < .3 < .6 < \
+        np.mean(sum(about_two["training"], [])) < .75
     for _, asked in asked_of["training"]:
-        assert len({question for question, _ in asked}) == len(asked) <= 12
+        assert len({question for question, _ in asked}) == len(asked) <= 13
 
 
 # ---- statements
@@ -460,7 +460,7 @@ def test_the_world_of_a_seed_stays_what_it_was():
         pair_row, _ = toy.pair_row(0, 64, split, index)
         said.update(json.dumps([caption_row["caption"], vqa_row["questions"], vqa_row["answers"],
                                 line, pair_row["questions"], pair_row["answers"]]).encode())
-    assert said.hexdigest()[:16] == "923c88ec1f98c13c"
+    assert said.hexdigest()[:16] == "cf8b86d1b8316f37"
 
 
 def test_make_refuses_in_one_sentence(tmp_path):

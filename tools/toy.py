@@ -9,7 +9,7 @@
 `make` writes
 
     toy_caption_{train,val,test,holdout}.arrow   pictures, five captions each
-    toy_vqa_{train,val,test,holdout}.arrow       the same pictures, up to twelve questions each
+    toy_vqa_{train,val,test,holdout}.arrow       the same pictures, up to thirteen questions each
     toy_nlvr2_{train,dev,test,holdout}.arrow     pairs of other pictures, half as many
     toy_scenes.jsonl                             what is in each picture
     toy_vqa_answers.json                         the answer that each label stands for
