@@ -300,14 +300,17 @@ def test_the_words_of_a_question_alone_do_not_tell_yes_from_no(asked_of, use):
 
 
 def test_evaluation_asks_each_kind_once_and_training_asks_mostly_about_relations(asked_of):
-    about_two = {use: [[" of " in question or "above" in question or "below" in question
-                        for question, _ in asked] for _, asked in rows]
-                 for use, rows in asked_of.items()}
-    assert max(map(sum, about_two["evaluation"])) == 2
-    assert all(len(asked) <= 7 for asked in about_two["evaluation"])
-    assert np.mean(sum(about_two["evaluation"], [])) < .3 < .6 < \
-        np.mean(sum(about_two["training"], [])) < .75
-    for _, asked in asked_of["training"]:
+    kinds = {"what": "what.* (of|above|below) ", "is": "is .* (of|above|below) "}
+
+    def count(kind, asked):
+        return sum(bool(re.match(kinds[kind], question)) for question, _ in asked)
+
+    evaluated, trained = ([asked for _, asked in asked_of[use]] for use in asked_of)
+    assert max(map(len, evaluated)) == 7
+    assert max(count(kind, asked) for kind in kinds for asked in evaluated) == 1
+    share = {kind: count(kind, sum(trained, [])) / sum(map(len, trained)) for kind in kinds}
+    assert .4 < share["is"] < .5 and .15 < share["what"] < .25, share
+    for asked in trained:
         assert len({question for question, _ in asked}) == len(asked) <= 13
 
 
