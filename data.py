@@ -4,7 +4,7 @@
     dataset = CaptionDataset(table, tok, Square(64), max_tokens=50, train=True)
     samples = dataset.samples([(0, 3), (0, 7)])         # epoch 0, the captions 3 and 7
     ids = pad_texts([sample["ids"] for sample in samples], tok.pad_id)
-    images = pad_pictures([sample["image"] for sample in samples])
+    images = pictures.pad_pictures([sample["image"] for sample in samples])
 
 Letters: B batch, L text length (tokens), H, W height and width of an image (pixels).
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pictures import Encoded, Shape, decode
+from pictures import Encoded, Jpeg, Shape, decode, keep_jpeg
 from storage import files
 from storage.disk import shortened
 from storage.files import Table, nested, outermost, refuse, running_sum
@@ -202,8 +202,10 @@ class CaptionDataset(torch.utils.data.Dataset):
     be. In evaluation, where every question needs an answer, the image is black.
 
     clean: str -> str, applied to every text. around: token ids put between `<s>` and the text, and
-    between the text and `</s>`. augment: RandAugment(2, 9).
+    between the text and `</s>`. augment: RandAugment(2, 9). With `keeps_jpegs` set, a JPEG that the
+    device can decode is left as it is (pictures.Jpeg).
     """
+    keeps_jpegs = False
 
     def __init__(self, table: Captions, tok: Tokenizer, shape: Shape, max_tokens: int, train: bool,
                  seed: int = 0, augment: bool = False, clean: Callable[[str], str] = str,
@@ -263,14 +265,15 @@ class CaptionDataset(torch.utils.data.Dataset):
         there = int(np.searchsorted(row_of, row_of[first], side="right")) - first
         return [first + k % there for k in range(count)]
 
-    def pictures(self, row: int,
-                 rng: np.random.Generator | None = None) -> tuple[list[Tensor], list[str]]:
+    def pictures(self, row: int, rng: np.random.Generator | None = None
+                 ) -> tuple[list[Tensor | Jpeg], list[str]]:
         """The images of a row, and a line for each that cannot be decoded and is black."""
         pictures, wrong = [], []
         for which in range(len(self.table.IMAGES)):
             encoded = self.table.image(row, which)
             try:
-                pictures.append(self.decode(encoded, rng))
+                jpeg = self.keeps_jpegs and keep_jpeg(encoded, self.shape, self.table.where(row))
+                pictures.append(jpeg or self.decode(encoded, rng))
             except Exception as error:      # Pillow's readers raise whatever broken bytes lead to
                 reason = shortened(error) or type(error).__name__
                 wrong.append(f"{self.table.where(row)}: {reason}")
@@ -317,18 +320,6 @@ def pad_texts(texts: list[list[int]], pad_id: int, pad_to: int | tuple[int, ...]
     out = torch.full((len(texts), length), pad_id)
     for row, ids in zip(out, texts, strict=True):
         row[:len(ids)] = torch.tensor(ids)
-    return out
-
-
-def pad_pictures(pictures: list[Tensor]) -> Tensor:
-    """uint8 (3, h, w) of any shapes -> (B, 3, H, W), each at the top left, black around it."""
-    H = max(picture.shape[1] for picture in pictures)
-    W = max(picture.shape[2] for picture in pictures)
-    if all(picture.shape[1:] == (H, W) for picture in pictures):
-        return torch.stack(pictures)
-    out = pictures[0].new_zeros(len(pictures), 3, H, W)
-    for place, picture in zip(out, pictures, strict=True):
-        place[:, :picture.shape[1], :picture.shape[2]] = picture
     return out
 
 

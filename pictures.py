@@ -5,12 +5,16 @@
     images = normalize(torch.stack([pixels]))   # float32 (1, 3, 224, 224)
 
 Tensors stay uint8 until they are on the device: a quarter of the bytes to move.
+
+With `--decode-on-device` a loading process hands the JPEGs over as they are (keep_jpeg), and the
+device decodes and resizes those of a batch together (Undecoded).
 """
 
 import io
 import math
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
+
+from storage.disk import shortened
 
 
 @dataclass(frozen=True)
@@ -171,17 +177,153 @@ def decode(encoded: Encoded, shape: Shape, fast: bool = False,
 
 def resized(image: Image.Image, shape: Shape, fast: bool = False) -> Tensor:
     """An RGB picture -> uint8 (3, H, W) of a shape. fast: torch resizes it, see `decode`."""
-    (width, height), (kept_width, kept_height) = shape(*image.size)
+    (width, height), kept = shape(*image.size)
     if not fast:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)                     # (3, H, W)
     if fast:
         pixels = F.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
-    left, top = round((width - kept_width) / 2), round((height - kept_height) / 2)
-    return pixels[:, top:top + kept_height, left:left + kept_width].contiguous()
+    return middle(pixels, kept).contiguous()
+
+
+def middle(pixels: Tensor, kept: tuple[int, int]) -> Tensor:
+    """The middle (…, height, width) of larger pictures."""
+    width, height = kept
+    top, left = round((pixels.shape[-2] - height) / 2), round((pixels.shape[-1] - width) / 2)
+    return pixels[..., top:top + height, left:left + width]
 
 
 def normalize(images: Tensor, mean: tuple = CLIP_MEAN, std: tuple = CLIP_STD) -> Tensor:
     """uint8 (B, 3, H, W) -> float32, on the device it is on: (x / 255 - mean) / std."""
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (mean, std))
     return (images.float() / 255 - mean) / std
+
+
+def pad_pictures(pictures: list[Tensor]) -> Tensor:
+    """uint8 (3, h, w) of any shapes -> (B, 3, H, W), each at the top left, black around it."""
+    H = max(picture.shape[1] for picture in pictures)
+    W = max(picture.shape[2] for picture in pictures)
+    if all(picture.shape[1:] == (H, W) for picture in pictures):
+        return torch.stack(pictures)
+    out = pictures[0].new_zeros(len(pictures), 3, H, W)
+    for place, picture in zip(out, pictures, strict=True):
+        place[:, :picture.shape[1], :picture.shape[2]] = picture
+    return out
+
+
+# -------------------------------------------------------------------------------------------------
+# Decoded on the device.
+
+# JPEGs that a device decodes together; what lies between them and their tensors is large.
+TOGETHER = 64
+# Larger ones are left to Pillow, which decodes them at 1/8: they would fill the device's memory.
+MOST_PIXELS = 2 ** 24
+
+
+@dataclass(frozen=True)
+class Jpeg:
+    """A JPEG that the device will decode."""
+    encoded: np.ndarray         # uint8 (bytes,)
+    size: tuple[int, int]       # width and height as stored
+    resize: Shape
+    where: str                  # what to call it: "FILE row 3"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(3, h, w) of the tensor that it becomes."""
+        _, (width, height) = self.resize(*self.size)
+        return 3, height, width
+
+
+def keep_jpeg(encoded: Encoded, shape: Shape, where: str) -> Jpeg | None:
+    """A JPEG for the device, if every decoder makes the same of it; None: Pillow must decode it.
+
+    So it is whole (its end mark is there), upright, and grey or YCbCr. Decoders differ in what
+    they do with a torn file, with CMYK, and with EXIF's orientation.
+    Raises what open_header raises.
+    """
+    image = open_header(encoded)
+    encoded = np.frombuffer(encoded, np.uint8)
+    plain = (image.format == "JPEG" and image.mode in ("L", "RGB")
+             and image.info.get("adobe_transform", 1) == 1          # 0: the numbers are RGB
+             and turn_of(image) is None and encoded[-2:].tobytes() == b"\xff\xd9"
+             and image.width * image.height <= MOST_PIXELS)
+    return Jpeg(encoded, image.size, shape, where) if plain else None
+
+
+class Undecoded:
+    """The pictures of a batch, some of them JPEGs. It crosses processes, and is then `decoded`.
+
+    The bytes of all JPEGs lie in one tensor: each of their own would need a file handle.
+    """
+
+    def __init__(self, pictures: list[Tensor | Jpeg]):
+        jpegs = {b: picture for b, picture in enumerate(pictures) if isinstance(picture, Jpeg)}
+        self.pictures = [None if b in jpegs else picture for b, picture in enumerate(pictures)]
+        self.encoded = torch.from_numpy(np.concatenate([one.encoded for one in jpegs.values()]))
+        self.lengths = [len(one.encoded) for one in jpegs.values()]             # in bytes
+        self.places = list(jpegs)                                               # in the batch
+        self.resize = next(iter(jpegs.values())).resize
+        self.where = [one.where for one in jpegs.values()]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def decoded(self, device: torch.device) -> tuple[Tensor, list[str]]:
+        """-> uint8 (B, 3, H, W) on the device, and a line for each picture that could not be read.
+
+        Those are black. There are none but for files that only look whole: what can be told
+        without decoding was told by keep_jpeg.
+        """
+        pictures, unreadable = list(self.pictures), []
+        jpegs = self.encoded.split(self.lengths)
+        for first in range(0, len(jpegs), TOGETHER):
+            some = slice(first, first + TOGETHER)
+            same_size = defaultdict(list)           # they are resized together
+            full = decode_jpegs(jpegs[some], self.where[some], device, unreadable)
+            for place, pixels in zip(self.places[some], full, strict=True):
+                same_size[pixels.shape].append((place, pixels))
+            for alike in same_size.values():
+                places, pixels = zip(*alike, strict=True)
+                resized = resize_on_device(torch.stack(pixels), self.resize)
+                for place, picture in zip(places, resized, strict=True):
+                    pictures[place] = picture
+        return pad_pictures([picture.to(device) for picture in pictures]), unreadable
+
+
+def decode_jpegs(jpegs: Sequence[Tensor], where: Sequence[str], device: torch.device,
+                 unreadable: list[str]) -> list[Tensor]:
+    """JPEGs, uint8 (bytes,) on the CPU -> uint8 (3, H, W) on the device, as large as they are.
+
+    On a GPU that is nvJPEG's work. What torchvision refuses Pillow decodes; what that refuses too
+    is black, and gets a line in `unreadable`.
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg           # slow to import
+    try:
+        decoded = decode_jpeg(list(jpegs), ImageReadMode.RGB, device)
+        return [pixels.expand(3, -1, -1) for pixels in decoded]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        if len(jpegs) > 1:                          # it does not say which one
+            return [pixels for jpeg, name in zip(jpegs, where, strict=True)
+                    for pixels in decode_jpegs([jpeg], [name], device, unreadable)]
+    encoded = jpegs[0].numpy().tobytes()
+    try:
+        image = open_image(encoded)
+    except Exception as error:              # Pillow's readers raise whatever broken bytes lead to
+        unreadable.append(f"{where[0]}: {shortened(error) or type(error).__name__}")
+        image = Image.new("RGB", open_header(encoded).size)
+    return [torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)]
+
+
+def resize_on_device(pictures: Tensor, shape: Shape) -> Tensor:
+    """uint8 (N, 3, H, W), pictures of one size -> (N, 3, h, w) of a shape, as Pillow resizes them.
+
+    Pillow resizes the width, rounds to grey levels, and then resizes the height. So does this.
+    """
+    (width, height), kept = shape(pictures.shape[3], pictures.shape[2])
+    pixels = pictures.float()
+    for size in ((pictures.shape[2], width), (height, width)):
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round_().clamp_(0, 255)
+    return middle(pixels, kept).to(torch.uint8)

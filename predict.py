@@ -30,9 +30,8 @@ import generate
 import tokenizer
 import vilt
 import weights
-from data import pad_pictures
 from layers import encode_batch_images, task_logits
-from pictures import check_size, decode, resized, upright
+from pictures import check_size, decode, pad_pictures, resized, upright
 from storage import disk, files
 from tasks import BOS, EOS, Config, Model, patch_layout, shape_of, task_of, to_device
 

@@ -26,10 +26,10 @@ from torch import Tensor
 import flm
 import masks
 import vilt
-from data import (CaptionDataset, Captions, Questions, Statements, mask_words, pad_pictures,
-                  pad_texts)
+from data import CaptionDataset, Captions, Questions, Statements, mask_words, pad_texts
 from exchange import Exchange, ExchangedWords
-from pictures import CLIP_MEAN, CLIP_STD, Shape, Square, Whole, normalize
+from pictures import (CLIP_MEAN, CLIP_STD, Jpeg, Shape, Square, Undecoded, Whole, normalize,
+                      pad_pictures)
 from storage.disk import read_json
 from storage.files import FILES, find_files, known_datasets
 from storage.rebuilt import rebuilt_answers
@@ -89,6 +89,13 @@ def patch_layout(config: Config, pictures: list[Tensor],
     for line, place in zip(patches, places, strict=True):
         line[:len(place)] = place
     return {"sizes": torch.tensor(sizes), "patches": patches}
+
+
+def gather(pictures: list[Tensor | Jpeg]) -> Tensor | Undecoded:
+    """The pictures of a batch: uint8 (B, 3, H, W), or what becomes that on the device."""
+    if any(isinstance(picture, Jpeg) for picture in pictures):
+        return Undecoded(pictures)
+    return pad_pictures(pictures)
 
 
 def image_owners(samples: list[dict]) -> list[dict]:
@@ -169,7 +176,7 @@ class Task:
         c, texts, owners = self.config, self.texts(samples), image_owners(samples)
         rngs = [sample["rng"] for sample in owners] if samples[0]["train"] else None
         pictures = [sample["image"] for sample in owners]
-        batch = {"image": pad_pictures(pictures),
+        batch = {"image": gather(pictures),
                  "ids": pad_texts(texts, c.pad_id, self.settings.pad_to, c.max_tokens)}
         if len(owners) < len(samples):
             owns = torch.tensor([not sample["shares_image"] for sample in samples])
@@ -408,7 +415,7 @@ class NLVR2(Task):
         owners = image_owners(samples)
         seconds = [sample["images"][1] for sample in owners]
         rngs = [sample["rng"] for sample in owners] if samples[0]["train"] else None
-        batch["image_1"] = pad_pictures(seconds)
+        batch["image_1"] = gather(seconds)
         for name, tensor in patch_layout(self.config, seconds, rngs).items():
             batch[f"{name}_1"] = tensor
         batch["label"] = torch.tensor([sample["label"] for sample in samples])

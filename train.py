@@ -41,6 +41,7 @@ from tasks import to_device
 from training import checkpoints, machine as machines, parallel, switches
 from training.fitting import fit_micro_batch
 from training.flops import work_of
+from training.loading import batches_of, workers_needed
 from training.machine import Machine, Signals, loader_workers
 from training.optimizer import new_optimizer, rate_at
 from training.plan import dry_run
@@ -82,6 +83,8 @@ def build_state(run: Run) -> State:
         shard(bare, machine.precision, **parallel.shards(bare, machine))
     if s.compile:
         switches.compile_model(bare, s)
+    if s.cuda_graphs:
+        switches.hold_gradients(bare)
     optimizer = new_optimizer(bare, s)
     none = torch.tensor(0.0, device=machine.device)
     state = State(bare, bare, optimizer, checkpoints.new_scaler(machine), 0, None, dict(COUNTERS),
@@ -183,6 +186,7 @@ def train(run: Run, signals: Signals) -> None:
         fit_micro_batch(run, state)
     work = work_of(run, state.step) if run.machine.rank == 0 else None
     describe(run, state.bare, state.step, work)
+    run.workers = workers_needed(run, work, state.step)
     write_config(run, state.bare)
     log = Log(run, state, work)
     signals.training = True
@@ -213,7 +217,7 @@ def loop(run: Run, state: State, log: Log, signals: Signals) -> signal.Signals |
     s = run.settings
     best = checkpoints.Best(run)
     run.saved = run.source = None           # they would hold the weights a second time
-    batches = iter(run.loader(state.step))
+    batches = batches_of(run, state.step)
     state.model.train()
     while True:
         finished, new = state.step == s.steps, state.step > (state.saved_step or 0)
@@ -315,7 +319,7 @@ def update(run: Run, state: State) -> torch.Tensor:
         optimizer.found_inf = bad           # the fused AdamW does nothing where this is 1
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not run.settings.cuda_graphs)       # switches.hold_gradients
     return norm
 
 

@@ -28,6 +28,7 @@ from tools.compare_contenders import CONTENDERS, Contender
 from tools.compare_quality import ALL, BOTH, LEFT, Quality
 from tools.compare_result import Curve
 from tools.compare_run import Track
+from training.loading import batches_of
 
 pytestmark = pytest.mark.slow       # a leaf: nothing else imports it, so `make quick` leaves it out
 
@@ -363,7 +364,7 @@ def test_the_originals_way_has_the_same_losses(world, tmp_path, flags):
         track = Track(str(tmp_path / name), (*common, *flags.split(), *more), 2, 0.2,
                       every_row=name == "original")
         run, state, log = compare_run.open_trunk(track)
-        batch, notes = next(iter(run.loader(0)))
+        batch, notes = next(batches_of(run, 0))
         batches.append((batch, notes["counts"]))
         torch.manual_seed(0)
         assert (state.model is state.bare) == (name == "ours")
@@ -402,7 +403,7 @@ def test_a_loss_of_weight_0_is_not_computed(world, tmp_path):
     for name, more in (("all", ()), ("one", none)):
         run, state, log = compare_run.open_trunk(Track(str(tmp_path / name), (*flags, *more), 2,
                                                        0.2))
-        batch, notes = next(iter(run.loader(0)))
+        batch, notes = next(batches_of(run, 0))
         results.append(state.model(train.to_device(batch, torch.device("cpu"), run.config)))
         assert set(results[-1]) == set(notes["counts"]) == set(run.config.loss_weights)
     everything, one = results

@@ -20,7 +20,7 @@ ORDER = """
     storage.tar_index exchange batches losses layers masks flm vilt recipes tasks released weights
     training.machine training.parallel training.flops training.loggers training.settings
     training.optimizer training.memory training.report training.plan training.checkpoints
-    training.runs training.switches training.fitting train
+    training.loading training.runs training.switches training.fitting train
     generate ptb metrics predict retrieval evaluation eval
     sources prepare tools tests""".split()
 # Their files have each a place of its own; a file of another folder has its folder's.

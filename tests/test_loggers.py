@@ -161,7 +161,7 @@ def test_a_gpu_that_waits_for_pictures_is_told_once_what_helps(device, waits, ex
     said = []
     log = SimpleNamespace(late=0, run=SimpleNamespace(
         machine=SimpleNamespace(device=torch.device(device), say=said.append),
-        settings=SimpleNamespace(workers=3)))
+        workers=3))
     for waiting in waits:
         report.Log.watch_loader(log, waiting)
     assert len(said) == expected

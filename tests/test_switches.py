@@ -18,6 +18,7 @@ import vilt
 from training import machine, switches
 from conftest import (TRAIN, TRAIN_FLM, TRAIN_VILT, assert_same, together, train_command,
                       train_outcome, write_caption_world)
+from training.loading import batches_of
 from training.runs import open_run
 
 # -- The loss of words in chunks of rows -----------------------------------------------------------
@@ -263,7 +264,7 @@ def test_rows_that_fill_up_a_shape_change_no_loss_and_no_gradient(world, tmp_pat
     for pad_to in ((), LENGTHS):
         # dropout draws by shape
         run, model = opened(world, tmp_path, "--dropout", 0, *flags, *pad_to, sizes=sizes)
-        batch, notes = next(iter(run.loader(0)))
+        batch, notes = next(batches_of(run, 0))
         filled = sum(int((batch[name] < 0).sum()) for name in batch if name.endswith("_rows"))
         assert (filled > 0) == bool(pad_to)
         results = model(train.to_device(batch, torch.device("cpu"), run.config),
@@ -288,7 +289,7 @@ def test_a_small_set_of_lengths_makes_a_handful_of_shapes(world, tmp_path):
     for pad_to in ((), LENGTHS):
         run, _ = opened(world, tmp_path, *pad_to)
         # of 28 micro-batches
-        shapes.append({shape_of(batch) for batch, _ in run.loader(0)})
+        shapes.append({shape_of(batch) for batch, _ in batches_of(run, 0)})
     many, few = shapes
     assert len(few) <= 9 and len(many) > 2 * len(few)
 
@@ -312,12 +313,38 @@ def test_each_shape_is_compiled_once(world, tmp_path, monkeypatch, few_graphs):
     monkeypatch.setattr(model, "compile", lambda **how: compile_with(backend=count, **how))
     switches.compile_model(model, run.settings)
     assert torch._dynamo.config.recompile_limit == 64
-    for batch, _ in run.loader(0):
+    for batch, _ in batches_of(run, 0):
         batches.setdefault(shape_of(batch), []).append(batch)
     twice = [some[:2] for some in batches.values() if len(some) > 1][:2]
     for batch in [batch for some in zip(*twice, strict=True) for batch in some]:     # a b a b
         model(train.to_device(batch, torch.device("cpu"), run.config))
     assert len(graphs) == len(twice) == 2
+
+
+def test_cuda_graphs_add_into_gradients_that_stay_where_they_are(world, tmp_path, monkeypatch):
+    """Else the gradients of several micro-batches would lie in one and the same graph's memory."""
+    how, places, step = [], [], train.train_step
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: how.append(given))
+
+    def watched(run, state, *more):
+        step(run, state, *more)
+        places.append([p.grad.data_ptr() for p in state.bare.parameters()])
+
+    flags = ("--compile", *LENGTHS)
+    expected = outcome(world, tmp_path / "compiled", *flags)
+    monkeypatch.setattr(train, "train_step", watched)
+    found = outcome(world, tmp_path / "graphs", *flags, "--cuda-graphs")
+    assert_same(expected, found, 0)
+    assert len(places) == 6 and all(some == places[0] for some in places)
+    assert how == [{"dynamic": False}, {"dynamic": False, "mode": "reduce-overhead"}]
+
+
+@pytest.mark.parametrize("flags", [(), ("--compile",), LENGTHS,
+                                   ("--compile", "--micro-batch", "auto", *LENGTHS)])
+def test_cuda_graphs_of_endless_shapes_are_refused(world, tmp_path, flags):
+    settings, _ = train.parse(train_command(world, tmp_path, "--cuda-graphs", *flags))
+    with pytest.raises(ValueError, match="--cuda-graphs needs --compile, several lengths"):
+        train.check(settings, machine.set_up("cpu"))
 
 
 def test_a_length_below_one_is_refused(world, tmp_path):

@@ -38,6 +38,7 @@ from storage import disk
 from tools.bench import original_pretraining
 from tools.compare_quality import Quality, cloze
 from training import checkpoints, machine as machines, settings as train_settings
+from training.loading import batches_of
 from training.optimizer import rate_at
 from training.report import Halt, Log, write_config
 from training.runs import Run, open_run
@@ -100,7 +101,7 @@ def train_to(run: Run, state: train.State, log: Log, step: int) -> Spent:
     """Trains until a step is reached -> what it took."""
     spent, marks = Spent(), []
     on_gpu = run.machine.device.type == "cuda"
-    batches = iter(run.loader(state.step)) if state.step < step else None
+    batches = batches_of(run, state.step) if state.step < step else None
     while state.step < step:
         began = time.process_time()
         micro_batches = [next(batches) for _ in range(run.accumulation)]

@@ -28,6 +28,7 @@ from storage.disk import read_json
 from storage.files import find_files
 from tools.probe import IMAGES, word_table
 from training import machine as machines, settings as train_settings
+from training.loading import batches_of
 from training.report import Log
 from training.runs import open_run
 
@@ -63,7 +64,7 @@ def speedrun(flags: list[str], quality: float, first: int, every: int, captions:
     found = {"seconds": None, "step": None, "command": shlex.join(flags),
              "device": machine.device.type, "asked": []}
     seconds, began = 0.0, clock(machine.device)
-    batches = iter(run.loader(0))
+    batches = batches_of(run, 0)
     while state.step < settings.steps:
         micro_batches = [next(batches) for _ in range(run.accumulation)]
         train.train_step(run, state, micro_batches, log)

@@ -306,14 +306,20 @@ def choose_precision(asked: str, device: torch.device) -> str:
 def loader_workers(asked: int, device: torch.device) -> int:
     """Number of data-loading processes beside this one; asked < 0: chosen by the device.
 
-    A CPU run has none: they would take the model's cores. A GPU gets its share, at most eight.
+    A CPU run has none: they would take the model's cores. A GPU gets its share, at most sixteen.
     """
     if asked >= 0:
         return asked
-    if device.type == "cpu":
-        return 0
-    share = (os.cpu_count() or 1) // torch.cuda.device_count()
-    return min(8, max(1, share))
+    return 0 if device.type == "cpu" else min(16, core_share())
+
+
+def core_share() -> int:
+    """The cores that a GPU's process may use for loading: each GPU has as many, and at least one.
+
+    Those that this process may run on count, not all that the machine has.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // max(1, torch.cuda.device_count()))
 
 
 def memory_gb(device: torch.device) -> float:

@@ -239,10 +239,10 @@ class Log:
         machine = self.run.machine
         self.late = self.late + 1 if waiting > WAIT else 0
         if self.late == 3 and machine.device.type == "cuda":
-            workers = loader_workers(self.run.settings.workers, machine.device)
+            workers = loader_workers(self.run.workers, machine.device)
             machine.say(f"the GPU waits for pictures {100 * waiting:.0f} % of the time: more than "
-                        f"{workers} of --workers help where there are more cores, and so do files "
-                        "of smaller pictures (prepare.py --shorter)")
+                        f"{workers} of --workers help where there are more cores, and so do "
+                        "--decode-on-device and files of smaller pictures (prepare.py --shorter)")
 
     def utilization(self, seconds: float) -> dict[str, float]:
         """{"mfu": that of the first process's device since the last report}, where it is known."""

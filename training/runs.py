@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from torch import nn
-from torch.utils.data import DataLoader
 
 import tokenizer
 import vilt
@@ -22,8 +21,8 @@ from recipes import MODELS
 from storage import disk
 from tasks import Config, Task, task_of
 from vocabulary import Tokenizer
-from training import checkpoints, machine as machines, parallel
-from training.machine import Machine, loader_workers
+from training import checkpoints, parallel
+from training.machine import Machine
 from training.settings import AUTO, Settings, check_model, check_same_run, check_task, split_batch
 
 # A short validation comes early: (its step, its number of captions). What is wrong with the
@@ -45,6 +44,7 @@ class Run:
     answers: list | None            # vqa: the answer list
     saved: dict | None              # the checkpoint it resumes from; None once training begins
     source: object                  # the model of --load; None once training begins
+    workers: int = -1               # loading processes; -1: as machine.loader_workers says
 
     @property
     def out(self) -> Path:
@@ -58,17 +58,6 @@ class Run:
     def files(self) -> list[list]:
         """[[name, rows]] of the training data: what a resumed run must find again."""
         return self.tables["train"].rows_of_files()
-
-    def loader(self, step: int) -> DataLoader:
-        """This process's micro-batches from a step on."""
-        s, m = self.settings, self.machine
-        numbers = self.sampler.micro_batches(step, s.steps, self.micro_batch, m.data_rank,
-                                             m.data_world)
-        return DataLoader(self.task.dataset(self.tables["train"], train=True),
-                          batch_sampler=numbers, collate_fn=self.task.collate,
-                          num_workers=loader_workers(s.workers, m.device),
-                          worker_init_fn=machines.ignore_signals,
-                          pin_memory=m.device.type == "cuda")
 
     def due(self, every: int, step: int) -> bool:
         """Whether something that is done every so many steps, and at the end, is done now."""
@@ -129,7 +118,7 @@ def open_run(settings: Settings, config_flags: dict, machine: Machine) -> Run:
     if settings.epochs:
         settings = replace(settings, steps=round(settings.epochs * sampler.steps_per_epoch))
     run = Run(settings, machine, config, task, tables, sampler, micro_batch, accumulation, answers,
-              saved, source)
+              saved, source, settings.workers)
     if saved:
         check_same_run(checkpoint, saved, settings, config, run.files)
         checkpoints.check_saved(checkpoint, saved, run)

@@ -84,12 +84,17 @@ class Settings:
     augment: bool = False           # RandAugment(2, 9) of the training images before the resize
     max_unreadable: float = 0.01    # share of undecodable images above which the run stops, if they
                                     # are more than 10; each process looks at its own share
-    workers: int = -1               # data-loading processes; -1: up to 8 on a GPU, none on a CPU
+    workers: int = -1               # data-loading processes; -1: on a GPU as many as keep up with
+                                    # it, if there are the cores; none on a CPU
+    decode_on_device: bool = False  # the device decodes and resizes the JPEGs of training (a GPU by
+                                    # nvJPEG) ahead of the steps, in place of the loading processes
     # the machine
     device: str = ""                # cpu, cuda or cuda:N; default: a GPU where there is one
     precision: str = ""             # fp32, bf16 or fp16; default: bf16 on a GPU that has it, else
                                     # fp16; fp32 on a CPU
     compile: bool = False           # compile the model with torch.compile
+    cuda_graphs: bool = False       # with --compile and several lengths of --pad-to, on one GPU:
+                                    # launch the kernels of a compiled graph at once
     chunk_loss: bool = False        # the loss of words without the memory of all logits, and the
                                     # accuracies of words at the reported steps alone
     checkpoint_activations: bool = False    # recompute the ViT and the fusion layers for their
@@ -128,7 +133,7 @@ FREE_TO_CHANGE = {"resume", "out", "data", "epochs", "micro_batch", "workers", "
                   "keep", "keep_best", "max_unreadable", "max_skipped", "tokenizer", "trust",
                   "dry_run", "peak_tflops", "log", "chunk_loss",
                   "checkpoint_activations", "keep_casts", "bucket_views", "static_graph",
-                  "tensor_parallel"}
+                  "tensor_parallel", "decode_on_device", "cuda_graphs"}
 
 
 # A CPU gains nothing from larger micro-batches, and its memory is needed for other things.
@@ -306,11 +311,18 @@ def check(settings: Settings, machine: Machine) -> None:
     if s.task == "retrieval" and s.false_captions < 1:
         raise ValueError(f"--false-captions {s.false_captions}: at least 1 is expected, or there "
                          "is no choice")
+    if s.decode_on_device and s.augment:
+        raise ValueError("--decode-on-device does not go with --augment, which changes pictures "
+                         "before they are resized, in the loading processes")
     if s.captions_per_image < 1:
         raise ValueError(f"--captions-per-image {s.captions_per_image}: at least 1 is expected")
     if s.captions_per_image > 1 and s.task == "retrieval":
         raise ValueError(f"--captions-per-image {s.captions_per_image}: retrieval shows an image "
                          "with one true caption, and --false-captions says with how many others")
+    if s.cuda_graphs and (not s.compile or isinstance(s.pad_to, int) or machine.world > 1
+                          or s.micro_batch == AUTO):
+        raise ValueError("--cuda-graphs needs --compile, several lengths of --pad-to (each shape is "
+                         "a graph), a --micro-batch other than auto, and a single process")
     _, accumulation = split_batch(s, machine)
     if s.static_graph and (accumulation > 1 or s.micro_batch == AUTO):
         raise ValueError("--static-graph: DDP sends the gradients of each micro-batch then, so a "

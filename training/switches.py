@@ -9,6 +9,8 @@
                             is asked for: a third more work in it.
 `--compile`                 torch.compile: one graph for all shapes; with the lengths of --pad-to,
                             one for each.
+`--cuda-graphs`             A compiled graph's kernels are launched at once, as a CUDA graph. Helps
+                            where a GPU waits for launches, as small models let it.
 
 `--keep-casts` is in train.train_step, `--bucket-views` and `--static-graph` in train.build_state.
 """
@@ -48,5 +50,17 @@ def compile_model(model: nn.Module, settings: Settings) -> None:
     few_shapes = not isinstance(settings.pad_to, int)
     if few_shapes:
         torch._dynamo.config.recompile_limit = 64       # else some of them would run uncompiled
+    how = {"mode": "reduce-overhead"} if settings.cuda_graphs else {}
     # Without them, lengths and numbers of targets differ between batches.
-    model.compile(dynamic=not few_shapes)
+    model.compile(dynamic=not few_shapes, **how)
+
+
+def hold_gradients(model: nn.Module) -> None:
+    """Gives every parameter a gradient of 0, into which backward passes then add.
+
+    Without it the first micro-batch's gradient would lie in a CUDA graph's own memory, where the
+    second one's is written: torch then raises an error, or counts one of them for both
+    (pytorch/pytorch#169545).
+    """
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
