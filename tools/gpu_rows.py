@@ -53,6 +53,10 @@ def table() -> list[Row]:
         Row("loader 8 small", "8 workers, shorter side 288", 30, runs.loader,
             {"workers": 8, "shorter": 288}, "loader"),
         Row("loader 14", "14 workers, 640 x 480", 30, runs.loader, {"workers": 14}, "loader"),
+        Row("loader decoded", "4 workers, 640 x 480, --decode-on-device", 15, runs.loader,
+            {"workers": 4, "on_device": True}, "loader"),
+        Row("decoded", "decoded on the device against Pillow, in grey levels", 10, runs.decoded, {},
+            "trust"),
         Row("loader 2", "2 workers, 640 x 480", 60, runs.loader, {"workers": 2}, "loader"),
         Row("vilt", "ViLT at 256", 25, step, {"model": "vilt", "plan": True}),
         Row("base-b16", "base-b16 at 128", 25, step, {"model": "base-b16", "micro_batch": 128})]
@@ -81,6 +85,11 @@ def table() -> list[Row]:
     for pad in (1, 4, 8, 16):
         rows.append(Row(f"pad {pad}", f"{base}at 4 x 256, --pad-to {pad}", 30, step,
                         {"lengths": LENGTHS, "more": ("--pad-to", str(pad))}))
+    for name, more in (("static", steps.STATIC), ("graphs", steps.GRAPHS)):
+        rows.append(Row(f"step 64 {name}", f"{base}at 64, {' '.join(more)}", 60, step,
+                        {"micro_batch": 64, "more": more}))
+    rows.append(Row("graphs", "gradients of two micro-batches in CUDA graphs", 60, steps.graphs, {},
+                    "trust"))
     rows.append(Row("pad 8 compiled", base + "at 4 x 256, --pad-to 8 --compile", 120, step,
                     {"lengths": LENGTHS, "more": ("--pad-to", "8", "--compile")}))
     return rows

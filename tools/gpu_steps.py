@@ -25,6 +25,9 @@ from weights import model_of, outline_of
 # In the small setting, which tries out every row without a GPU.
 SMALL = {"base-b32": "toy", "base-b16": "toy", "large-l14-336": "toy", "vilt": "vilt-toy"}
 CPU = torch.device("cpu")
+# Shapes few enough to be compiled, and launched, as whole graphs.
+STATIC = ("--compile", "--pad-to", "16", "24", "56")
+GRAPHS = (*STATIC, "--cuda-graphs")
 
 
 @dataclass(frozen=True)
@@ -227,6 +230,24 @@ def parity(place: Place, precision: str) -> dict:
     (losses, gradient), (other_losses, other_gradient) = found
     return {"loss_difference": ((other_losses - losses) / losses).abs().max().item(),
             "gradient_difference": ((other_gradient - gradient).norm() / gradient.norm()).item()}
+
+
+def graphs(place: Place) -> dict:
+    """The gradient of two micro-batches with CUDA graphs beside that without, dropout off.
+
+    It is taken of the third step: the first two run as ever, and record. -> |g - g'| / |g'|
+    """
+    found = []
+    for more in ((), GRAPHS):
+        place.free()
+        run, state, _, batches = drawn_step(place, "base-b32", 64, (13, 13), "", "pretrain",
+                                            ("--dropout", "0", *more))
+        for _ in range(3):
+            state.optimizer.zero_grad(set_to_none=not run.settings.cuda_graphs)
+            train.backward(run, state, batches, Unlogged())
+        found.append(torch.cat([p.grad.float().flatten().cpu() for p in state.bare.parameters()]))
+    gradient, other = found
+    return {"gradient_difference": ((other - gradient).norm() / gradient.norm()).item()}
 
 
 # -- Answers ---------------------------------------------------------------------------------------

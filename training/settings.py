@@ -321,8 +321,8 @@ def check(settings: Settings, machine: Machine) -> None:
                          "with one true caption, and --false-captions says with how many others")
     if s.cuda_graphs and (not s.compile or isinstance(s.pad_to, int) or machine.world > 1
                           or s.micro_batch == AUTO):
-        raise ValueError("--cuda-graphs needs --compile, several lengths of --pad-to (each shape is "
-                         "a graph), a --micro-batch other than auto, and a single process")
+        raise ValueError("--cuda-graphs needs --compile, several lengths of --pad-to (each shape "
+                         "is a graph), a --micro-batch other than auto, and a single process")
     _, accumulation = split_batch(s, machine)
     if s.static_graph and (accumulation > 1 or s.micro_batch == AUTO):
         raise ValueError("--static-graph: DDP sends the gradients of each micro-batch then, so a "
