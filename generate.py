@@ -223,7 +223,7 @@ def beam_search(decoder: Cached | Uncached, ids: Tensor, stop: Tensor, max_token
     score at its present length than the worst of them. These are the rules of transformers'
     `generate` with early_stopping=False; with one beam they are greedy decoding.
     """
-    prompt = ids.shape[1]
+    prompt, stop_tokens = ids.shape[1], set(stop.tolist())
     ended = [[] for _ in ids]                               # of each image, the best first
     alive = list(range(len(ids)))                           # the A images whose search goes on
     totals = torch.zeros(len(ids), 1, device=ids.device)    # (A, W), W = 1 at first: of what runs
@@ -241,11 +241,12 @@ def beam_search(decoder: Cached | Uncached, ids: Tensor, stop: Tensor, max_token
         ends = torch.isin(token, stop) | (length == max_tokens)             # (A, C)
 
         # Of the candidates that end, only those among the best `beams` count.
-        for a, c in ends[:, :beams].nonzero().tolist():
-            words = ids[row[a, c], prompt:].tolist()
-            if token[a, c] not in stop:                     # cut at max_tokens
-                words.append(token[a, c].item())
-            total = sums[a, c].item()
+        images, places = ends[:, :beams].nonzero(as_tuple=True)             # (E,) each
+        for a, last, total, words in zip(
+                images.tolist(), token[images, places].tolist(), sums[images, places].tolist(),
+                ids[row[images, places], prompt:].tolist(), strict=True):
+            if last not in stop_tokens:                     # cut at max_tokens
+                words.append(last)
             ended[alive[a]].append(Ended(total / length ** length_penalty, total, words))
         if length == max_tokens:
             break

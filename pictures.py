@@ -195,7 +195,9 @@ def middle(pixels: Tensor, kept: tuple[int, int]) -> Tensor:
 
 def normalize(images: Tensor, mean: tuple = CLIP_MEAN, std: tuple = CLIP_STD) -> Tensor:
     """uint8 (B, 3, H, W) -> float32, on the device it is on: (x / 255 - mean) / std."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (mean, std))
+    # Made on the CPU: a tensor that is made of numbers on a GPU waits for all that runs there.
+    mean, std = (torch.tensor(v)[:, None, None].to(images.device, non_blocking=True)
+                 for v in (mean, std))
     return (images.float() / 255 - mean) / std
 
 
@@ -298,13 +300,13 @@ def decode_jpegs(jpegs: Sequence[Tensor], where: Sequence[str], device: torch.de
     On a GPU that is nvJPEG's work. What torchvision refuses Pillow decodes; what that refuses too
     is black, and gets a line in `unreadable`.
     """
-    from torchvision.io import ImageReadMode, decode_jpeg           # slow to import
     try:
-        decoded = decode_jpeg(list(jpegs), ImageReadMode.RGB, device)
-        return [pixels.expand(3, -1, -1) for pixels in decoded]
+        return decode_together(jpegs, device)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:
+    except RuntimeError as error:
+        if "CUDA error" in str(error):              # no fault of a file
+            raise
         if len(jpegs) > 1:                          # it does not say which one
             return [pixels for jpeg, name in zip(jpegs, where, strict=True)
                     for pixels in decode_jpegs([jpeg], [name], device, unreadable)]
@@ -315,6 +317,31 @@ def decode_jpegs(jpegs: Sequence[Tensor], where: Sequence[str], device: torch.de
         unreadable.append(f"{where[0]}: {shortened(error) or type(error).__name__}")
         image = Image.new("RGB", open_header(encoded).size)
     return [torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)]
+
+
+def decode_together(jpegs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """torchvision's decoder: RuntimeError where it refuses one of the JPEGs."""
+    from torchvision.io import ImageReadMode, decode_jpeg           # slow to import
+    if device.type == "cuda":
+        # It decodes in a stream of its own, and into memory that this stream's kernels may still
+        # read (pytorch/vision#9606): so they must have ended.
+        torch.cuda.current_stream(device).synchronize()
+    decoded = decode_jpeg(list(jpegs), ImageReadMode.RGB, device)
+    return [pixels.expand(3, -1, -1) for pixels in decoded]
+
+
+def check_decoder(device: torch.device) -> None:
+    """ValueError where no JPEG can be decoded on a device.
+
+    Without it a missing library would look like files that only Pillow can read, all of them.
+    """
+    Image.new("RGB", (64, 64), "red").save(out := io.BytesIO(), "JPEG")
+    jpeg = torch.from_numpy(np.frombuffer(out.getvalue(), np.uint8).copy())
+    try:
+        decode_together([jpeg, jpeg], device)
+    except RuntimeError as error:
+        raise ValueError(f"--decode-on-device: torchvision cannot decode JPEGs on {device} "
+                         f"({shortened(error)})") from None
 
 
 def resize_on_device(pictures: Tensor, shape: Shape) -> Tensor:

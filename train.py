@@ -83,8 +83,6 @@ def build_state(run: Run) -> State:
         shard(bare, machine.precision, **parallel.shards(bare, machine))
     if s.compile:
         switches.compile_model(bare, s)
-    if s.cuda_graphs:
-        switches.hold_gradients(bare)
     optimizer = new_optimizer(bare, s)
     none = torch.tensor(0.0, device=machine.device)
     state = State(bare, bare, optimizer, checkpoints.new_scaler(machine), 0, None, dict(COUNTERS),
@@ -92,6 +90,8 @@ def build_state(run: Run) -> State:
     if saved:
         checkpoints.restore(run, state)
         state.skipped = none + state.counters["skipped"]
+    if s.cuda_graphs:
+        switches.hold_gradients(bare)       # last: `restore` takes a gradient for a begun step
     if machine.world > 1 and machine.tensor == 1 and not s.shard:
         state.model = data_parallel(bare, s, machine.device)
     return state

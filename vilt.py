@@ -428,7 +428,7 @@ class ViLT(nn.Module):
             distance, _ = self.align(shown, text, fused, ids == c.sep_id)
             # matched pairs are drawn together, mismatched ones pushed apart
             loss = torch.where(same, distance, -distance).sum()
-            results["wpa"] = (loss, distance.new_tensor(float("nan")))
+            results["wpa"] = (loss, distance.new_full((), float("nan")))
         return results
 
     def _mpp(self, batch: dict) -> tuple[Tensor, Tensor]:

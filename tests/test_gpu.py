@@ -67,6 +67,65 @@ def test_what_fails_is_a_row_and_the_next_one_goes_on(rows, tmp_path, monkeypatc
     assert found["good"]["pairs_per_second"] == 7.0
 
 
+def test_a_process_is_left_after_a_profile_and_after_an_error_of_cuda(rows, tmp_path, monkeypatch):
+    """The one can make what follows slower, the other makes it fail."""
+    def broken(place):
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    rows += [gpu_rows.Row("profile", "", 1, lambda place: {"kernels": 7}, {}, "launches"),
+             gpu_rows.Row("broken", "", 1, broken)]
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    for name in ("profile", "broken"):
+        sent = Sender()
+        gpu.work(["good", name, "large"], "cpu", False, str(tmp_path), sent)
+        assert [row for kind, row, _ in sent if kind == "done"] == ["good", name]
+
+
+class Leaving:
+    """A worker that measures one row, and then dies."""
+
+    def __init__(self, names, args, device):
+        self.messages = [("done", names[0], {"took": 1.0}), ("begins", names[0], None)]
+        self.process = SimpleNamespace(exitcode=-6)
+
+    def next_message(self, seconds):
+        return self.messages.pop() if self.messages else None
+
+    def stop(self):
+        pass
+
+
+def test_a_process_that_dies_after_its_row_ends_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "Worker", Leaving)
+    rows, found = [gpu_rows.Row(name, "", 1, None) for name in "ab"], {"rows": {}}
+    gpu.measure(SimpleNamespace(out=tmp_path / "x.json"), "cpu", found, rows, float("inf"))
+    assert list(found["rows"]) == ["a", "b"]
+
+
+def test_a_row_that_does_not_fit_leaves_the_time_to_shorter_ones(tmp_path, monkeypatch):
+    """The first row takes its time: then the long one fits no more, and the short one does."""
+    now = [0.0]
+
+    class Slow(Leaving):
+        def __init__(self, names, *more):
+            self.messages = [message for name in reversed(names)
+                             for message in (("done", name, {"took": 1.0}),
+                                             ("begins", name, None))]
+
+        def next_message(self, seconds):
+            message = self.messages.pop()
+            now[0] += 30 if message == ("done", "first", {"took": 1.0}) else 0
+            return message
+
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu, "Worker", Slow)
+    rows = [gpu_rows.Row(name, "", seconds, None)
+            for name, seconds in (("first", 5), ("long", 60), ("short", 5))]
+    found = {"rows": {}}
+    gpu.measure(SimpleNamespace(out=tmp_path / "x.json"), "cpu", found, rows, 80.0)
+    assert list(found["rows"]) == ["first", "short"]
+
+
 def run(tmp_path, *more):
     bench.main(["gpu", "--small", "--device", "cpu", "--out", str(tmp_path / "gpu.json"),
                 "--scratch", str(tmp_path / "s"), *more])

@@ -14,6 +14,7 @@ from PIL import Image
 from conftest import (TRAIN, TRAIN_VILT, finetune, noise_picture, picture, train_command,
                       train_outcome, write_caption_world, write_captions, write_world)
 
+import pictures
 import train
 from pictures import Square, Undecoded, Whole, decode, keep_jpeg, open_image, pad_pictures
 from storage.files import CAPTIONS
@@ -115,8 +116,8 @@ def test_a_batch_of_all_kinds_becomes_what_pillow_makes_of_it():
     encoded = [*LEFT_TO_PILLOW.values(), *(picture(seed, size) for seed in range(5)
                                            for size in ((40, 32), (30, 50)))]
     for shape in SHAPES:
-        pictures = [keep_jpeg(one, shape, "x") or decode(one, shape) for one in encoded]
-        found, unreadable = Undecoded(pictures).decoded(CPU)
+        kept = [keep_jpeg(one, shape, "x") or decode(one, shape) for one in encoded]
+        found, unreadable = Undecoded(kept).decoded(CPU)
         exact = pad_pictures([decode(one, shape) for one in encoded])
         assert not unreadable and found.shape == exact.shape and difference(found, exact) <= 1
 
@@ -171,11 +172,31 @@ def test_what_torchvision_refuses_pillow_decodes(monkeypatch):
     assert not unreadable and difference(found[0], decode(encoded, Square(24))) <= 1
 
 
-def test_a_full_memory_is_no_unreadable_picture(monkeypatch):
-    full = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
-    monkeypatch.setattr("torchvision.io.decode_jpeg", full)
-    with pytest.raises(torch.OutOfMemoryError):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"),
+                                   RuntimeError("CUDA error: an illegal memory access")])
+def test_a_device_that_fails_is_no_unreadable_picture(monkeypatch, error):
+    fail = lambda *_: (_ for _ in ()).throw(error)
+    monkeypatch.setattr("torchvision.io.decode_jpeg", fail)
+    with pytest.raises(type(error), match=str(error)):
         Undecoded([keep_jpeg(picture(7), Square(24), "x")]).decoded(CPU)
+
+
+def test_a_device_that_decodes_nothing_is_told_of_before_the_run(world, tmp_path, monkeypatch):
+    """Else Pillow would decode everything, in a single thread, and nobody would know."""
+    refuse = lambda *_: (_ for _ in ()).throw(RuntimeError("not compiled with nvJPEG"))
+    monkeypatch.setattr("torchvision.io.decode_jpeg", refuse)
+    with pytest.raises(SystemExit, match="torchvision cannot decode JPEGs on cpu .not compiled"):
+        train.main(train_command(world, tmp_path / "out", *TRAIN, "--decode-on-device"))
+
+
+def test_a_gpu_is_done_with_its_memory_before_torchvision_decodes_into_it(monkeypatch):
+    """pytorch/vision#9606: pictures would be overwritten while they are resized."""
+    done = []
+    stream = SimpleNamespace(synchronize=lambda: done.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr("torchvision.io.decode_jpeg", lambda *_: done.append("decoded") or [])
+    pictures.decode_together([], torch.device("cuda"))
+    assert done == ["waited", "decoded"]
 
 
 # -- Ahead of the steps ----------------------------------------------------------------------------
@@ -334,13 +355,13 @@ def test_every_process_has_the_workers_of_the_first(monkeypatch):
 @pytest.mark.parametrize("more", [(), ("--decode-on-device",)])
 def test_a_sample_is_timed_as_the_run_makes_it(world, tmp_path, monkeypatch, more):
     monkeypatch.setattr(loading, "SECONDS", 0.02)
-    run, pictures = run_on(world, tmp_path / "run", *more), []
+    run, made = run_on(world, tmp_path / "run", *more), []
     collate = run.task.collate
     monkeypatch.setattr(run.task, "collate",
-                        lambda samples: pictures.append(collate(samples)) or pictures[-1])
+                        lambda samples: made.append(collate(samples)) or made[-1])
     seconds = loading.seconds_per_sample(run, 0)
     assert 0 < seconds < 0.02
-    assert all(isinstance(batch["image"], Undecoded) == bool(more) for batch, _ in pictures)
+    assert all(isinstance(batch["image"], Undecoded) == bool(more) for batch, _ in made)
 
 
 def test_a_cpu_keeps_its_cores_for_the_model(world, tmp_path):

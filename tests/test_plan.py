@@ -109,7 +109,9 @@ def test_a_measured_utilization_takes_the_place_of_the_assumed_one(tmp_path):
     path = tmp_path / "gpu.json"
     assert plan.measured_utilization(path) is None
     path.write_text(json.dumps({"card": "NVIDIA H100 80GB HBM3",
-                                "rows": {"a": {"tflops": 300.0}, "b": {"tflops": 494.5}, "c": {}}}))
+                                "rows": {"step 64": {"tflops": 700.0}, "step 256": {}}}))
+    assert plan.measured_utilization(path) is None      # another step's says nothing of this one
+    path.write_text(path.read_text().replace("{}", '{"tflops": 494.5}'))
     share, card = plan.measured_utilization(path)
     assert share == pytest.approx(0.5) and card == "NVIDIA H100 80GB HBM3"
 

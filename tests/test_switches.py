@@ -327,16 +327,36 @@ def test_cuda_graphs_add_into_gradients_that_stay_where_they_are(world, tmp_path
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: how.append(given))
 
     def watched(run, state, *more):
-        step(run, state, *more)
-        places.append([p.grad.data_ptr() for p in state.bare.parameters()])
+        for do in (lambda *_: None, step):              # before the step, and after it
+            do(run, state, *more)
+            places.append([p.grad.data_ptr() for p in state.bare.parameters()])
 
     flags = ("--compile", *LENGTHS)
     expected = outcome(world, tmp_path / "compiled", *flags)
     monkeypatch.setattr(train, "train_step", watched)
     found = outcome(world, tmp_path / "graphs", *flags, "--cuda-graphs")
     assert_same(expected, found, 0)
-    assert len(places) == 6 and all(some == places[0] for some in places)
+    assert len(places) == 12 and all(some == places[0] for some in places)
     assert how == [{"dynamic": False}, {"dynamic": False, "mode": "reduce-overhead"}]
+
+
+def test_a_run_with_cuda_graphs_goes_on_as_if_it_had_not_been_stopped(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: None)
+    flags = ("--compile", *LENGTHS, "--cuda-graphs")
+    expected = outcome(world, tmp_path / "whole", *flags)
+    out = tmp_path / "stopped"
+    step = train.train_step
+
+    def stopped(run, state, *more):
+        if state.step == 4:
+            raise KeyboardInterrupt
+        step(run, state, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", stopped)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            outcome(world, out, *flags)
+    assert_same(expected, outcome(world, out, *flags, "--resume"), 0)
 
 
 @pytest.mark.parametrize("flags", [(), ("--compile",), LENGTHS,

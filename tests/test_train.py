@@ -298,7 +298,9 @@ def test_bfloat16_follows_float32_and_keeps_float32_weights(world, tmp_path):
     assert exact != rounded and rounded == pytest.approx(exact, rel=0.05)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [(), ("--muon-lr", 0.02)], ids=["adamw", "muon"])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(world, tmp_path, monkeypatch,
+                                                                      more):
     calls, forward = [], flm.FLM.forward
 
     def poisoned(self, *given):
@@ -310,7 +312,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(world, tmp
         return results
 
     monkeypatch.setattr(flm.FLM, "forward", poisoned)
-    train.main(command(world, tmp_path / "run", *RUN))
+    train.main(command(world, tmp_path / "run", *RUN, *more))
     # step 3 was skipped …
     assert all(torch.equal(calls[2][n], calls[3][n]) for n in calls[2])
     # … and step 4 was not
@@ -600,10 +602,17 @@ def test_shards_travel_in_the_precision_in_which_they_are_used(monkeypatch):
                                     if isinstance(m, torch.nn.ModuleList))
 
 
-def test_float32_is_float32_also_where_a_gpu_would_round_it(monkeypatch):
+def test_float32_is_float32_also_where_a_gpu_would_round_it():
     for precision, expected in (("bf16", "high"), ("fp32", "highest")):
         machine.set_up("cpu", precision)
         assert torch.get_float32_matmul_precision() == expected
+        assert torch.backends.cudnn.allow_tf32 == (precision == "bf16")     # of convolutions
+
+
+def test_attention_whose_gradients_can_be_nan_is_left_out():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    machine.set_up("cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_published_recipes_parse_and_resolve():

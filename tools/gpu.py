@@ -67,7 +67,8 @@ def describe(device, small: bool) -> dict:
 def work(names: list[str], device: str, small: bool, scratch: str, results):
     """Measures rows and sends ("begins", name) and ("done", name, result) for each.
 
-    It leaves after an error of CUDA, after which a process can compute nothing more.
+    It leaves after an error of CUDA, after which a process can compute nothing more, and after a
+    profile, which can make all that follows slower.
     """
     os.setsid()                         # so that whoever stops it stops what it started, too
     import torch
@@ -84,17 +85,17 @@ def work(names: list[str], device: str, small: bool, scratch: str, results):
     for name in names:
         row = rows[name]
         results.send(("begins", name, None))
-        began, broken = time.perf_counter(), False
+        began, leave = time.perf_counter(), row.group == "launches"
         try:
             found = row.function(place, **row.told)
         except torch.OutOfMemoryError:
             found = {"failed": "out of memory"}
         except (Exception, SystemExit) as error:        # whatever it is, the other rows go on
             found = {"failed": f"{type(error).__name__}: {disk.shortened(error, 300)}"}
-            broken = "CUDA error" in str(error)
+            leave = any(word in str(error) for word in ("CUDA", "cuDNN", "CUBLAS", "Triton"))
         found["took"] = time.perf_counter() - began
         results.send(("done", name, found))
-        if broken:
+        if leave:
             return
         place.free()
 
@@ -145,6 +146,7 @@ def measure(args, device: str, found: dict, rows: list, deadline: float):
         if not left:
             break
         worker, current = Worker([row.name for row in left], args, device), None
+        finished = 0                                # rows of this worker
         limit = 120.0                               # for torch to be imported
         try:
             while left:
@@ -164,7 +166,7 @@ def measure(args, device: str, found: dict, rows: list, deadline: float):
                     if current:
                         write(current, {"failed": f"the process ended with {code}"})
                         left = [row for row in left if row.name != current]
-                    elif code:
+                    elif code and not finished:
                         raise ValueError(f"a process that measures ended with {code} before its "
                                          "first row")
                     break
@@ -173,9 +175,10 @@ def measure(args, device: str, found: dict, rows: list, deadline: float):
                 if kind == "begins":
                     limit = PATIENCE * row.seconds + 60
                     if time.monotonic() + row.seconds > deadline:
-                        return
+                        break                       # a shorter one may fit
                     continue
                 write(current, result)
+                finished += 1
                 left, current, limit = [r for r in left if r.name != row.name], None, 60.0
         finally:
             worker.stop()

@@ -13,7 +13,7 @@ import torch
 import flm
 import tokenizer
 from data import Captions
-from pictures import Square, decode, decode_jpegs, keep_jpeg, resize_on_device
+from pictures import Square, Undecoded, check_decoder, decode, keep_jpeg
 from storage.disk import shortened
 from storage.tar_index import table_of
 from tasks import PretrainFLM
@@ -137,31 +137,45 @@ def loader(place: Place, workers: int, shorter: int = 0, on_device: bool = False
     task = PretrainFLM(Settings(pad_to=1), replace(flm.PRESETS["base-b32"], pooler=False), tok)
     dataset = task.dataset(table, train=True)
     dataset.keeps_jpegs = on_device
-    keys = [(0, table.first_of(row)) for row in range(len(table))] * (1 if place.small else 4)
-    batches = iter(torch.utils.data.DataLoader(dataset, 64, sampler=keys, collate_fn=task.collate,
-                                               num_workers=workers))
+    size = place.scaled(64)
+    rounds = max(2, place.scaled(128) // workers)           # each worker makes a batch in a round
+    keys = [(0, table.first_of(k % len(table))) for k in range(rounds * workers * size)]
+    batches = iter(torch.utils.data.DataLoader(dataset, size, sampler=keys, num_workers=workers,
+                                               collate_fn=task.collate,
+                                               pin_memory=place.device.type == "cuda"))
     if on_device:
-        decoded(place)                              # loads the library
+        check_decoder(place.device)
         batches = decoded_ahead(batches, place.device, 4)
+    for _ in range(workers):                                # the first round starts the workers
+        next(batches)
     began = time.perf_counter()
     for _ in batches:
         pass
     place.wait()
-    return {"pictures_per_second": len(keys) / (time.perf_counter() - began)}
+    return {"pictures_per_second": (rounds - 1) * workers * size / (time.perf_counter() - began)}
 
 
 def decoded(place: Place) -> dict:
     """Pictures decoded and resized on the device beside Pillow's, exact ones.
 
-    -> the largest and the mean difference in grey levels. (What nvJPEG refuses Pillow decodes.)
+    -> the largest and the mean difference in grey levels; and how many of the pictures differ from
+    themselves, decoded several batches at a time while the device multiplies matrices.
     """
     table, shape = photos(place), Square(224)
-    encoded = [bytes(table.image(row)) for row in range(min(64, len(table)))]
-    jpegs = [keep_jpeg(one, shape, "a picture") for one in encoded]
-    full = decode_jpegs([torch.from_numpy(jpeg.encoded.copy()) for jpeg in jpegs],
-                        [jpeg.where for jpeg in jpegs], place.device, [])
-    resized = resize_on_device(torch.stack(full), shape).cpu()
-    exact = torch.stack([decode(one, shape) for one in encoded])
-    apart = (resized.int() - exact.int()).abs()
+    check_decoder(place.device)             # or Pillow would be compared with itself
+    encoded = [bytes(table.image(row)) for row in range(place.scaled(512, 8))]
+    batch = Undecoded([keep_jpeg(one, shape, "a picture") for one in encoded])
+    alone, unreadable = batch.decoded(place.device)
+    place.wait()
+    square = torch.ones(place.scaled(8192), place.scaled(8192), device=place.device)
+    busy = []
+    for _ in range(4):
+        for _ in range(10):
+            square @ square
+        busy.append(batch.decoded(place.device)[0])
+    exact = torch.stack([decode(one, shape) for one in encoded[:64]])
+    apart = (alone[:64].cpu().int() - exact.int()).abs()
+    changed = sum((some != alone).flatten(1).any(1).sum().item() for some in busy)
     return {"largest_difference": apart.max().item(),
-            "mean_difference": apart.float().mean().item()}
+            "mean_difference": apart.float().mean().item(), "refused": len(unreadable),
+            "changed": changed}

@@ -1,5 +1,6 @@
 """Rows of `python -m tools.bench gpu` that measure the model: products, steps, scores, captions."""
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.profiler import profile
 
 import train
@@ -17,7 +19,7 @@ from tasks import BOS, to_device
 from tools.drawn import drawn_batch, drawn_run
 from training.fitting import fit_micro_batch
 from training.flops import PASSES, count_flops
-from training.machine import DTYPES, Machine, memory_gb
+from training.machine import DTYPES, Machine, choose_kernels, memory_gb
 from training.memory import step_memory
 from training.settings import AUTO
 from weights import model_of, outline_of
@@ -44,8 +46,7 @@ class Place:
     def machine(self, precision: str = "") -> Machine:
         """precision: bf16 unless told; in the small setting float32, as many CPUs lack bf16."""
         precision = precision or ("fp32" if self.small else "bf16")
-        # As machine.set_up: fp32 means fp32, and no TF32.
-        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        choose_kernels(precision)
         return Machine(0, 1, self.device, precision)
 
     def wait(self):
@@ -54,6 +55,8 @@ class Place:
 
     def free(self):
         """Gives back what the last row left, and starts the count of the peak anew."""
+        torch.compiler.reset()
+        gc.collect()                        # compiled and sharded models are in cycles
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -61,20 +64,26 @@ class Place:
     def seconds(self, function: Callable, warm_up: int = 3, at_least: float = 1.5) -> float:
         """Seconds of a call: the mean of as many as fill some time, after some that do not count.
 
-        One that takes long is not warmed up more than once.
+        The device is waited for after a third of that time, so that calls follow each other.
         """
         if self.small:
-            warm_up, at_least = 1, 0.0
+            function()
+            began = time.perf_counter()
+            function()
+            return time.perf_counter() - began
         for _ in range(warm_up):
             function()
         self.wait()
+        began = time.perf_counter()
+        function()
+        self.wait()
+        together = max(1, min(100, int(at_least / 3 / (time.perf_counter() - began))))
         began, calls = time.perf_counter(), 0
         while calls < 3 or time.perf_counter() - began < at_least:
-            function()
+            for _ in range(together):
+                function()
             self.wait()
-            calls += 1
-            if self.small:
-                break
+            calls += together
         return (time.perf_counter() - began) / calls
 
 
@@ -108,8 +117,11 @@ def copy(place: Place) -> dict:
 # -- Training steps --------------------------------------------------------------------------------
 
 def drawn_step(place: Place, model: str, micro_batch: int, lengths: tuple[int, ...],
-               precision: str, task: str, more: tuple[str, ...]):
-    """(run, state, the function that takes a step, its micro-batches)"""
+               precision: str, task: str, more: tuple[str, ...], same_weights: bool = False):
+    """(run, state, the function that takes a step, its micro-batches, in pinned memory)
+
+    same_weights: as on the CPU. Drawing them there takes most of a row's time.
+    """
     name = SMALL[model] if place.small else model
     size = place.scaled(micro_batch)
     flags = ["--task", task, "--model", name, "--micro-batch", str(size), "--steps", "1000",
@@ -118,8 +130,11 @@ def drawn_step(place: Place, model: str, micro_batch: int, lengths: tuple[int, .
         flags += ["--vocab-size", "400"]
     run = drawn_run(flags, place.machine(precision))
     batches = [drawn_batch(run.task, size, length) for length in lengths]
-    torch.manual_seed(0)
-    state = train.build_state(run)
+    if place.device.type == "cuda":             # as the loader gives them
+        batches = [({name: tensor.pin_memory() for name, tensor in batch.items()}, notes)
+                   for batch, notes in batches]
+    with CPU if same_weights else place.device:
+        state = train.build_state(run)
     state.model.train()
     log = Unlogged()
     return run, state, lambda: train.train_step(run, state, batches, log), batches
@@ -127,11 +142,13 @@ def drawn_step(place: Place, model: str, micro_batch: int, lengths: tuple[int, .
 
 def step(place: Place, model: str = "base-b32", micro_batch: int = 256,
          lengths: tuple[int, ...] = (13,), precision: str = "", task: str = "pretrain",
-         more: tuple[str, ...] = (), plan: bool = False, ddp: bool = False) -> dict:
+         more: tuple[str, ...] = (), plan: bool = False, ddp: bool = False,
+         cudnn: bool = False) -> dict:
     """A training step of train.py, optimizer included, on drawn pairs that lie on the CPU.
 
     lengths: tokens of the texts of each micro-batch. more: flags of train.py. ddp: within DDP,
-    which a run of one process leaves out.
+    which a run of one process leaves out. cudnn: with cuDNN's attention, which is left out as well
+    (machine.choose_kernels).
     -> pairs_per_second; tflops, of the matrix products on real tokens alone; gigabytes at the peak;
     with `plan`, what training/memory.py says of it, which takes some seconds.
     """
@@ -139,6 +156,7 @@ def step(place: Place, model: str = "base-b32", micro_batch: int = 256,
     run, state, one, batches = drawn_step(place, model, micro_batch, lengths, precision, task, more)
     if ddp:
         state.model = train.data_parallel(state.bare, run.settings, place.device)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
     pairs = run.micro_batch * len(lengths)
     seconds = place.seconds(one, warm_up=8 if run.settings.compile else 3)
     held = memory_gb(place.device)
@@ -159,22 +177,15 @@ def step(place: Place, model: str = "base-b32", micro_batch: int = 256,
     return found
 
 
-def all_reduce_rate(place: Place) -> float:
-    """Gigabytes a second of the sum of a gigabyte over the processes."""
-    numbers = torch.ones(place.scaled(2 ** 28), device=place.device)
-    return numbers.nbytes / place.seconds(lambda: dist.all_reduce(numbers)) / 1e9
-
-
-def grouped(place: Place, more: tuple[str, ...] = (), **how) -> dict:
-    """A step and the sum of a gigabyte over processes, through NCCL, in a group of one process.
+def grouped(place: Place, **how) -> dict:
+    """A step in a group of one process, through NCCL.
 
     What DDP (ddp=True) or FSDP2 (--shard) cost by themselves, before anything travels.
     """
     backend = "nccl" if place.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        rate = all_reduce_rate(place)
-        return {"all_reduce_gb_per_second": rate, **step(place, more=more, **how)}
+        return step(place, **how)
     finally:
         dist.destroy_process_group()
 
@@ -192,62 +203,82 @@ def fits(place: Place) -> dict:
 
 
 def launches(place: Place, micro_batch: int, more: tuple[str, ...] = ()) -> dict:
-    """Kernels of a step, and the share of its time in which none runs, by torch's profiler."""
+    """Kernels of a step, and the share of its time in which none runs.
+
+    The profiler says which kernels run and for how long. How long a step takes is measured without
+    it, as it slows what launches them. Copies are no kernels.
+    """
     place.free()
     _, _, one, _ = drawn_step(place, "base-b32", micro_batch, (13,), "", "pretrain", more)
-    place.seconds(one, at_least=0)
+    seconds = place.seconds(one)
     with profile() as profiler:
         one()
         place.wait()
     on_gpu = place.device.type == "cuda"
     spans = sorted((event.time_range.start, event.time_range.end) for event in profiler.events()
-                   if (event.device_type.name == "CUDA") == on_gpu)
+                   if (event.device_type.name == "CUDA") == on_gpu
+                   and not getattr(event, "is_user_annotation", False)
+                   and not event.name.startswith(("Memcpy", "Memset")))
     busy, end = 0.0, -math.inf
     for start, stop in spans:                               # microseconds; they may overlap
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
-    return {"kernels": len(spans), "gaps": 1 - busy / (end - spans[0][0])}
+    return {"kernels": len(spans), "gaps": 1 - busy / 1e6 / seconds}
 
 
-def parity(place: Place, precision: str) -> dict:
+def losses_and_gradient(place: Place, precision: str) -> tuple[Tensor, Tensor]:
+    """Of eight pairs, dropout off, from the same weights wherever it is computed."""
+    run, state, _, batches = drawn_step(place, "base-b32", 256 if place.small else 8, (13,),
+                                        precision, "pretrain", ("--dropout", "0"), True)
+    with run.machine.autocast():
+        results = state.bare(to_device(batches[0][0], place.device, run.config))
+    losses = torch.stack([loss.float() for loss, _ in results.values()])
+    losses.sum().backward()
+    return losses.detach().cpu(), gradient_of(state.bare)
+
+
+def gradient_of(model: nn.Module) -> Tensor:
+    """The whole gradient, one long vector on the CPU."""
+    return torch.cat([p.grad.float().flatten().cpu() for p in model.parameters()
+                      if p.grad is not None])
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """|one - other| / |other|"""
+    return ((one - other).norm() / other.norm()).item()
+
+
+def parity(place: Place) -> dict:
     """Losses and gradients on the device beside those of the CPU in float32, dropout off.
 
-    (Those of the CPU equal the originals' recordings to 1e-5: tests/.) -> the largest relative
-    difference of a loss, and that of the gradient, |g - g'| / |g'|.
+    (Those of the CPU equal the originals' recordings to 1e-5: tests/.) -> for each precision the
+    largest relative difference of a loss, and that of the gradient, |g - g'| / |g'|.
     """
-    found = []
-    for there in (Place(CPU, place.small, place.scratch), place):
-        width = "fp32" if there is not place else precision
-        run, state, _, batches = drawn_step(there, "base-b32", 256 if there.small else 8, (13,),
-                                            width, "pretrain", ("--dropout", "0"))
-        with run.machine.autocast():
-            results = state.bare(to_device(batches[0][0], there.device, run.config))
-        losses = torch.stack([loss.float() for loss, _ in results.values()])
-        losses.sum().backward()
-        gradient = torch.cat([p.grad.float().flatten().cpu() for p in state.bare.parameters()
-                              if p.grad is not None])
-        found.append((losses.detach().cpu(), gradient))
-    (losses, gradient), (other_losses, other_gradient) = found
-    return {"loss_difference": ((other_losses - losses) / losses).abs().max().item(),
-            "gradient_difference": ((other_gradient - gradient).norm() / gradient.norm()).item()}
+    losses, gradient = losses_and_gradient(Place(CPU, place.small, place.scratch), "fp32")
+    found = {}
+    for precision in ("fp32", "bf16"):
+        ours, our_gradient = losses_and_gradient(place, precision)
+        found[f"loss_difference_{precision}"] = ((ours - losses) / losses).abs().max().item()
+        found[f"gradient_difference_{precision}"] = apart(our_gradient, gradient)
+    return found
 
 
 def graphs(place: Place) -> dict:
-    """The gradient of two micro-batches with CUDA graphs beside that without, dropout off.
+    """The gradient of two micro-batches with CUDA graphs beside that of --compile, dropout off.
 
     It is taken of the third step: the first two run as ever, and record. -> |g - g'| / |g'|
     """
     found = []
-    for more in ((), GRAPHS):
+    for more in (STATIC, GRAPHS):
         place.free()
         run, state, _, batches = drawn_step(place, "base-b32", 64, (13, 13), "", "pretrain",
                                             ("--dropout", "0", *more))
         for _ in range(3):
             state.optimizer.zero_grad(set_to_none=not run.settings.cuda_graphs)
             train.backward(run, state, batches, Unlogged())
-        found.append(torch.cat([p.grad.float().flatten().cpu() for p in state.bare.parameters()]))
-    gradient, other = found
-    return {"gradient_difference": ((other - gradient).norm() / gradient.norm()).item()}
+        found.append(gradient_of(state.bare))
+    compiled, launched = found
+    return {"gradient_difference": apart(launched, compiled)}
 
 
 # -- Answers ---------------------------------------------------------------------------------------

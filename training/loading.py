@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader
 
-from pictures import Undecoded
+from pictures import Undecoded, check_decoder
 from training import machine as machines
 from training.flops import Work
 from training.machine import core_share, loader_workers
@@ -38,6 +38,8 @@ def batches_of(run: "Run", step: int) -> Iterator[tuple[dict, dict]]:
     numbers = run.sampler.micro_batches(step, s.steps, run.micro_batch, m.data_rank, m.data_world)
     dataset = run.task.dataset(run.tables["train"], train=True)
     dataset.keeps_jpegs = s.decode_on_device
+    if s.decode_on_device:
+        check_decoder(m.device)
     loader = DataLoader(dataset, batch_sampler=numbers, collate_fn=run.task.collate,
                         num_workers=loader_workers(run.workers, m.device),
                         worker_init_fn=machines.ignore_signals,

@@ -155,8 +155,7 @@ def set_up(device: str = "", precision: str = "", tensor: int = 1) -> Machine:
     precision = choose_precision(precision, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # fp32 means fp32. Beside half precision, the few float32 products left may use TF32.
-    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    choose_kernels(precision)
     if world > 1 and not dist.is_initialized():
         if "MASTER_ADDR" not in os.environ and not on_one_node(os.environ, world):
             raise ValueError("MASTER_ADDR is not set: with several nodes, every process must be "
@@ -180,6 +179,19 @@ def set_up(device: str = "", precision: str = "", tensor: int = 1) -> Machine:
         mesh = init_device_mesh(device.type, (world // tensor, tensor),
                                 mesh_dim_names=("data", "tensor"))
     return Machine(rank, world, device, precision, messages, tensor, mesh)
+
+
+def choose_kernels(precision: str) -> None:
+    """Which kernels torch may use on a GPU, for all that this process computes.
+
+    fp32 means fp32, in convolutions too. Beside half precision, the few float32 products that are
+    left may use TF32. cuDNN's attention is left out: it makes a plan for each new shape, which
+    takes longer than a step, and its gradients can be NaN where there is a mask
+    (pytorch/pytorch#196678).
+    """
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -314,12 +326,13 @@ def loader_workers(asked: int, device: torch.device) -> int:
 
 
 def core_share() -> int:
-    """The cores that a GPU's process may use for loading: each GPU has as many, and at least one.
+    """The cores that a GPU's process may use for loading: its share but two, and at least one.
 
-    Those that this process may run on count, not all that the machine has.
+    Two are left to the process itself and to what pins its batches. Those that this process may run
+    on count, not all that the machine has.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // max(1, torch.cuda.device_count()))
+    return max(1, (cores or 1) // max(1, torch.cuda.device_count()) - 2)
 
 
 def memory_gb(device: torch.device) -> float:

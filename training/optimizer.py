@@ -160,8 +160,9 @@ class Muon(torch.optim.AdamW):
             step = orthogonal(torch.stack(directions)) * max(1, rows / columns) ** 0.5
             if skipped is not None:
                 step = torch.where(skipped > 0, 0, step)
+            kept = 1 - group["lr"] * group["weight_decay"] * (1 if skipped is None else 1 - skipped)
             for weight, change in zip(weights, step, strict=True):
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.mul_(kept)
                 weight.sub_(change, alpha=group["lr"])
 
 

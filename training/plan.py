@@ -52,18 +52,18 @@ class Cost:
 
 
 def measured_utilization(path: Path = MEASURED) -> tuple[float, str] | None:
-    """(share of the data sheet's peak, card) of the best training step in a file of measurements.
+    """(share of the data sheet's peak, card) of a step of base-b32 in a file of measurements.
 
-    None where there is no such file, or no known card in it.
+    That of 256 pairs, with no switch on. None where there is no such file, or no known card in it.
     """
     if not path.exists():
         return None
     found = json.loads(path.read_text())
-    rows = [row for row in found["rows"].values() if row.get("tflops")]
+    tflops = found["rows"].get("step 256", {}).get("tflops")
     cards = [card for card in CARDS if card.name.split()[0] in found["card"]]
-    if not rows or not cards:
+    if not tflops or not cards:
         return None
-    return max(row["tflops"] for row in rows) / cards[0].tflops, found["card"]
+    return tflops / cards[0].tflops, found["card"]
 
 
 def memory_line(parts: dict[str, int]) -> str:
