@@ -194,12 +194,14 @@ class CaptionDataset(torch.utils.data.Dataset):
 
     A sample is a pure function of (seed, epoch, i): the number of workers or processes, and
     resuming, change nothing. Texts of one image can be asked for as a group, `(epoch, i, j, …)`.
-    The image is then decoded once, and the generator of the first text draws what is random of it.
+    The image is then decoded once, and the generator of the first text draws what is random of it:
+    such samples are a function of (seed, epoch, group).
 
     An image that cannot be decoded is named in the sample's "unreadable". In training the next row
     with a readable image is used instead, and its first text, or as many as the group has. The run
-    stops (report.Log.micro_batch) where more than 10, and more than 1 % (--max-unreadable), cannot
-    be. In evaluation, where every question needs an answer, the image is black.
+    stops (report.Log.micro_batch) when more than 10 images, and more than 1 % of those seen
+    (--max-unreadable), could not be decoded. In evaluation, where every question needs an answer,
+    the image is black.
 
     clean: str -> str, applied to every text. around: token ids put between `<s>` and the text, and
     between the text and `</s>`. augment: RandAugment(2, 9). With `keeps_jpegs` set, a JPEG that the

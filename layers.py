@@ -32,7 +32,8 @@ class Mask(NamedTuple):
     """Where the rows of an attention may look, prepared once for all layers that share it.
 
     A softmax over no column at all is NaN in some kernels and uniform in others. So a fully masked
-    row is allowed every column, and its output is set to zero afterwards.
+    row is allowed every column, and its output is set to zero afterwards. Such rows are padding,
+    and a query from which all words of its caption are hidden.
     """
     allowed: Tensor     # (…, Q, K) bool: the row may look at the column, or is fully masked
     sighted: Tensor     # (…, Q, 1) bool: False = fully masked, zeroed before the output projection

@@ -7,7 +7,7 @@
 FLM is a paper about masks: the whole method is in these functions. Figures 1 to 3 and section 3 of
 "Accelerating Vision-Language Pretraining with Free Language Modeling", arXiv 2303.14038.
 
-Letters: B batch, L text length, n real tokens of a caption, `<s>` and `</s>` included.
+Letters: B batch, L text length, n real tokens of a caption: w_0 = `<s>`, w_1, …, w_n-1 = `</s>`.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 # -------------------------------------------------------------------------------------------------
 # Masks. `real` (B, L) is True at real tokens, which come first. Row 0, the class position, reads
-# the whole caption; no other row sees column 0, so it cannot leak.
+# the whole caption. In all masks but mlm's no other row sees column 0, so it cannot leak.
 
 def bidirectional_mask(real: Tensor) -> Tensor:
     """mlm: every row sees every real token.   real (B, L) -> (B, L, L)
@@ -141,7 +141,7 @@ OBJECTIVES = {
 # Row i of an output predicts token i + SHIFT[output]. All outputs also know the image.
 #
 # output         row i has read             predicts  rows    never a target besides <s>      weight
-# reconstructed  all but its hidden span    w_i       1..n-1                                  1
+# reconstructed  all but its hidden span    w_i       1..n-1  none                            1
 # left_to_right  w_1 .. w_i                 w_i+1     1..n-2  w_1: row 0 has read it          w_f
 # right_to_left  w_i .. w_n-1               w_i-1     2..n-1  </s>: no real row follows it    w_r
 #

@@ -274,8 +274,8 @@ class Undecoded:
     def decoded(self, device: torch.device) -> tuple[Tensor, list[str]]:
         """-> uint8 (B, 3, H, W) on the device, and a line for each picture that could not be read.
 
-        Those are black. There are none but for files that only look whole: what can be told
-        without decoding was told by keep_jpeg.
+        Those are black. Only a file that looks whole, and is not, can be among them: what can be
+        told without decoding was told by keep_jpeg.
         """
         pictures, unreadable = list(self.pictures), []
         jpegs = self.encoded.split(self.lengths)

@@ -265,7 +265,8 @@ class PretrainFLM(Pretrain):
     def draw(self, samples: list[dict], batch: dict) -> dict[str, int]:
         c = self.config
         if not samples[0]["train"]:
-            # evaluation hides from each word itself only, and asks for every word
+            # evaluation: flm hides from each query its own word alone, and every word is asked for
+            # (of mlm, every masked one)
             c = replace(c, corruption_rate=0.0, prediction_rate=1.0)
         if c.objective == "mlm":
             batch["reconstructed_rows"] = self.mask_words(samples, batch, c.prediction_rate)

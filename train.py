@@ -252,6 +252,7 @@ def train_step(run: Run, state: State, micro_batches: list, log: Log) -> None:
     """One optimizer step, on the mean losses of a global batch."""
     s = run.settings
     # Dropout's random numbers are a function of the step, as the data is: nothing has to be saved.
+    # (Another number of processes, or another micro-batch, draws others.)
     seeds = np.random.SeedSequence([s.seed, state.step, run.machine.data_rank])
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
     share = rate_at(state.step, s)
@@ -272,7 +273,8 @@ def backward(run: Run, state: State, micro_batches: list, log: Log) -> None:
     each output o. So the targets of all micro-batches and processes are counted before the first
     backward pass, and each micro-batch's sum is divided by that count. DDP and FSDP average the
     gradients over the processes; the factor `world` undoes that. (With --tensor-parallel N, each
-    target is counted N times, and the gradients are averaged over world / N groups.)
+    target is counted N times, and the gradients are averaged over world / N groups: the factor is
+    the same.)
     """
     s, machine, loss_weights = run.settings, run.machine, run.config.loss_weights
     count_hits = not s.chunk_loss or run.report_due(state.step + 1)

@@ -45,14 +45,16 @@ def batches_of(run: "Run", step: int) -> Iterator[tuple[dict, dict]]:
                         worker_init_fn=machines.ignore_signals,
                         pin_memory=m.device.type == "cuda")
     batches = iter(loader)
-    return decoded_ahead(batches, m.device, run.accumulation) if s.decode_on_device else batches
+    if s.decode_on_device:              # those of a step, which the loop takes together
+        return decoded_ahead(batches, m.device, run.accumulation)
+    return batches
 
 
 def decoded_ahead(batches: Iterator[tuple[dict, dict]], device: torch.device,
                   ahead: int) -> Iterator[tuple[dict, dict]]:
-    """The same batches with their pictures decoded on the device, so many of them in advance.
+    """The same batches with their pictures decoded on the device, `ahead` of them in advance.
 
-    A thread does it, on a GPU in a stream of its own, while the steps before are computed. Pictures
+    A thread does it, on a GPU in a stream of its own, while the step before is computed. Pictures
     that could not be decoded after all are added to the notes.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -99,8 +101,8 @@ def use_after(ready: torch.cuda.Event, batch: dict, device: torch.device) -> Non
 def workers_needed(run: "Run", work: Work | None, step: int) -> int:
     """The number of loading processes: as many as keep up with the device, if there are the cores.
 
-    That is --workers, where it was given; on a CPU none. work: what the first process knows of the
-    device; all processes take its number. Said, since it depends on this machine.
+    That is --workers, where it was given; on a CPU none. work: what the device can do, None in all
+    processes but the first; they take its number. It is said, since it depends on this machine.
     """
     s, m = run.settings, run.machine
     if s.workers >= 0 or m.device.type == "cpu":

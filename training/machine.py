@@ -318,7 +318,8 @@ def choose_precision(asked: str, device: torch.device) -> str:
 def loader_workers(asked: int, device: torch.device) -> int:
     """Number of data-loading processes beside this one; asked < 0: chosen by the device.
 
-    A CPU run has none: they would take the model's cores. A GPU gets its share, at most sixteen.
+    A CPU run has none: they would take the model's cores. A GPU gets its share, at most sixteen, to
+    validate and evaluate. (In training it gets what it needs: loading.workers_needed.)
     """
     if asked >= 0:
         return asked

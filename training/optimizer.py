@@ -22,8 +22,9 @@ from training.settings import Settings
 HEAD = ("vocab_head.", "itm_head.", "patch_head.", "head.")
 FUSION = ("text_to_fusion.", "image_to_fusion.", "fusion_layers.", "text_reconstructor.",
           "fusion_reconstructor.", "pooler.")
-# Tables without weight decay; vectors have none either. (The originals decay these and the class
-# token, and FLM also CLIP's ln_*: their lists of names come from another library.)
+# The image's positions have no weight decay: FLM's in its ViT and before its fusion, and ViLT's.
+# Vectors have none either. (The originals decay these and the class token, and FLM also CLIP's
+# ln_*: their lists of names come from another library.)
 UNDECAYED = ("vit.position", "image_position", "position")
 
 

@@ -44,7 +44,7 @@ class Run:
     answers: list | None            # vqa: the answer list
     saved: dict | None              # the checkpoint it resumes from; None once training begins
     source: object                  # the model of --load; None once training begins
-    workers: int = -1               # loading processes; -1: as machine.loader_workers says
+    workers: int = -1               # loading processes; train.py sets loading.workers_needed
 
     @property
     def out(self) -> Path:

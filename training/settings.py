@@ -126,8 +126,8 @@ class Settings:
 
 
 # What may differ between a run and its resumption. The order of the data and the mean gradient
-# stay the same. (A new micro_batch changes what dropout draws, the wrong images of matching, and
-# which groups of --captions-per-image are cut.)
+# stay the same. (A new micro_batch or number of processes changes what dropout draws, the wrong
+# images of matching, and which groups of --captions-per-image are cut.)
 FREE_TO_CHANGE = {"resume", "out", "data", "epochs", "micro_batch", "workers", "device", "compile",
                   "shard", "log_every", "eval_every", "eval_samples", "pad_to", "save_every",
                   "keep", "keep_best", "max_unreadable", "max_skipped", "tokenizer", "trust",
