@@ -32,6 +32,7 @@ from sources.shards import Writer
 from storage.files import CAPTIONS, NLVR2, VQA
 from tokenizer import BPE
 from tools import toy
+from training import flops
 from training.settings import Settings
 
 # tiny models: a second thread only waits, and on a busy machine it waits long
@@ -48,6 +49,27 @@ def shared():
         pytest.skip(f"{SHARED} is not there: "
                     "real photographs, captions and tokenizer tables are needed")
     return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def counted_once():
+    """FLOPs are counted once for each model and each shape of a batch, and a peak by few products.
+
+    Else every run of six tiny steps would spend half of its time on its utilization.
+    """
+    count, known = flops.count_flops, {}
+
+    def count_once(model, batch, forward=None):
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in batch.items())
+        key = model.config, shapes, forward
+        if key not in known:
+            known[key] = count(model, batch, forward)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flops, "count_flops", count_once)
+        patch.setattr(flops, "SECONDS", 0.005)
+        yield
 
 
 def free_port():

@@ -202,7 +202,7 @@ def test_each_model_opens_and_its_card_holds_on_scenes_drawn_now(name, request):
     file = named.locate(name)
     assert file.with_suffix(".md").read_text(encoding="utf-8") == cards.card_text(file)
     assert weights.load(name).tokenizer is not None
-    found = cards.measure(file, request.getfixturevalue("scenes"), ("test",), captions=300)
+    found = cards.measure(file, request.getfixturevalue("scenes"), ("test",), captions=150)
     assert len(found) * len(found[0]["shares"]) >= 2
     assert cards.differences(cards.card_of(file), found) == []
 
