@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -26,6 +25,7 @@ from released.named import beside
 from storage import disk
 from tasks import to_device
 from training import machine
+from training.loading import load
 from training.settings import Settings
 
 DEFAULT_SPLIT = {"vqa": "val", "nlvr2": "val", "caption": "test", "retrieval": "test"}
@@ -98,10 +98,8 @@ class Evaluation:
         lengths = data.token_lengths(self.table, tok, numbers)
         batches = evaluation_batches(lengths, numbers, self.args.batch_size)
         batches = first_small(batches[place.rank::place.world])
-        loader = DataLoader(self.task.dataset(self.table, train=False), batch_sampler=batches,
-                            collate_fn=self.task.collate,
-                            num_workers=machine.loader_workers(-1, place.device),
-                            worker_init_fn=machine.ignore_signals)
+        loader = load(self.task.dataset(self.table, train=False), batches, self.task.collate,
+                      machine.loader_workers(-1, place.device), place.device)
         bar = tqdm(None, title, sum(map(len, batches)), unit=" texts", leave=False,
                    disable=place.rank > 0)
         found, unreadable, cut = {}, [], 0

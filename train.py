@@ -30,7 +30,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import weights
@@ -41,7 +40,7 @@ from tasks import to_device
 from training import checkpoints, machine as machines, parallel, switches
 from training.fitting import fit_micro_batch
 from training.flops import work_of
-from training.loading import batches_of, workers_needed
+from training.loading import batches_of, load, workers_needed
 from training.machine import Machine, Signals, loader_workers
 from training.optimizer import new_optimizer, rate_at
 from training.plan import dry_run
@@ -341,15 +340,12 @@ def evaluate(run: Run, state: State, samples: int, signals: Signals) -> dict | N
     rounds = math.ceil(len(batches) / machine.data_world)
     places = range(machine.data_rank, rounds * machine.data_world, machine.data_world)
     mine = [batches[k] if k < len(batches) else batches[0] for k in places]
-    loader = DataLoader(run.task.dataset(table, train=False), batch_sampler=mine,
-                        collate_fn=run.task.collate,
-                        num_workers=loader_workers(s.workers, machine.device),
-                        worker_init_fn=machines.ignore_signals,
-                        pin_memory=machine.device.type == "cuda")
+    loader = load(run.task.dataset(table, train=False), mine, run.task.collate,
+                  loader_workers(s.workers, machine.device), machine.device)
     model = state.model if s.shard else state.bare
     sums = Sums(run.config.loss_weights, machine.device)
     model.eval()
-    bar = tqdm(loader, "validation", unit=" batches", leave=False, delay=5,
+    bar = tqdm(loader, "validation", rounds, unit=" batches", leave=False, delay=5,
                disable=machine.rank > 0)
     for k, (batch, notes) in zip(places, bar, strict=True):
         if machine.largest(signals.asked):

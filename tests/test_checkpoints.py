@@ -504,6 +504,23 @@ def test_a_validation_that_is_not_a_number_is_never_the_best(tmp_path):
 
 
 @pytest.mark.slow
+def test_an_error_that_nobody_expected_ends_a_run_that_has_loading_processes(world, tmp_path):
+    """They ignore SIGTERM, so Python would wait for them for ever, and torchrun for Python."""
+    arguments = command(world, tmp_path / "run", *RUN, "--steps", 200, "--workers", 2)
+    script = ("import sys, train\n"
+              "step = train.train_step\n"
+              "def broken(run, state, *more):\n"
+              "    step(run, state, *more)\n"
+              "    assert state.step < 3, 'pretended'\n"
+              "train.train_step = broken\n"
+              "train.main(sys.argv[1:])\n")
+    done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, timeout=100,
+                          capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == "AssertionError: pretended"
+
+
+@pytest.mark.slow
 def test_what_goes_wrong_in_a_data_loading_process_is_a_sentence_too(tmp_path):
     class Broken(torch.utils.data.Dataset):
         def __getitem__(self, i):

@@ -7,10 +7,12 @@ Loading processes read, decode and collate. With `--decode-on-device` they leave
 are, and a thread of the training process has the device decode them, ahead of the steps.
 """
 
+import atexit
 import math
 import time
+import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -18,10 +20,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader
 
+from data import CaptionDataset
 from pictures import Undecoded, check_decoder
-from training import machine as machines
 from training.flops import Work
-from training.machine import core_share, loader_workers
+from training.machine import core_share, ignore_signals, loader_workers
 
 if TYPE_CHECKING:           # for the annotations alone: the file comes later
     from training.runs import Run
@@ -30,6 +32,7 @@ if TYPE_CHECKING:           # for the annotations alone: the file comes later
 # reach 0.33 to 0.46 on H100s; loading processes too many cost nothing but their memory.
 REACHED = 0.6
 SECONDS = 0.3               # for which samples are made, to see how long one takes
+running = weakref.WeakSet()             # torch's iterators that have loading processes
 
 
 def batches_of(run: "Run", step: int) -> Iterator[tuple[dict, dict]]:
@@ -40,14 +43,37 @@ def batches_of(run: "Run", step: int) -> Iterator[tuple[dict, dict]]:
     dataset.keeps_jpegs = s.decode_on_device
     if s.decode_on_device:
         check_decoder(m.device)
-    loader = DataLoader(dataset, batch_sampler=numbers, collate_fn=run.task.collate,
-                        num_workers=loader_workers(run.workers, m.device),
-                        worker_init_fn=machines.ignore_signals,
-                        pin_memory=m.device.type == "cuda")
-    batches = iter(loader)
+    batches = load(dataset, numbers, run.task.collate, loader_workers(run.workers, m.device),
+                   m.device)
     if s.decode_on_device:              # those of a step, which the loop takes together
         return decoded_ahead(batches, m.device, run.accumulation)
     return batches
+
+
+def load(dataset: CaptionDataset, numbers: Iterable[list], collate: Callable, workers: int,
+         device: torch.device) -> Iterator[tuple[dict, dict]]:
+    """The batches of a dataset, made by so many processes; 0: by this one.
+
+    numbers: of each batch, the keys of its samples.
+    """
+    batches = iter(DataLoader(dataset, batch_sampler=numbers, collate_fn=collate,
+                              num_workers=workers, worker_init_fn=ignore_signals,
+                              pin_memory=device.type == "cuda"))
+    if workers:
+        running.add(batches)
+        atexit.unregister(end_workers)
+        atexit.register(end_workers)    # what was registered last is called first: before torch's
+    return batches
+
+
+def end_workers() -> None:
+    """Ends the loading processes that are still there when Python ends.
+
+    An error that nobody expected holds them by its traceback. They ignore the signal by which
+    Python ends them, and it would wait for them for ever.
+    """
+    for batches in list(running):
+        batches._shutdown_workers()     # torch has no public name for it
 
 
 def decoded_ahead(batches: Iterator[tuple[dict, dict]], device: torch.device,
