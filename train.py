@@ -44,7 +44,7 @@ from training.loading import batches_of, load, workers_needed
 from training.machine import Machine, Signals, loader_workers
 from training.optimizer import new_optimizer, rate_at
 from training.plan import dry_run
-from training.report import COUNTERS, Log, Sums, clock, describe, write_config
+from training.report import COUNTERS, Halt, Log, Sums, clock, describe, write_config
 from training.runs import Run, open_run
 from training.settings import AUTO, Settings, check, parse
 
@@ -195,6 +195,11 @@ def train(run: Run, signals: Signals) -> None:
         if error.errno and state.saved_step:
             error.strerror += f" ({run.checkpoint} of step {state.saved_step} is whole)"
         raise
+    except torch.OutOfMemoryError:
+        saved = f"; --resume goes on from step {state.saved_step}" if state.saved_step else ""
+        raise Halt(f"the GPU's memory was full in step {state.step + 1}, with micro-batches of "
+                   f"{run.micro_batch}: a smaller --micro-batch (auto: the largest that fits), "
+                   f"--chunk-loss and --checkpoint-activations take less{saved}") from None
     finally:
         log.loggers.close()
     if stopped_by:

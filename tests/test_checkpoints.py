@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -518,6 +519,29 @@ def test_an_error_that_nobody_expected_ends_a_run_that_has_loading_processes(wor
                           capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == "AssertionError: pretended"
+
+
+def test_a_full_gpu_says_what_takes_less_and_from_where_the_run_goes_on(world, tmp_path,
+                                                                        monkeypatch):
+    step = train.train_step
+
+    def full(run, state, *more):
+        if state.step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        step(run, state, *more)
+
+    monkeypatch.setattr(train, "train_step", full)
+    with pytest.raises(SystemExit) as stop:
+        train.main(command(world, tmp_path / "run", *RUN, "--micro-batch", 4))
+    assert re.fullmatch(r"train.py: the GPU's memory was full in step 4, with micro-batches of 4: "
+                        r"a smaller --micro-batch .*; --resume goes on from step 2",
+                        stop.value.code)
+
+
+def test_a_full_gpu_in_an_evaluation_is_a_sentence_too():
+    with pytest.raises(SystemExit, match="eval.py: the GPU's memory was full: .* --batch-size"):
+        with machine.running("eval.py"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ if TYPE_CHECKING:           # for the annotations alone: the file comes later
 # reach 0.33 to 0.46 on H100s; loading processes too many cost nothing but their memory.
 REACHED = 0.6
 SECONDS = 0.3               # for which samples are made, to see how long one takes
-running = weakref.WeakSet()             # torch's iterators that have loading processes
+alive = weakref.WeakSet()               # torch's iterators that have loading processes
 
 
 def batches_of(run: "Run", step: int) -> Iterator[tuple[dict, dict]]:
@@ -60,7 +60,7 @@ def load(dataset: CaptionDataset, numbers: Iterable[list], collate: Callable, wo
                               num_workers=workers, worker_init_fn=ignore_signals,
                               pin_memory=device.type == "cuda"))
     if workers:
-        running.add(batches)
+        alive.add(batches)
         atexit.unregister(end_workers)
         atexit.register(end_workers)    # what was registered last is called first: before torch's
     return batches
@@ -72,7 +72,7 @@ def end_workers() -> None:
     An error that nobody expected holds them by its traceback. They ignore the signal by which
     Python ends them, and it would wait for them for ever.
     """
-    for batches in list(running):
+    for batches in list(alive):
         batches._shutdown_workers()     # torch has no public name for it
 
 

@@ -206,6 +206,9 @@ def running(command: str) -> Iterator[None]:
     with disk.command(command):
         try:
             yield
+        except torch.OutOfMemoryError:
+            less = "a smaller --batch-size takes less"
+            raise ValueError(f"the GPU's memory was full: {less}") from None
         except RuntimeError as error:
             if not dist.is_initialized():
                 raise
