@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +47,19 @@ def test_every_row_runs_on_a_cpu_in_the_small_setting(tmp_path, whole_runs):
                 assert found["gigabytes"] > 0
     finally:
         torch.compiler.set_stance("default")
+
+
+def test_calls_are_timed_in_a_row_and_the_device_is_waited_for_now_and_then(tmp_path, monkeypatch):
+    waits, calls = [], []
+    monkeypatch.setattr(gpu_steps.Place, "wait", lambda self: waits.append(len(calls)))
+    place = gpu_steps.Place(torch.device("cpu"), False, tmp_path)
+    seconds = place.seconds(lambda: calls.append(time.sleep(0.004)), at_least=0.12)
+    assert 0.004 <= seconds < 0.02
+    # after three to warm up, after the one that says how many make a third of the time, and then
+    # after each third
+    assert waits[:2] == [3, 4] and 3 <= len(waits) - 2 <= 5
+    steps = {later - before for before, later in zip(waits[1:], waits[2:])}
+    assert len(steps) == 1 and steps.pop() > 1
 
 
 @pytest.fixture
@@ -188,6 +202,36 @@ def test_a_row_that_crashes_and_one_that_hangs_are_written_down(tmp_path, monkey
                              "hangs": {"failed": "stopped after 64 s"}}
     assert json.loads((tmp_path / "x.json").read_text()) == found
     assert Crashing.started == [["crashes", "hangs"], ["hangs"]]
+
+
+def test_a_command_that_is_ended_ends_its_worker(tmp_path):
+    arguments = ["--small", "--device", "cpu", "--rows", "toy", "--out", str(tmp_path / "gpu.json"),
+                 "--scratch", str(tmp_path / "s")]
+    process = subprocess.Popen([sys.executable, "-m", "tools.bench", "gpu", *arguments], cwd=ROOT)
+    scratch = tmp_path / "s"            # the worker makes it before its first row
+    try:
+        wait_until(scratch.exists)
+        process.terminate()
+        assert process.wait(20) == 143
+        wait_until(lambda: not any(str(scratch) in line for line in command_lines()))
+    finally:
+        process.kill()
+
+
+def wait_until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def command_lines():
+    """Of all processes; a row's own runs are told the scratch folder."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            yield path.read_bytes().decode(errors="replace")
+        except OSError:                 # it has ended
+            pass
 
 
 def test_results_of_another_card_are_not_mixed(tmp_path):

@@ -219,7 +219,12 @@ def main(argv=None):
                 if not (args.again and "failed" in row)}
         left = [row for row in rows if row.name not in done
                 and (not args.rows or row.name in args.rows)]
-        measure(args, str(device), found, left, deadline)
+        # `timeout` ends a command so; its worker, a group of its own, would go on.
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
+            measure(args, str(device), found, left, deadline)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         not_yet = [row.name for row in rows if row.name not in found["rows"]]
         failed = [name for name, row in found["rows"].items() if "failed" in row]
         print(f"{args.out}: {len(found['rows'])} of {len(rows)} rows, {len(failed)} failed"
