@@ -50,16 +50,15 @@ def test_every_row_runs_on_a_cpu_in_the_small_setting(tmp_path, whole_runs):
 
 
 def test_calls_are_timed_in_a_row_and_the_device_is_waited_for_now_and_then(tmp_path, monkeypatch):
+    """By a clock that goes on by four milliseconds with each call."""
     waits, calls = [], []
+    monkeypatch.setattr(gpu_steps.time, "perf_counter", lambda: 0.004 * len(calls))
     monkeypatch.setattr(gpu_steps.Place, "wait", lambda self: waits.append(len(calls)))
     place = gpu_steps.Place(torch.device("cpu"), False, tmp_path)
-    seconds = place.seconds(lambda: calls.append(time.sleep(0.004)), at_least=0.12)
-    assert 0.004 <= seconds < 0.02
-    # after three to warm up, after the one that says how many make a third of the time, and then
-    # after each third
-    assert waits[:2] == [3, 4] and 3 <= len(waits) - 2 <= 5
-    steps = {later - before for before, later in zip(waits[1:], waits[2:])}
-    assert len(steps) == 1 and steps.pop() > 1
+    seconds = place.seconds(lambda: calls.append(None), at_least=0.121)
+    assert seconds == pytest.approx(0.004)
+    # after three to warm up; after one, of which ten make a third of the time; after each ten
+    assert waits == [3, 4, 14, 24, 34, 44]
 
 
 @pytest.fixture

@@ -248,6 +248,7 @@ def test_a_loop_that_stops_early_leaves_no_thread_behind():
     assert threading.active_count() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [None, TRAIN_VILT], ids=["flm", "vilt"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_the_same_wherever_they_are_decoded(world, tmp_path, sizes, workers):
@@ -267,6 +268,7 @@ def test_batches_are_the_same_wherever_they_are_decoded(world, tmp_path, sizes, 
                 torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_run_decoded_on_the_device_learns_the_same(world, tmp_path):
     losses = []
     for name, more in (("plain", ()), ("device", ("--decode-on-device",))):
@@ -282,6 +284,7 @@ def test_a_run_that_goes_on_gets_the_batches_that_were_left(world, tmp_path):
     assert len(rest) == 2 and all(map(torch.equal, rest, whole[4:]))
 
 
+@pytest.mark.slow
 def test_a_file_that_only_looks_whole_is_counted_and_named_by_the_run(world, tmp_path):
     for split in ("train", "val"):
         write_captions(tmp_path / f"mine_caption_{split}.arrow", 20)
@@ -296,6 +299,7 @@ def test_a_file_that_only_looks_whole_is_counted_and_named_by_the_run(world, tmp
     assert all("torn_caption_train.arrow row 0: " in line for line in named)
 
 
+@pytest.mark.slow
 def test_both_pictures_of_a_statement_are_decoded_on_the_device(all_tasks, tmp_path):
     for kind in ("flm", "vilt"):
         assert finetune(all_tasks, "nlvr2", kind, tmp_path / kind, "--decode-on-device").exists()

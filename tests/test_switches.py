@@ -321,6 +321,7 @@ def test_each_shape_is_compiled_once(world, tmp_path, monkeypatch, few_graphs):
     assert len(graphs) == len(twice) == 2
 
 
+@pytest.mark.slow
 def test_cuda_graphs_add_into_gradients_that_stay_where_they_are(world, tmp_path, monkeypatch):
     """Else the gradients of several micro-batches would lie in one and the same graph's memory."""
     how, places, step = [], [], train.train_step
@@ -340,6 +341,7 @@ def test_cuda_graphs_add_into_gradients_that_stay_where_they_are(world, tmp_path
     assert how == [{"dynamic": False}, {"dynamic": False, "mode": "reduce-overhead"}]
 
 
+@pytest.mark.slow
 def test_a_run_with_cuda_graphs_goes_on_as_if_it_had_not_been_stopped(world, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: None)
     flags = ("--compile", *LENGTHS, "--cuda-graphs")

@@ -185,9 +185,8 @@ def choose_kernels(precision: str) -> None:
     """Which kernels torch may use on a GPU, for all that this process computes.
 
     fp32 means fp32, in convolutions too. Beside half precision, the few float32 products that are
-    left may use TF32. cuDNN's attention is left out: it makes a plan for each new shape, which
-    takes longer than a step, and its gradients can be NaN where there is a mask
-    (pytorch/pytorch#196678).
+    left may use TF32. cuDNN's attention is left out: it makes a plan for each new shape, and its
+    gradients can be NaN where there is a mask (pytorch/pytorch#196678).
     """
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
