@@ -160,7 +160,7 @@ compare: | $(if $(filter toy,$(RECIPE)),$(DATA)/toy_words.json,.venv/.installed)
 test: .venv/.installed  ## set up, run all the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8
 
-quick: .venv/.installed  ## the part of the tests that takes under a minute
+quick: .venv/.installed  ## the tests that are not marked slow
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 -m "not slow"
 
 faults: .venv/.installed  ## damage files, kill runs, and look what the commands do (10 minutes)

@@ -20,7 +20,7 @@ from tasks import PretrainFLM
 from tools.drawn import draw_photos
 from tools.gpu_steps import Place
 from tools.probe import IMAGES
-from training.loading import decoded_ahead
+from training.loading import decoded_ahead, load
 from training.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +131,9 @@ def photos(place: Place, shorter: int = 0) -> Captions:
 
 
 def loader(place: Place, workers: int, shorter: int = 0, on_device: bool = False) -> dict:
-    """Pictures a second of the data loader. on_device: as --decode-on-device has it."""
+    """Pictures a second of the data loader. shorter: as in `photos`. on_device: as
+    --decode-on-device has it.
+    """
     table = photos(place, shorter)
     tok = tokenizer.BPE.train(table.texts(), 300)
     task = PretrainFLM(Settings(pad_to=1), replace(flm.PRESETS["base-b32"], pooler=False), tok)
@@ -139,10 +141,9 @@ def loader(place: Place, workers: int, shorter: int = 0, on_device: bool = False
     dataset.keeps_jpegs = on_device
     size = place.scaled(64)
     rounds = max(2, place.scaled(128) // workers)           # each worker makes a batch in a round
-    keys = [(0, table.first_of(k % len(table))) for k in range(rounds * workers * size)]
-    batches = iter(torch.utils.data.DataLoader(dataset, size, sampler=keys, num_workers=workers,
-                                               collate_fn=task.collate,
-                                               pin_memory=place.device.type == "cuda"))
+    numbers = [[(0, table.first_of((first + k) % len(table))) for k in range(size)]
+               for first in range(0, rounds * workers * size, size)]
+    batches = load(dataset, numbers, task.collate, workers, place.device)
     if on_device:
         check_decoder(place.device)
         batches = decoded_ahead(batches, place.device, 4)
